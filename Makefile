@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all a newcomer needs. Both make .venv and install what they use; both can be run again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Two workers, one thread each: two cores are what the suite is sized for.
+WORKERS ?= 2
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test test-slow lint format clean
+
+help: ## Say what each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { echo "Python lacks the venv module: install it (Debian: apt install python3-venv)"; exit 1; }
+	@$(PIP) install --upgrade pip
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing ccssl_hf with its $* extra into $(VENV) (a few minutes the first time, most of it torch)"
+	@$(PIP) install -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-demo ## Train supervised, FixMatch and FixMatch+CCSSL on digits, about 5 minutes on two cores
+	@echo "Training into outputs/demo (supervised, FixMatch, FixMatch+CCSSL; three seeds each)"
+	@PATH="$(abspath $(BIN)):$$PATH" accelerate launch --config_file recipes/accelerate_configs/single_process.yaml \
+	  recipes/train_digits.py --config recipes/configs/digits.yaml
+
+test: $(VENV)/.installed-test ## Check style and types, and run the tests, about 10 minutes on two cores
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(VENV)/.installed-test ## Run the tests that take longer
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-test ## Check style and types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.installed-test ## Rewrite the code in the project's style
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean: ## Remove .venv and everything that was made
+	@rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,54 @@
+"""FixMatch (https://arxiv.org/abs/2001.07685), with distribution alignment if asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+from ..losses import masked_cross_entropy
+from .alignment import DistributionAlignment
+from .base import Algorithm, SSLBatch, SSLLoss, predict
+from .hyperparameters import AlignmentWindow, ConfidenceThreshold, Hyperparameters, LambdaU, SharpenTemperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixMatchHyperparameters(Hyperparameters):
+    confidence_threshold: ConfidenceThreshold = 0.95
+    lambda_u: LambdaU = 1.0
+    sharpen_temperature: SharpenTemperature = 1.0
+    distribution_alignment_window: AlignmentWindow = 0
+
+
+class FixMatch(Algorithm):
+    """What the weak view is confidently taken for is the target of the strong view (equation 4 of the paper).
+
+    The confidence is that after sharpening and alignment, for the mask as for the contrastive loss.
+    """
+
+    hyperparameters_class = FixMatchHyperparameters
+    settings: FixMatchHyperparameters
+
+    def __init__(self, settings: FixMatchHyperparameters, *, num_classes: int) -> None:
+        super().__init__(settings, num_classes=num_classes)
+        window = settings.distribution_alignment_window
+        self.alignment = DistributionAlignment(num_classes, window) if window else None
+
+    def compute(self, batch: SSLBatch) -> SSLLoss:
+        settings = self.settings
+        logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
+        probabilities = predict(logits_weak, settings.sharpen_temperature)
+        if self.alignment is not None:
+            probabilities = self.alignment(probabilities)
+        confidences, pseudo_labels = probabilities.max(1)
+        mask = (confidences >= settings.confidence_threshold).to(confidences.dtype)
+
+        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
+        loss_u = masked_cross_entropy(logits=logits_strong, targets=pseudo_labels, mask=mask)
+        return SSLLoss(
+            loss=loss_x + settings.lambda_u * loss_u,
+            terms={"loss_x": loss_x, "loss_u": loss_u},
+            pseudo_labels=pseudo_labels,
+            confidences=confidences,
+            mask=mask,
+        )

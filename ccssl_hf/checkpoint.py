@@ -1,0 +1,204 @@
+"""A plain folder that transformers and timm load by themselves, and safe files for all that they do not know.
+
+`config.json` and `model.safetensors` (under timm's own keys) are all that AutoModel, AutoModelForImageClassification,
+AutoImageProcessor, `pipeline` and timm need. The projection head and an algorithm's heads lie beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import wide_resnet_cifar
+
+if TYPE_CHECKING:
+    from .modeling import CCSSLForImageClassification
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+HEAD_FILE = "ccssl_head.safetensors"
+"""Projection head and further heads: for training on and for the algorithm's own inference, never for plain loading."""
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors to a safetensors file, all or nothing: an interrupted write leaves the old file as it was.
+
+    Args:
+        path: The file.
+        tensors: Any device, memory format and sharing; each is written out on its own.
+        metadata: Further strings to store.
+    """
+    path = Path(path)
+    plain = {key: _plain(tensor) for key, tensor in tensors.items()}
+    partial = path.with_name(f"_{path.name}.partial")
+    save_file(plain, partial, metadata={"format": "pt", **(metadata or {})})
+    os.replace(partial, path)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy that safetensors takes: on the CPU, contiguous (not channels-last), sharing its memory with none."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Reads what `save_tensors` wrote, to the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a whole safetensors file.
+    """
+    return _load(Path(path))[0]
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}': check the folder, or save to it first.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged ({error}): take an earlier checkpoint.") from error
+
+
+def _save_json(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"_{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def plain_config(model: CCSSLForImageClassification) -> dict[str, Any]:
+    """What `config.json` says: the keys that both transformers' timm wrapper and timm read, and no others.
+
+    `model_args` is never null (timm fails) and never holds `num_classes` (transformers fails); the labels are always
+    there (with a thousand classes transformers would otherwise take ImageNet's).
+    """
+    config = model.config
+    cfg = {key: value for key, value in model.backbone.pretrained_cfg.items() if key != "architecture"}
+    content = {
+        "architectures": ["TimmWrapperForImageClassification"],
+        "model_type": "timm_wrapper",
+        "architecture": config.architecture,
+        "num_classes": config.num_labels,
+        "num_features": model.backbone.num_features,
+        "label_names": config.labels,
+        "model_args": config.model_args or {},
+        "pretrained_cfg": cfg,
+    }
+    if _is_ours(config.architecture):
+        module = Path(wide_resnet_cifar.__file__).stem
+        content["auto_map"] = {
+            "AutoModel": f"{module}.{wide_resnet_cifar.WideResNetCifarModel.__name__}",
+            "AutoModelForImageClassification": (
+                f"{module}.{wide_resnet_cifar.WideResNetCifarForImageClassification.__name__}"
+            ),
+        }
+    return content
+
+
+def _is_ours(architecture: str) -> bool:
+    return architecture in wide_resnet_cifar.default_cfgs
+
+
+def save_checkpoint(
+    model: CCSSLForImageClassification,
+    folder: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    with_head: bool = True,
+) -> None:
+    """Writes the plain folder.
+
+    Args:
+        model: Says what is saved.
+        folder: Made where it is missing.
+        state_dict: Weights to save in place of the model's own, such as their average, with the same keys.
+        with_head: Whether to write the projection head and further heads, too.
+
+    Raises:
+        ValueError: `state_dict` has other keys than the model.
+    """
+    own = model.state_dict()
+    state = own if state_dict is None else state_dict
+    if state.keys() != own.keys():
+        different = sorted(state.keys() ^ own.keys())
+        raise ValueError(
+            f"state_dict must have the keys of model.state_dict(): {len(different)} differ, such as '{different[0]}'."
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "backbone."
+    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    save_tensors(folder / WEIGHTS_FILE, backbone)
+    _save_json(folder / CONFIG_FILE, plain_config(model))
+    if _is_ours(model.config.architecture):
+        source = Path(wide_resnet_cifar.__file__)
+        shutil.copyfile(source, folder / source.name)
+    if with_head:
+        heads = {key: value for key, value in state.items() if not key.startswith(prefix)}
+        shape = {"projection_dim": model.config.projection_dim, "heads": model.config.heads or {}}
+        save_tensors(folder / HEAD_FILE, heads, metadata={"ccssl": json.dumps(shape)})
+    else:
+        (folder / HEAD_FILE).unlink(missing_ok=True)  # it would belong to other weights
+
+
+def load_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    """Reads a plain folder.
+
+    Args:
+        folder: Written by `save_checkpoint`, or by timm, with `model.safetensors`.
+
+    Returns:
+        `config.json`; the weights under the keys of `CCSSLForImageClassification`; and `projection_dim` and `heads` as
+        `CCSSLConfig` takes them, or None where the folder has no heads.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no {CONFIG_FILE}: pass a folder that save_pretrained wrote, or a Hub id 'user/name'."
+        )
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config["model_args"] = config.get("model_args") or {}
+    config["model_args"].pop("num_classes", None)  # timm writes it there, too
+    state = {f"backbone.{key}": value for key, value in load_tensors(folder / WEIGHTS_FILE).items()}
+    if not (folder / HEAD_FILE).is_file():
+        return config, state, None
+    heads, metadata = _load(folder / HEAD_FILE)
+    return config, state | heads, json.loads(metadata["ccssl"])
+
+
+def find_checkpoint(name: str | Path, **hub_kwargs: Any) -> Path:
+    """The folder itself, or the folder that the Hub repository was downloaded to; no code is downloaded.
+
+    Args:
+        name: A folder, or a Hub id.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: There is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        files = [CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE]
+        return Path(snapshot_download(str(name), allow_patterns=files, **hub_kwargs))
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"'{name}' is neither a folder here nor a Hub repository that can be read ({reason}): pass a folder that "
+            "save_pretrained wrote, or a Hub id 'user/name'."
+        ) from error

@@ -1,0 +1,214 @@
+"""The losses: functions of tensors alone.
+
+Shapes: `N` images, two views each, `C` classes, `D` projection size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .distributed import all_gather, all_gather_with_gradient, rank
+
+OwnPairWeight = Literal["one", "squared"]
+"""How the two views of one image are weighted: by 1, or by the square of the image's confidence."""
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Similarities held at once (16 MiB in float32): 2 x 448 views make a single chunk."""
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+_REFERENCE_TEMPERATURE = 0.07
+"""The temperature at which the contrastive loss has scale 1."""
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def masked_cross_entropy(*, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy times `mask`, averaged over all `N` images, masked ones too: a scalar.
+
+    Args:
+        logits: `[N, C]`.
+        targets: Classes `[N]`, or their probabilities `[N, C]`.
+        mask: 0/1, or a weight, `[N]`.
+    """
+    return (F.cross_entropy(logits, targets, reduction="none") * mask).mean()
+
+
+def class_aware_contrastive_loss(
+    *,
+    embeddings: Tensor,
+    pseudo_labels: Tensor,
+    confidences: Tensor,
+    temperature: float = 0.07,
+    push_threshold: float | None = None,
+    own_pair_weight: OwnPairWeight = "one",
+    gather: bool = False,
+) -> Tensor:
+    r"""Class-aware contrastive loss of CCSSL (https://arxiv.org/abs/2203.02261, equations 6 to 8).
+
+    Images that are confidently of one class attract each other in proportion to both confidences; any other image is a
+    class of its own, as in SimCLR. Over the 2N views, with confidence q, pseudo label ŷ, temperature τ, unit vectors z:
+
+        w_ij = 1[ŷ_i = ŷ_j] · q_i q_j · 1[q_i ≥ T_push] · 1[q_j ≥ T_push]    for views of different images
+        w_ij = 1  (own_pair_weight="one")   or   q_i²  ("squared")           for the two views of one image
+        L = −(τ / 0.07) · mean_i [ Σ_{j≠i} w_ij · log softmax_{k≠i}(z_i·z_k / τ)_j  /  Σ_{j≠i} w_ij ]
+
+    The weight stands outside the logarithm: equation 8 is printed with the weight inside, a typo that its authors
+    confirmed. The published numbers were made with `own_pair_weight="squared"`; "one" is what the authors' code does
+    today.
+
+    A view whose weights are all zero ("squared" and a confidence of zero) has no positive: it adds 0 to the mean, and
+    still counts in it. A single image alone gives 0.
+
+    Time is O(N² D), memory O(N D). Computed in float32 at least, under autocast too. Only `embeddings` get a gradient.
+
+    Args:
+        embeddings: The strong and the contrastive view, `[N, 2, D]`, of unit norm.
+        pseudo_labels: Integers `[N]`; any values, equal where the class is.
+        confidences: In [0, 1], `[N]`.
+        temperature: τ.
+        push_threshold: T_push, the least confidence of an image that attracts others, in [0, 1]; None for no threshold.
+        own_pair_weight: "one" or "squared".
+        gather: Contrast against the images of all processes. Each process returns the mean over its own images, so that
+            averaging gradients over processes gives the gradient of one process on the global batch. All processes
+            need the same `N`. Without a process group it changes nothing.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If a shape, a dtype or an option is not as described.
+    """
+    _check_contrastive(embeddings, pseudo_labels, confidences, temperature, push_threshold, own_pair_weight)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        anchors, keys, confidences = upcast(embeddings), upcast(embeddings), upcast(confidences.detach())
+        first = 0
+        if gather:
+            keys = all_gather_with_gradient(keys)
+            pseudo_labels, confidences = all_gather(pseudo_labels), all_gather(confidences)
+            first = rank() * len(anchors)
+        attraction = confidences if push_threshold is None else confidences * (confidences >= push_threshold)
+        own_pair = torch.ones_like(confidences) if own_pair_weight == "one" else confidences.square()
+        positives, total_weight = weighted_positives(
+            anchors=anchors, keys=keys, labels=pseudo_labels, attraction=attraction, own_pair=own_pair, first=first
+        )
+        has_positive = total_weight > 0
+        positives = torch.where(has_positive, positives / total_weight.where(has_positive, 1.0), 0.0)
+        partition = _WeightedLogPartition.apply(
+            anchors.flatten(0, 1) / temperature,
+            keys.flatten(0, 1),
+            has_positive.to(anchors.dtype).repeat_interleave(2),
+            2 * first,
+        )
+        return (temperature / _REFERENCE_TEMPERATURE) * (partition - positives.sum() / temperature) / (2 * len(anchors))
+
+
+def _check_contrastive(
+    embeddings: Tensor,
+    pseudo_labels: Tensor,
+    confidences: Tensor,
+    temperature: float,
+    push_threshold: float | None,
+    own_pair_weight: str,
+) -> None:
+    if embeddings.ndim != 3 or embeddings.shape[1] != 2 or not len(embeddings) or not embeddings.is_floating_point():
+        raise ValueError(
+            "`embeddings` must be floating point of shape [N, 2, D] with N >= 1, two views an image; "
+            f"got {embeddings.dtype} {list(embeddings.shape)}. Build it with torch.stack([strong, contrastive], dim=1)."
+        )
+    images = embeddings.shape[:1]
+    if pseudo_labels.shape != images or pseudo_labels.dtype not in _INTEGERS:
+        raise ValueError(
+            f"`pseudo_labels` must be integers of shape {list(images)}, one an image; "
+            f"got {pseudo_labels.dtype} {list(pseudo_labels.shape)}."
+        )
+    if confidences.shape != images or not confidences.is_floating_point():
+        raise ValueError(
+            f"`confidences` must be floating point of shape {list(images)}, one an image; "
+            f"got {confidences.dtype} {list(confidences.shape)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be above 0, got {temperature}.")
+    if push_threshold is not None and not 0 <= push_threshold <= 1:
+        raise ValueError(
+            f"`push_threshold` must be a confidence in [0, 1], or None for no threshold; got {push_threshold}."
+        )
+    if own_pair_weight not in get_args(OwnPairWeight):
+        raise ValueError(f"`own_pair_weight` must be one of {get_args(OwnPairWeight)}, got {own_pair_weight!r}.")
+
+
+def weighted_positives(
+    *, anchors: Tensor, keys: Tensor, labels: Tensor, attraction: Tensor, own_pair: Tensor, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Σ_j w_ij z_i·z_j, summed over the two views of each anchor, and Σ_j w_ij, which both views share.
+
+    No pair is ever looked at: Σ_j w_ij z_i·z_j = a_i z_i·S, where S sums a_j z_j over the class of i, less i itself.
+
+    Args:
+        anchors: `[A, 2, D]`, the images `first` to `first + A` of `keys`.
+        keys: `[N, 2, D]`.
+        labels: `[N]`.
+        attraction: a `[N]`: the confidence, or 0 for an image that attracts no other.
+        own_pair: Weight `[N]` of the pair of views of one image.
+        first: Where the anchors begin among the keys.
+
+    Returns:
+        Both `[A]`.
+    """
+    group = torch.searchsorted(labels.sort().values, labels)  # a number below N for each class; no wait for the device
+    pull = keys.sum(1) * attraction[:, None]
+    class_pull = torch.zeros_like(pull).index_add(0, group, pull)
+    class_attraction = torch.zeros_like(attraction).index_add(0, group, attraction)
+
+    own = slice(first, first + len(anchors))
+    group, attraction, own_pair = group[own], attraction[own], own_pair[own]
+    others = class_pull.index_select(0, group) - pull[own]
+    others_attraction = 2 * (class_attraction[group] - attraction)
+    positives = attraction * (anchors.sum(1) * others).sum(1) + 2 * own_pair * (anchors[:, 0] * anchors[:, 1]).sum(1)
+    return positives, attraction * others_attraction + own_pair
+
+
+class _WeightedLogPartition(torch.autograd.Function):
+    """Σ_i c_i log Σ_{k≠i} exp(x_i·y_k): a scalar, from anchors x `[A, D]`, keys y `[K, D]` and weights c `[A]`.
+
+    Anchor i is key `first + i`. A chunk of rows of the similarities is held at a time. The gradient is a multiple of
+    the scalar that comes from behind, so it is made along with the value, while a chunk's exponentials are at hand.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchors: Tensor, keys: Tensor, weights: Tensor, first: int, chunk_elements: int = _CHUNK_ELEMENTS
+    ) -> Tensor:
+        rows = max(1, min(len(anchors), chunk_elements // len(keys)))
+        buffer = anchors.new_empty(rows, len(keys))
+        log_sums = torch.empty_like(weights)
+        grads = (torch.empty_like(anchors), torch.zeros_like(keys)) if any(ctx.needs_input_grad) else None
+        for start in range(0, len(anchors), rows):
+            chunk = slice(start, start + rows)
+            x = anchors[chunk]
+            similarities = torch.mm(x, keys.T, out=buffer[: len(x)])
+            similarities.diagonal(first + start).fill_(-torch.inf)
+            largest = similarities.amax(1, keepdim=True)
+            exponentials = similarities.sub_(largest).exp_()
+            sums = exponentials.sum(1, keepdim=True)
+            log_sums[chunk] = (largest + sums.log()).squeeze(1)
+            if grads is not None:
+                softmax = exponentials.mul_(weights[chunk, None] / sums)
+                torch.mm(softmax, keys, out=grads[0][chunk])
+                grads[1].addmm_(softmax.T, x)
+        ctx.save_for_backward(*(grads or ()))
+        return weights @ log_sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_anchors, grad_keys = ctx.saved_tensors
+        return grad * grad_anchors, grad * grad_keys, None, None, None

@@ -1,0 +1,267 @@
+"""The model that is trained: a timm classifier, a projection head, and what further heads an algorithm asks for."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch.nn.functional as F
+from huggingface_hub import CommitInfo, HfApi
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .backbones import (
+    build_head,
+    check_backbone,
+    create_backbone,
+    describe_head,
+    feature_width,
+    features_and_logits,
+    projection_head,
+    set_input,
+)
+from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from .configuration import CCSSLConfig
+
+
+@dataclass
+class CCSSLOutput(ModelOutput):
+    """`N` images, `C` classes, `D` projection size.
+
+    Attributes:
+        loss: Cross-entropy, a scalar; None without labels.
+        logits: `[N, C]`.
+        embeddings: `[N, D]` in float32, unit norm; None unless asked for.
+        heads: Name to output `[N, ...]` of each further head; None where there are none.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor = None  # type: ignore[assignment]  # always set, but ModelOutput wants a default
+    embeddings: Tensor | None = None
+    heads: dict[str, Tensor] | None = None
+
+
+class CCSSLForImageClassification(PreTrainedModel):
+    """A timm backbone with its own classifier, a projection head and further heads, all on the same features.
+
+    Build one with `from_timm` or `from_pretrained`.
+
+    Attributes:
+        backbone: The timm model.
+        projection: Features `[N, feature_dim]` to embeddings.
+        heads: Name to module on the features.
+        feature_dim: Width of the features before the classifier.
+    """
+
+    config_class = CCSSLConfig
+    config: CCSSLConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    accepts_loss_kwargs = False  # else the Trainer hands num_items_in_batch to forward
+    _supports_sdpa = True  # timm's attention uses it by itself
+
+    def __init__(self, config: CCSSLConfig, backbone: Any = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            check_backbone(config.architecture)
+            backbone = timm.create_model(
+                config.architecture, num_classes=config.num_labels, **(config.model_args or {})
+            )
+            set_input(backbone, config.pretrained_cfg or backbone.pretrained_cfg)
+        self.backbone: Any = backbone
+        self.feature_dim = feature_width(backbone)
+        self.projection = projection_head(backbone, self.feature_dim, config.projection_dim)
+        self.heads = nn.ModuleDict({name: build_head(layers) for name, layers in (config.heads or {}).items()})
+        self.supports_gradient_checkpointing = hasattr(backbone, "set_grad_checkpointing")
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: timm and the heads have initialised themselves."""
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    @classmethod
+    def from_timm(
+        cls,
+        name: str,
+        *,
+        labels: Sequence[str],
+        pretrained: bool = False,
+        projection_dim: int = 64,
+        image_size: int | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        **timm_kwargs: Any,
+    ) -> CCSSLForImageClassification:
+        """A model for training.
+
+        Args:
+            name: timm name of the backbone, such as "resnet50" or "wide_resnet28_2_cifar".
+            labels: The class names, in the order of the label numbers.
+            pretrained: Whether to start from timm's weights.
+            projection_dim: Size of the embeddings.
+            image_size: Side of the images in pixels; the backbone's own where None. Up to 96 px, images are not
+                cropped at evaluation.
+            heads: Further heads on the features, see `add_heads`.
+            **timm_kwargs: Further arguments of `timm.create_model`, such as `drop_path_rate`, or
+                `pretrained_cfg_overlay={"mean": ..., "std": ..., "crop_pct": ...}` for how images enter.
+
+        Raises:
+            ValueError: The labels are not distinct names, timm has no such model or weights, or the backbone's head
+                is not a classifier on pooled features.
+        """
+        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+            raise ValueError("labels must be a list of class names, such as dataset.features['label'].names.")
+        repeated = sorted({label for label in labels if list(labels).count(label) > 1})
+        if repeated or not labels:
+            raise ValueError(f"labels must be distinct and not empty; repeated: {repeated}.")
+        if "num_classes" in timm_kwargs:
+            raise ValueError("num_classes follows from the labels: leave it out.")
+        backbone, model_args = create_backbone(
+            name, num_classes=len(labels), pretrained=pretrained, image_size=image_size, **timm_kwargs
+        )
+        config = CCSSLConfig(
+            architecture=backbone.pretrained_cfg["architecture"],
+            model_args=model_args,
+            pretrained_cfg=backbone.pretrained_cfg,
+            projection_dim=projection_dim,
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+        )
+        model = cls(config, backbone=backbone)
+        model.add_heads(heads or {})
+        return model
+
+    def add_heads(self, heads: Mapping[str, nn.Module]) -> None:
+        """Takes on the heads that an algorithm declares; one that is there already keeps its weights.
+
+        Args:
+            heads: Name to module on the features `[N, feature_dim]`: a Linear, or a Sequential of Linear, BatchNorm1d,
+                ReLU and LeakyReLU.
+
+        Raises:
+            ValueError: A module has other layers, or another head has this name.
+        """
+        described = {name: describe_head(module) for name, module in heads.items()}
+        known = dict(self.config.heads or {})
+        for name, layers in described.items():
+            if known.get(name, layers) != layers:
+                raise ValueError(f"The model has another head '{name}' ({known[name]}): give this one a new name.")
+        for name, module in heads.items():
+            if name not in known:
+                self.heads[name] = module if isinstance(module, nn.Sequential) else nn.Sequential(module)
+        self.config.heads = known | described
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        return_embeddings: bool = False,
+        return_dict: bool | None = None,
+    ) -> CCSSLOutput | tuple[Any, ...]:
+        """One pass of the backbone, all heads on its features.
+
+        Args:
+            pixel_values: Normalised images `[N, 3, H, W]`.
+            labels: Class numbers `[N]`, for the loss.
+            return_embeddings: Whether to compute the embeddings.
+            return_dict: False for a tuple of what is not None.
+        """
+        features, logits = features_and_logits(self.backbone, pixel_values)
+        output = CCSSLOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            # In float32 also under autocast: the contrastive loss needs the norm to be one.
+            embeddings=F.normalize(self.projection(features).float(), dim=1) if return_embeddings else None,
+            heads={name: head(features) for name, head in self.heads.items()} or None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        with_head: bool = True,
+        is_main_process: bool = True,
+    ) -> None:
+        """Writes a folder that transformers and timm load without this package.
+
+        Args:
+            save_directory: Made where it is missing.
+            state_dict: Weights to save in place of the model's own, with the same keys.
+            with_head: Whether to write the projection head and further heads, too (`ccssl_head.safetensors`).
+            is_main_process: Only the main process writes.
+        """
+        if is_main_process:
+            save_checkpoint(self, save_directory, state_dict=state_dict, with_head=with_head)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> CCSSLForImageClassification:
+        """The model from a folder or Hub repository, in eval mode. Never runs code from there.
+
+        Args:
+            name: A folder that `save_pretrained` wrote, or a Hub id.
+            revision: Branch, tag or commit on the Hub.
+            token: For a private repository.
+            cache_dir: Where downloads are kept.
+            local_files_only: Whether to use what was downloaded before.
+
+        Raises:
+            FileNotFoundError: There is no such folder or repository.
+            ValueError: A file is damaged, or timm does not know the backbone.
+        """
+        folder = find_checkpoint(
+            name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        content, state, head = load_checkpoint(folder)
+        model = cls(CCSSLConfig.from_dict(content, **(head or {})))
+        if head is None:
+            warnings.warn(f"'{name}' has no projection head: training on starts with a fresh one.", stacklevel=2)
+        expected = {key for key in model.state_dict() if head is not None or key.startswith("backbone.")}
+        if state.keys() != expected:
+            different = sorted(state.keys() ^ expected)
+            raise ValueError(
+                f"The weights in '{name}' are not of '{model.config.architecture}', as {len(different)} keys differ, "
+                f"such as '{different[0]}': save the folder again."
+            )
+        model.load_state_dict(state, strict=head is not None)
+        return model.eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        with_head: bool = False,
+        commit_message: str = "Upload model",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Uploads what `save_pretrained` writes; projection head and further heads only if asked for by `with_head`."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, with_head=with_head)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )

@@ -1,0 +1,92 @@
+"""What a run says while it runs: named terms, masks and pseudo labels to the log, a bar to the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.trainer_callback import ProgressCallback
+
+from .algorithms import SSLLoss
+
+
+class StepMonitor:
+    """Sums what each step reports, on the device; reads it back only when it is logged, once.
+
+    Args:
+        class_names: Names of the classes, for the histogram of pseudo labels.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = 0
+        self._sums: dict[str, Tensor] = {}
+        self._histogram: Tensor | None = None
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double() if value.device.type != "mps" else value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def add(self, result: SSLLoss, hidden_labels: Tensor | None) -> None:
+        """Count one step. An image counts as passed where its mask is above 0."""
+        self._steps += 1
+        for name, term in result.terms.items():
+            self._add(name, term)
+        if result.mask is None or result.pseudo_labels is None:
+            return
+        passed = result.mask.detach() > 0
+        self._add("mask_rate", result.mask.mean())
+        self._add("_passed", passed.sum())
+        if self._histogram is None:
+            self._histogram = torch.zeros(len(self.class_names), device=passed.device)
+        self._histogram.index_add_(0, result.pseudo_labels, passed.to(self._histogram.dtype))
+        if hidden_labels is not None:
+            self._add("_correct", (passed & (result.pseudo_labels == hidden_labels)).sum())
+
+    def drain(self) -> dict[str, float]:
+        """Means since the last call, over all processes, and start anew."""
+        if not self._steps:
+            return {}
+        values = torch.stack([value.reshape(()) for value in self._sums.values()])
+        if self._histogram is not None:
+            values = torch.cat([values, self._histogram.to(values.dtype)])
+        processes = 1
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values)
+            processes = dist.get_world_size()
+        numbers = values.tolist()
+        sums = dict(zip(self._sums, numbers, strict=False))
+        passed, correct = sums.pop("_passed", 0.0), sums.pop("_correct", None)
+        logs = {name: total / (self._steps * processes) for name, total in sums.items()}
+        if correct is not None and passed:
+            logs["pseudo_label_precision"] = correct / passed
+        if self._histogram is not None:
+            counts = numbers[len(self._sums) :]
+            logs |= {
+                f"pseudo_labels/{name}": count / max(passed, 1.0)
+                for name, count in zip(self.class_names, counts, strict=True)
+            }
+        self._reset()
+        return logs
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's bar, with the few numbers that matter beside it instead of a printed dictionary for each log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        for name in ("loss", "mask_rate", "eval_top1"):
+            if name in logs:
+                self._shown[name.removeprefix("eval_")] = f"{logs[name]:.3f}"
+        self.training_bar.set_postfix(self._shown)

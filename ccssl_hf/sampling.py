@@ -1,0 +1,147 @@
+"""Which images a step sees, and every random number in it: pure functions of (seed, step).
+
+Nothing here keeps generator state. A *draw* is the position of an image in the endless sequence of images taken from
+one stream (labeled or unlabeled) over a whole run; it names the image and, through `uniform`, the augmentation that
+image gets.
+So a resumed run, and a run on another number of processes or workers, sees the same images under the same
+augmentations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LABELED, UNLABELED = 0, 1
+"""The two streams of images."""
+
+_SHUFFLE = 1 << 8
+"""Offset that keeps the keys of shuffles apart from those of augmentations, which use small stream numbers."""
+
+
+def _signed(value: int) -> int:
+    """The 64-bit pattern of `value` as the signed integer that torch's int64 arithmetic expects."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014); masks, because int64 shifts keep the sign."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def counter_bits(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
+    """64 random bits for each (seed, stream, draw, column), the same on every device.
+
+    Args:
+        seed: The run's seed.
+        stream: Names the purpose, so that two purposes never share a number.
+        draws: int64 `[N]`.
+        columns: How many numbers each draw gets.
+
+    Returns:
+        int64 `[N, columns]`.
+    """
+    key = _mix(torch.tensor([_signed(seed * 0x9E3779B97F4A7C15 + stream)], dtype=torch.int64) + _GOLDEN)
+    rows = _mix(draws.to(torch.int64) * _GOLDEN + int(key))
+    column = torch.arange(1, columns + 1, device=draws.device, dtype=torch.int64) * _GOLDEN
+    return _mix(rows[:, None] + column)
+
+
+def uniform(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
+    """Uniform numbers in [0, 1) from `counter_bits`: multiples of 2**-24, exact in float32.
+
+    Returns:
+        float32 `[N, columns]`.
+    """
+    bits = (counter_bits(seed, stream, draws, columns) >> 40) & ((1 << 24) - 1)
+    return bits.to(torch.float32) * 2.0**-24
+
+
+@dataclass(frozen=True)
+class PairedIndices:
+    """What one process takes in one batch: row numbers and draws of both streams, int64 `[B]` and `[mu * B]`."""
+
+    labeled_index: np.ndarray
+    labeled_draw: np.ndarray
+    unlabeled_index: np.ndarray
+    unlabeled_draw: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labeled_index) + len(self.unlabeled_index)
+
+
+class _Stream:
+    """The endless shuffled sequence of one split: epoch after epoch, each a permutation of its own."""
+
+    def __init__(self, number: int, num_images: int, seed: int) -> None:
+        self.number, self.num_images, self.seed = number, num_images, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            draws = torch.arange(self.num_images) + epoch * self.num_images
+            bits = counter_bits(self.seed, _SHUFFLE + self.number, draws, 1)[:, 0]
+            self._epoch, self._order = epoch, torch.argsort(bits, stable=True).numpy()
+        return self._order
+
+    def take(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        draws = np.arange(start, start + count, dtype=np.int64)
+        index = np.empty(count, np.int64)
+        epochs = draws // self.num_images if count else draws
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            index[here] = self._permutation(int(epoch))[draws[here] % self.num_images]
+        return index, draws
+
+
+class PairedBatchSampler:
+    """Batches of `batch_size` labeled and `mu * batch_size` unlabeled images, drawn without replacement in each epoch.
+
+    Batch number `b` takes draws `b * batch_size` onwards of the labeled stream and `b * mu * batch_size` onwards of the
+    unlabeled one. Processes take turns (process `r` of `W` gets batches `r, W + r, ...`, accelerate's own rule), so `W`
+    batches together are the global batch that one process would get with `W * batch_size`.
+
+    Args:
+        num_labeled: Rows of the labeled split.
+        num_unlabeled: Rows of the unlabeled split; 0 where the algorithm reads none.
+        batch_size: Labeled images a batch, `B`.
+        mu: Unlabeled images per labeled one.
+        num_batches: Length of the run, in batches over all processes.
+        seed: The run's seed.
+    """
+
+    drop_last = True  # accelerate pads the last batches of a sampler that does not drop them
+
+    def __init__(
+        self, *, num_labeled: int, num_unlabeled: int, batch_size: int, mu: int, num_batches: int, seed: int
+    ) -> None:
+        self.labeled = _Stream(LABELED, num_labeled, seed)
+        self.unlabeled = _Stream(UNLABELED, num_unlabeled, seed)
+        self.num_unlabeled_per_batch = mu * batch_size if num_unlabeled else 0
+        self.num_labeled_per_batch = batch_size
+        self.batch_size = (
+            self.num_labeled_per_batch + self.num_unlabeled_per_batch
+        )  # accelerate compares len(batch) to it
+        self.num_batches = num_batches
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def batch(self, number: int) -> PairedIndices:
+        """The contents of batch `number`."""
+        labeled = self.labeled.take(number * self.num_labeled_per_batch, self.num_labeled_per_batch)
+        unlabeled = self.unlabeled.take(number * self.num_unlabeled_per_batch, self.num_unlabeled_per_batch)
+        return PairedIndices(*labeled, *unlabeled)
+
+    def __iter__(self) -> Iterator[PairedIndices]:
+        return (self.batch(number) for number in range(self.num_batches))

@@ -1,0 +1,472 @@
+"""`CCSSLTrainer`: a `transformers.Trainer` that feeds three views of two splits to one algorithm."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import create_transform, resolve_data_config
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from . import data
+from .algorithms import SSLBatch, build_algorithm
+from .checkpoint import load_tensors, save_tensors
+from .distributed import average_batchnorm_buffers
+from .ema import make_ema, swapped_weights
+from .metrics import compute_metrics as default_metrics
+from .modeling import CCSSLForImageClassification, CCSSLOutput
+from .monitor import ProgressBar, StepMonitor
+from .optimization import cosine_7_16_schedule, decayed_parameter_names
+from .sampling import LABELED, UNLABELED, PairedBatchSampler
+from .training_args import CCSSLTrainingArguments
+from .transforms import View, ViewSettings, make_view, normalize
+
+logger = logging.getLogger(__name__)
+
+TRAINING_STATE = "training_state.safetensors"
+"""Beside a checkpoint's plain folder: raw and averaged weights of the whole model, and the algorithm's statistics."""
+
+SMALL_IMAGE = 64
+"""Up to this side, in pixels, `auto` means images held decoded and shifted crops, as for CIFAR."""
+
+
+class CCSSLTrainer(Trainer):
+    """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
+
+    Everything else is `transformers.Trainer`: `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks,
+    DDP through accelerate, resuming. Evaluation, saving and publishing use the averaged weights (`args.eval_weights`).
+
+    Args:
+        model: The model to train.
+        args: The run's arguments.
+        train_dataset: Labeled images.
+        unlabeled_dataset: Unlabeled images; may be None only where the algorithm reads none.
+        eval_dataset: Labeled images, or a dictionary of such splits. Rows labeled -1, or with a name that is none of
+            the model's classes, count as out of distribution.
+        compute_metrics: As in `transformers.Trainer`; default `classification_metrics`.
+        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `transformers.Trainer`.
+
+    Raises:
+        TypeError: `model` or `args` is of another class.
+        ValueError: The data can't be trained on; the sentence names the fix. Raised before any work is done.
+    """
+
+    args: CCSSLTrainingArguments
+
+    def __init__(
+        self,
+        model: CCSSLForImageClassification,
+        args: CCSSLTrainingArguments,
+        train_dataset: datasets.Dataset,
+        unlabeled_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        _check_types(model, args)
+        self.class_names = model.config.labels
+        self.settings = _view_settings(model, args)
+        self.unlabeled_dataset = unlabeled_dataset
+        self._check_data(args, train_dataset, unlabeled_dataset, eval_dataset)
+        self.algorithm = self._build_algorithm(model, args)
+        data.check_writable(args.output_dir)
+
+        if not self.algorithm.needs_embeddings:
+            model.projection.requires_grad_(False)  # no loss reaches it
+        model.to(memory_format=torch.channels_last)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=_already_a_batch,
+            compute_metrics=compute_metrics or default_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs, and DataParallel would split the batch's pairs: start the "
+                "run with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of one batch
+        self.algorithm.to(args.device)
+        self.ema: ModelEmaV3 | None = make_ema(self.model, args.ema_decay) if args.ema_decay else None
+        self.monitor = StepMonitor(self.class_names)
+        self.add_callback(_UpdateEma(self))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressBar)
+        else:
+            self.remove_callback(PrinterCallback)
+
+    # ----------------------------------------------------------------------------------------------------------- set-up
+
+    def _check_data(
+        self,
+        args: CCSSLTrainingArguments,
+        labeled: datasets.Dataset,
+        unlabeled: datasets.Dataset | None,
+        evaluation: datasets.Dataset | dict[str, datasets.Dataset] | None,
+    ) -> None:
+        data.check_images(labeled, role="labeled", image_column=args.image_column)
+        self.labels = data.read_labels(
+            labeled, args.label_column, self.class_names, role="labeled", allow_unknown=False
+        )
+        batch = args.per_device_train_batch_size * args.world_size
+        if len(labeled) < batch and not args.repeat_labeled:
+            raise ValueError(
+                f"{len(labeled)} labeled images are fewer than a batch of {batch}: lower per_device_train_batch_size, "
+                "or set repeat_labeled=True to let images repeat in a batch, as the paper does with 40 labels."
+            )
+        self.hidden_labels = None
+        if unlabeled is not None:
+            data.check_images(unlabeled, role="unlabeled", image_column=args.image_column)
+            if len(unlabeled) < args.mu * batch:
+                raise ValueError(
+                    f"{len(unlabeled)} unlabeled images are fewer than the {args.mu * batch} of a step: lower mu or "
+                    "per_device_train_batch_size."
+                )
+            if args.hidden_label_column is not None:
+                self.hidden_labels = data.read_labels(
+                    unlabeled, args.hidden_label_column, self.class_names, role="unlabeled", allow_unknown=True
+                )
+        for name, split in evaluation.items() if isinstance(evaluation, dict) else [("evaluation", evaluation)]:
+            if split is not None:
+                self._evaluation_labels(split, name, args)
+
+    def _evaluation_labels(self, split: datasets.Dataset, role: str, args: CCSSLTrainingArguments) -> np.ndarray:
+        data.check_images(split, role=role, image_column=args.image_column)
+        return data.read_labels(split, args.label_column, self.class_names, role=role, allow_unknown=True)
+
+    def _build_algorithm(self, model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> Any:
+        algorithm = build_algorithm(
+            args.algorithm,
+            num_classes=len(self.class_names),
+            num_unlabeled=None if self.unlabeled_dataset is None else len(self.unlabeled_dataset),
+            embedding_dim=model.config.projection_dim,
+            batch_size=args.per_device_train_batch_size * args.world_size,
+            mu=args.mu,
+            **args.hyperparameters(),
+        )
+        model.add_heads({name: make(model.feature_dim) for name, make in algorithm.heads.items()})
+        if algorithm.needs_unlabeled and self.unlabeled_dataset is None:
+            raise ValueError(
+                f"Algorithm {args.algorithm!r} with these settings learns from "
+                "unlabeled images: pass unlabeled_dataset, or set algorithm='supervised' and lambda_contrast=0."
+            )
+        if not algorithm.needs_unlabeled and self.unlabeled_dataset is not None:
+            logger.warning("Algorithm %r reads no unlabeled images: unlabeled_dataset is left alone.", args.algorithm)
+        return algorithm
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Found by module type; upstream goes by name, and timm's `bn1` and `norm1` are names it does not know."""
+        return decayed_parameter_names(model)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        if args.optim == "sgd":
+            kwargs = {"lr": args.learning_rate, "momentum": args.sgd_momentum, "nesterov": args.nesterov, "fused": True}
+            return torch.optim.SGD, kwargs
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.args.schedule == "lr_scheduler_type" or self.lr_scheduler is not None:  # type: ignore[has-type]
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = cosine_7_16_schedule(
+            optimizer or self.optimizer,
+            warmup_steps=self.args.get_warmup_steps(num_training_steps),
+            total_steps=num_training_steps,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ------------------------------------------------------------------------------------------------------------- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of both splits; one long epoch, because each split has epochs of its own inside the sampler."""
+        args, algorithm = self.args, self.algorithm
+        unlabeled = self.unlabeled_dataset if algorithm.needs_unlabeled else None
+        decode = args.decode
+        if decode == "auto":
+            decode = "memory" if self.settings.image_size <= SMALL_IMAGE else "stream"
+        if decode == "stream" and self.settings.weak_crop == "pad":
+            raise ValueError(
+                "weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream."
+            )
+        with args.main_process_first(desc="decoding images"):
+            dataset = data.PairedDataset(
+                self.train_dataset,
+                self.labels,
+                unlabeled,
+                hidden_labels=self.hidden_labels,
+                image_column=args.image_column,
+                views=self._views_of_unlabeled(),
+                settings=self.settings,
+                seed=args.seed,
+                decode=decode,
+            )
+        self._cropped = decode == "stream"
+        sampler = PairedBatchSampler(
+            num_labeled=len(dataset.labeled),
+            num_unlabeled=0 if dataset.unlabeled is None else len(dataset.unlabeled),
+            batch_size=args.per_device_train_batch_size,
+            mu=args.mu,
+            num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,  # type: ignore[arg-type]  # torch's stub knows lists only; any index will do
+            collate_fn=_already_a_batch,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _views_of_unlabeled(self) -> tuple[View, ...]:
+        views = (View.WEAK, View.STRONG)
+        return (*views, View.CONTRASTIVE) if self.algorithm.needs_contrastive_view else views
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        name = eval_dataset if isinstance(eval_dataset, str) else "evaluation"
+        split = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        split = self.eval_dataset if split is None else split
+        if split is None:
+            raise ValueError("There is nothing to evaluate on: pass eval_dataset to CCSSLTrainer or to evaluate().")
+        return self._evaluation_dataloader(split, self._evaluation_labels(split, name, self.args), name)
+
+    def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
+        has_labels = self.args.label_column in test_dataset.column_names
+        data.check_images(test_dataset, role="test", image_column=self.args.image_column)
+        labels = self._evaluation_labels(test_dataset, "test", self.args) if has_labels else None
+        return self._evaluation_dataloader(test_dataset, labels, "test")
+
+    def _evaluation_dataloader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
+        dataset = data.EvaluationDataset(
+            split,
+            labels,
+            image_column=self.args.image_column,
+            transform=create_transform(**resolve_data_config(pretrained_cfg=self.model.backbone.pretrained_cfg)),
+            role=role,
+        )
+        loader = DataLoader(
+            dataset, batch_size=self.args.per_device_eval_batch_size, num_workers=self.args.dataloader_num_workers
+        )
+        return self.accelerator.prepare(loader)
+
+    # ------------------------------------------------------------------------------------------------------------- step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The algorithm's loss in training; plain cross-entropy over the known classes in evaluation."""
+        if "labeled_images" in inputs:
+            result = self.algorithm(self._forward(model, inputs))
+            self.monitor.add(result, inputs.get("hidden_labels"))
+            return result.loss
+        logits = model(pixel_values=inputs["pixel_values"]).logits
+        loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.UNKNOWN)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _views(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Normalised views, labeled weak first, then each view of the unlabeled images, `[n, 3, S, S]`."""
+        wanted = [("labeled", LABELED, 0, View.WEAK)]
+        if "unlabeled_images" in inputs:
+            wanted += [("unlabeled", UNLABELED, i, view) for i, view in enumerate(self._views_of_unlabeled())]
+        out = []
+        with torch.no_grad():
+            for split, stream, position, view in wanted:
+                images, draws = inputs[f"{split}_images"], inputs[f"{split}_draws"]
+                if self._cropped:
+                    images = images[:, position]
+                made = make_view(
+                    images, view, self.settings, seed=self.args.seed, stream=stream, draws=draws, cropped=self._cropped
+                )
+                out.append(normalize(made, self.settings, view=view))
+        return out
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> SSLBatch:
+        """All views through the network, and its answers by name."""
+        views = self._views(inputs)
+        with_embeddings = self.algorithm.needs_embeddings
+
+        def run(network: nn.Module, chosen: list[Tensor]) -> list[CCSSLOutput]:
+            output = network(pixel_values=torch.cat(chosen), return_embeddings=with_embeddings)
+            return _split(output, [len(view) for view in chosen])
+
+        if self.args.weak_forward == "separate" and len(views) > 1:
+            with torch.no_grad():  # not through DDP, which expects a backward for each forward
+                weak = run(self.model, [views[1]])
+            labeled, *others = run(model, [views[0], *views[2:]])
+            parts = [labeled, *weak, *others]
+        else:
+            parts = run(model, views)
+
+        labeled, unlabeled = parts[0], parts[1:]
+        if not unlabeled:
+            return SSLBatch(logits_labeled=labeled.logits, labels=inputs["labels"])
+        weak_part, strong_part = unlabeled[:2]
+        return SSLBatch(
+            logits_labeled=labeled.logits,
+            labels=inputs["labels"],
+            logits_weak=weak_part.logits,
+            logits_strong=strong_part.logits,
+            embeddings_labeled=labeled.embeddings,
+            embeddings_weak=weak_part.embeddings,
+            embeddings_strong=strong_part.embeddings,
+            embeddings_contrast=unlabeled[2].embeddings if len(unlabeled) > 2 else None,
+            index=inputs["unlabeled_index"],
+            heads=_heads_by_name(labeled, weak_part, strong_part),
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # upstream's estimate is for tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and "learning_rate" in logs:
+            logs = {**logs, **self.monitor.drain()}
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------------------------------- evaluation
+
+    def _published_weights(self) -> Any:
+        """Context in which `self.model` holds the weights that are evaluated and saved."""
+        average_batchnorm_buffers(self.model)
+        if self.ema is not None:
+            average_batchnorm_buffers(self.ema.module)
+        return swapped_weights(self.model, self.ema if self.args.eval_weights == "ema" else None)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        training = self.model.training
+        with self._published_weights():
+            output = super().evaluation_loop(*args, **kwargs)
+        self.model.train(training)  # upstream leaves the model in eval mode
+        return output
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The plain folder, with the weights that are evaluated. No `training_args.bin`: it holds the Hub token."""
+        folder = output_dir or self.args.output_dir
+        with self._published_weights():
+            if self.args.should_save:
+                self.model.save_pretrained(folder, state_dict=state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_tensors(Path(output_dir) / TRAINING_STATE, self._training_state())
+
+    def _training_state(self) -> dict[str, Tensor]:
+        modules = {"model": self.model, "algorithm": self.algorithm}
+        if self.ema is not None:
+            modules["ema"] = self.ema.module
+        return {
+            f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / TRAINING_STATE
+        if not path.is_file():
+            raise ValueError(
+                f"{resume_from_checkpoint} holds no {TRAINING_STATE}, so the run can't go on from there: give a "
+                "checkpoint-N folder that was written without save_only_model."
+            )
+        state = load_tensors(path)
+        if self.ema is None and any(key.startswith("ema.") for key in state):
+            raise ValueError(
+                f"{resume_from_checkpoint} was written with averaged weights: resume with ema_decay above 0."
+            )
+        modules: dict[str, nn.Module] = {"model": self.model, "algorithm": self.algorithm}
+        if self.ema is not None:
+            modules["ema"] = self.ema.module
+        for name, module in modules.items():
+            module.load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+            )
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
+
+
+class _UpdateEma(TrainerCallback):
+    """Moves the averaged weights after each optimizer step. Holds no state of its own: it would be lost on resume."""
+
+    def __init__(self, trainer: CCSSLTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(self.trainer.model)
+
+
+def _split(output: CCSSLOutput, sizes: list[int]) -> list[CCSSLOutput]:
+    """The output of each of several concatenated views."""
+    logits = output.logits.split(sizes)
+    embeddings = [None] * len(sizes) if output.embeddings is None else output.embeddings.split(sizes)
+    heads = {name: head.split(sizes) for name, head in (output.heads or {}).items()}
+    return [
+        CCSSLOutput(logits=logits[i], embeddings=embeddings[i], heads={name: parts[i] for name, parts in heads.items()})
+        for i in range(len(sizes))
+    ]
+
+
+def _heads_by_name(*parts: CCSSLOutput) -> dict[str, tuple[Tensor, Tensor, Tensor]] | None:
+    """Each further head's answers for the labeled, weak and strong views."""
+    answers = [part.heads or {} for part in parts]
+    return {name: tuple(answer[name] for answer in answers) for name in answers[0]} or None  # type: ignore[misc]
+
+
+def _already_a_batch(batch: Any) -> Any:
+    return batch
+
+
+def _check_types(model: Any, args: Any) -> None:
+    if not isinstance(args, CCSSLTrainingArguments):
+        raise TypeError(f"args is a {type(args).__name__}: pass ccssl_hf.CCSSLTrainingArguments.")
+    if not isinstance(model, CCSSLForImageClassification):
+        raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
+
+
+def _view_settings(model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> ViewSettings:
+    own = model.backbone.pretrained_cfg
+    size = own["input_size"][-1]
+    weak_crop = args.weak_crop
+    if weak_crop == "auto":
+        weak_crop = "pad" if size <= SMALL_IMAGE else "resized"
+    return ViewSettings(
+        image_size=size,
+        mean=tuple(own["mean"]),
+        std=tuple(own["std"]),
+        weak_crop=weak_crop,
+        horizontal_flip=args.horizontal_flip,
+        randaugment_ops=args.randaugment_ops,
+        randaugment_magnitude=args.randaugment_magnitude,
+        cutout_size=args.cutout_size,
+        contrastive=args.contrastive_view,
+        normalize_contrastive=args.normalize_contrastive,
+    )

@@ -1,0 +1,152 @@
+"""Colour operations on a uint8 batch of images, each with a parameter of its own for each image, with PIL's results.
+
+Every function is pure, takes uint8 `[N, 3, H, W]` (`N` images; red, green, blue) and returns the same shape. Parameters
+are `[N]` and may lie on another device than the images. Pillow computes with C floats and truncates, or with tables of
+256 grey levels; the same is done here, so results equal Pillow's byte for byte, on every device and whatever the batch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def _per_image(values: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """One value for each image, `[N]`, in a shape that broadcasts over `images`."""
+    return values.to(images.device, dtype, non_blocking=True)[:, None, None, None]
+
+
+def _blend(degenerate: Tensor | float, images: Tensor, factor: Tensor) -> Tensor:
+    """`Image.blend`: degenerate + factor * (images - degenerate) in float32, clipped and truncated."""
+    blended = images.to(torch.float32).sub_(degenerate).mul_(_per_image(factor, images, torch.float32))
+    return blended.add_(degenerate).clamp_(0, 255).to(torch.uint8)
+
+
+def _lookup(images: Tensor, table: Tensor) -> Tensor:
+    """`Image.point`: each pixel through the table uint8 `[N, 3, 256]` of its image and channel."""
+    return table.gather(2, images.flatten(2).long()).view_as(images)
+
+
+def luma(images: Tensor) -> Tensor:
+    """`convert("L")`: ITU-R 601 luma in 16-bit fixed point, uint8 `[N, 1, H, W]`."""
+    red, green, blue = images.to(torch.float32).split(1, dim=1)
+    # Sums stay below 2**24, so float32 is exact here.
+    return (red * 19595).add_(green * 38470).add_(blue * 7471).add_(0x8000).mul_(2.0**-16).to(torch.uint8)
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """The luma in all three channels."""
+    return luma(images).repeat(1, 3, 1, 1)
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """`ImageEnhance.Brightness`: blends with black. Factor 0 is black, 1 the image."""
+    return _blend(0.0, images, factor)
+
+
+def color(images: Tensor, factor: Tensor) -> Tensor:
+    """`ImageEnhance.Color` (saturation): blends with the image's luma. Factor 0 is grey, 1 the image."""
+    return _blend(luma(images).to(torch.float32), images, factor)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """`ImageEnhance.Contrast`: blends with the rounded mean of the image's luma. Factor 0 is flat, 1 the image."""
+    pixels = images.shape[2] * images.shape[3]
+    total = luma(images).flatten(1).sum(1, dtype=torch.int64)
+    mean = (2 * total + pixels).div(2 * pixels, rounding_mode="floor")
+    return _blend(_per_image(mean, images, torch.float32), images, factor)
+
+
+def sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """`ImageEnhance.Sharpness`: blends with `ImageFilter.SMOOTH`. Factor 0 is smooth, 1 the image."""
+    smooth = images.to(torch.float32)
+    rows = smooth[..., :-2] + smooth[..., 1:-1] + smooth[..., 2:]
+    total = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :] + 4 * smooth[..., 1:-1, 1:-1]
+    # (total + 6.5) / 13 is never nearer than 1/26 to an integer: its floor is certain. The border is not filtered.
+    smooth[..., 1:-1, 1:-1] = total.add_(6.5).div_(13).floor_()
+    return _blend(smooth, images, factor)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """`ImageOps.posterize`: keeps the highest `bits` (1 to 8) bits of every value."""
+    return images & _per_image(256 - 2 ** (8 - bits), images, torch.uint8)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """`ImageOps.solarize`: inverts the values from `threshold` (0 to 256) on."""
+    return torch.where(images.to(torch.int16) < _per_image(threshold, images, torch.int16), images, 255 - images)
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """`ImageOps.autocontrast`: stretches each channel to 0..255."""
+    flat = images.flatten(2)
+    low, high = flat.amin(2, keepdim=True).to(torch.float64), flat.amax(2, keepdim=True).to(torch.float64)
+    ramp = torch.arange(256, device=images.device, dtype=torch.float64)
+    # Pillow's order of double operations decides where the truncation falls. A flat channel stays as it is.
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
+    table = torch.where(high > low, ramp * scale + -low * scale, ramp)
+    return _lookup(images, table.clamp_(0, 255).to(torch.uint8))
+
+
+def equalize(images: Tensor) -> Tensor:
+    """`ImageOps.equalize`: flattens each channel's histogram."""
+    channels = images.shape[0] * 3
+    bins = images.reshape(channels, -1).long() + 256 * torch.arange(channels, device=images.device)[:, None]
+    histogram = torch.zeros(channels * 256, dtype=torch.int32, device=images.device)
+    histogram.scatter_add_(0, bins.flatten(), histogram.new_ones(1).expand(bins.numel()))
+    histogram = histogram.view(-1, 3, 256)
+    last = histogram.gather(2, images.flatten(2).amax(2, keepdim=True).long())
+    step = (images.shape[2] * images.shape[3] - last).div(255, rounding_mode="floor")
+    below = histogram.cumsum(2, dtype=torch.int32) - histogram
+    table = (below + step.div(2, rounding_mode="floor")).div(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
+    ramp = torch.arange(256, device=images.device, dtype=torch.int32)
+    return _lookup(images, torch.where(step > 0, table, ramp).to(torch.uint8))
+
+
+@lru_cache(maxsize=8)
+def _hsv_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pillow's hue and saturation bytes, tabulated: its mixture of float and double decides each truncation.
+
+    Returns:
+        The hue by sector (which channel is largest), difference of the two other channels in cyclic order (+ 256) and
+        chroma, uint8 `[3 * 512 * 256]`; the saturation by chroma and value, uint8 `[256 * 256]`.
+    """
+    value = torch.arange(256, dtype=torch.float32)
+    chroma = value.clamp(min=1)
+    difference = torch.arange(-256, 256, dtype=torch.float32)[:, None]
+    # How far the two other channels lie below the largest, in units of the chroma: one of the two is the smallest.
+    first = (chroma - difference.clamp(min=0)) / chroma
+    second = (chroma + difference.clamp(max=0)) / chroma
+    sectors = torch.stack([(second - first).double(), 2 + second.double() - first, 4 + second.double() - first]).float()
+    hue = torch.fmod(sectors.double() / 6 + 1, 1).float().double() * 255
+    hue[..., 0] = 0
+    saturation = (value[:, None] / chroma).double() * 255
+    hue, saturation = (table.clamp(0, 255).to(torch.uint8).flatten().to(device) for table in (hue, saturation))
+    return hue, saturation
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by `shift` (whole number) / 255 of the circle in Pillow's HSV, as torchvision's `adjust_hue`."""
+    red, green, blue = images.unbind(1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = (value - torch.minimum(torch.minimum(red, green), blue)).to(torch.int32)
+    hue_table, saturation_table = _hsv_tables(images.device)
+
+    wide_red, wide_green, wide_blue = images.to(torch.int16).unbind(1)
+    entry = torch.where(green == value, wide_blue - wide_red + 512, wide_red - wide_green + 1024)
+    entry = torch.where(red == value, wide_green - wide_blue, entry).add_(256).to(torch.int32).mul_(256).add_(chroma)
+    angle = hue_table.index_select(0, entry.flatten()).view_as(value)
+    angle = (angle + _per_image(shift & 255, images, torch.uint8)[:, 0]).to(torch.float32).mul_(2)  # bytes wrap round
+    saturation = saturation_table.index_select(0, chroma.mul_(256).add_(value).flatten()).view_as(value)
+
+    # Back: on a circle of 510 units a channel is full within 85 of its own hue (0, 170, 340), then falls off over 85:
+    # round(value * (1 - saturation / 255 * fall / 85)). Whole numbers below 2**24, and never a tie: float32 is exact.
+    saturation, full = saturation.to(torch.float32), value.to(torch.float32)
+    result = torch.empty_like(images)
+    falls = ((angle - 255).abs_().neg_().add_(170), (angle - 170).abs_().sub_(85), (angle - 340).abs_().sub_(85))
+    for channel, fall in enumerate(falls):
+        share = fall.clamp_(0, 85).mul_(saturation).neg_().add_(255 * 85).mul_(full)
+        result[:, channel] = share.add_(255 * 85 / 2).mul_(1 / (255 * 85))
+    return result

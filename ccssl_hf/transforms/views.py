@@ -1,0 +1,284 @@
+"""The weak, strong and contrastive views of a batch, random for each image by counters, with PIL's results.
+
+As in a PIL pipeline, an image is uint8 between any two operations. All random numbers come from `sampling.uniform`, one
+row for each draw and view, and are drawn on the CPU: which image gets which operation is known there, so that nothing
+waits for the accelerator. A view depends on its image, seed, stream and draw alone, not on the batch around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from ccssl_hf.sampling import uniform
+from ccssl_hf.transforms import geometry, ops
+from ccssl_hf.transforms.settings import CONTRASTIVE, CROP_TRIES, Column, View, ViewSettings
+
+RANDAUGMENT_OPS = (
+    "autocontrast",
+    "equalize",
+    "identity",
+    "brightness",
+    "color",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "rotate",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
+"""RandAugment's ops, in the order in which the random number for the op counts them."""
+
+_JITTER_ORDERS = torch.tensor(list(permutations(range(4))))
+
+
+def _random(view: View, settings: ViewSettings, seed: int, stream: int, draws: Tensor) -> Tensor:
+    """The numbers of `Column`, float64 `[N, columns]` on the CPU: a product with a small integer is then exact."""
+    columns = Column.RANDAUGMENT + 4 * settings.randaugment_ops
+    return uniform(seed, 16 * stream + view, draws.cpu(), columns).to(torch.float64)
+
+
+def _is_simclr(view: View, settings: ViewSettings) -> bool:
+    return view == CONTRASTIVE and settings.contrastive == "simclr"
+
+
+def crop_boxes(
+    view: View, settings: ViewSettings, *, seed: int, stream: int, draws: Tensor, heights: Tensor, widths: Tensor
+) -> Tensor:
+    """The boxes of random resized crops: torchvision's `RandomResizedCrop`, ten tries and then a central crop.
+
+    A worker that cuts a view out of a large image itself takes the box from here, calls
+    `image.crop((left, top, left + width, top + height)).resize((size, size), BILINEAR)` and hands the result to
+    `make_view` with `cropped=True`; the view is then the same as one made from the whole image.
+
+    Args:
+        view: Which view.
+        settings: Its settings.
+        seed: The run's seed.
+        stream: `sampling.LABELED` or `sampling.UNLABELED`.
+        draws: int64 `[N]`.
+        heights: Of the images, in pixels, int64 `[N]`.
+        widths: Likewise.
+
+    Returns:
+        top, left, height, width in pixels, int64 `[N, 4]` on the CPU.
+
+    Raises:
+        ValueError: If the view is not made by a resized crop.
+    """
+    simclr = _is_simclr(view, settings)
+    if settings.weak_crop == "pad" and not simclr:
+        raise ValueError(
+            f"weak_crop='pad' makes the {View(view).name.lower()} view without a box: use weak_crop='resized'."
+        )
+    random = _random(view, settings, seed, stream, draws)
+    tries = random[:, Column.CROP_TRIES : Column.CROP_TRIES + 2 * CROP_TRIES]
+    heights, widths = heights.cpu().long(), widths.cpu().long()
+    low, high = settings.contrastive_crop_scale if simclr else settings.crop_scale
+    area = (heights * widths)[:, None] * (low + (high - low) * tries[:, 0::2])
+    least, most = torch.tensor(settings.crop_ratio, dtype=torch.float64)
+    ratio = (least.log() + (most.log() - least.log()) * tries[:, 1::2]).exp()
+    tried = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=2).long()
+    limits = torch.stack([heights, widths], dim=1)
+    fits = ((tried > 0) & (tried <= limits[:, None])).all(2)
+    # Whatever image has another shape than a crop may have keeps its shorter side.
+    central = torch.stack([(widths / least).round(), (heights * most).round()], dim=1).long()
+    central = torch.minimum(central, limits)
+    first = fits.to(torch.int8).argmax(1)
+    side = torch.where(fits.any(1)[:, None], tried[torch.arange(len(first)), first], central)
+    room = limits - side
+    placed = (random[:, Column.TOP : Column.LEFT + 1] * (room + 1)).long()
+    return torch.cat([torch.where(fits.any(1)[:, None], placed, room // 2), side], dim=1)
+
+
+def _crop_and_flip(
+    images: Tensor, random: Tensor, settings: ViewSettings, boxes: Tensor | None, cropped: bool
+) -> Tensor:
+    """The geometry of a view: a resized crop where there are boxes, otherwise a padded one."""
+    mirror = (random[:, Column.FLIP] < 0.5) & settings.horizontal_flip
+    if cropped:
+        return geometry.flip(images, mirror)
+    if boxes is not None:
+        return geometry.resized_crop(images, boxes, size=settings.image_size, mirror=mirror)
+    pad = settings.image_size // 8
+    top, left = (random[:, Column.TOP : Column.LEFT + 1] * (2 * pad + 1)).long().unbind(1)
+    return geometry.reflect_crop(images, top, left, pad=pad, mirror=mirror)
+
+
+def _apply(images: Tensor, chosen: Tensor, op: Callable[..., Tensor], *parameters: Tensor) -> None:
+    """Replaces the images at the `chosen` (bool `[N]`, on the CPU) by what `op` makes of them."""
+    indices = chosen.nonzero().flatten()
+    for part in geometry.chunks(len(indices), images[:1].numel(), images.device):
+        index = indices[part]
+        there = index.to(images.device, non_blocking=True)
+        result = op(images.index_select(0, there), *(parameter[index] for parameter in parameters))
+        images.index_copy_(0, there, result)
+
+
+def _affine_matrices(names: dict[str, Tensor], magnitude: Tensor, sign: Tensor, size: int) -> Tensor:
+    """RandAugment's five geometric ops as matrices for `geometry.affine`, float64 `[N, 6]`; other ops: identity."""
+    matrices = geometry.affine_matrices(len(magnitude))
+    share = sign * (0.3 * magnitude.to(torch.float64) / 10)
+    degrees = sign * (30 * magnitude // 10)
+    matrices = torch.where(names["rotate"][:, None], geometry.rotation_matrices(degrees, size, size), matrices)
+    for name, entry, value in (
+        ("shear_x", 1, share),
+        ("shear_y", 3, share),
+        ("translate_x", 2, (share * size).trunc()),
+        ("translate_y", 5, (share * size).trunc()),
+    ):
+        matrices[:, entry] = torch.where(names[name], value, matrices[:, entry])
+    return matrices
+
+
+def _randaugment_choices(random: Tensor, number: int, settings: ViewSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which op comes as `number`, its magnitude, whether it is applied, and its sign, all `[N]`."""
+    op, magnitude, applied, sign = random[:, Column.RANDAUGMENT + 4 * number :][:, :4].unbind(1)
+    op = (op * len(RANDAUGMENT_OPS)).long()
+    magnitude = 1 + (magnitude * (settings.randaugment_magnitude - 1)).long()
+    return op, magnitude, applied < 0.5, torch.where(sign < 0.5, -1, 1)
+
+
+def _randaugment(images: Tensor, random: Tensor, settings: ViewSettings) -> None:
+    """RandAugment as FixMatch uses it, in place: ops drawn with replacement, each applied with probability 0.5."""
+    for number in range(settings.randaugment_ops):
+        op, magnitude, applied, sign = _randaugment_choices(random, number, settings)
+        chosen = {name: (op == code) & applied for code, name in enumerate(RANDAUGMENT_OPS)}
+
+        _apply(images, chosen["autocontrast"], ops.autocontrast)
+        _apply(images, chosen["equalize"], ops.equalize)
+        factor = 0.05 + 0.9 * magnitude.to(torch.float64) / 10
+        _apply(images, chosen["brightness"], ops.brightness, factor)
+        _apply(images, chosen["color"], ops.color, factor)
+        _apply(images, chosen["contrast"], ops.contrast, factor)
+        _apply(images, chosen["sharpness"], ops.sharpness, factor)
+        _apply(images, chosen["posterize"], ops.posterize, 4 + 4 * magnitude // 10)
+        _apply(images, chosen["solarize"], ops.solarize, 256 - 256 * magnitude // 10)
+        matrices = _affine_matrices(chosen, magnitude, sign, settings.image_size)
+        moved = applied & (op >= RANDAUGMENT_OPS.index("rotate"))
+        _apply(images, moved, geometry.affine, matrices)
+
+
+def _jitter(images: Tensor, random: Tensor, settings: ViewSettings) -> None:
+    """torchvision's `ColorJitter` and `RandomGrayscale` on PIL images, in place; the order of the four is random."""
+    applied = random[:, Column.JITTER] < settings.jitter_probability
+    order = _JITTER_ORDERS[(random[:, Column.JITTER_ORDER] * len(_JITTER_ORDERS)).long()]
+    steps: list[tuple[Callable[..., Tensor], Tensor]] = []
+    for op, column, strength in zip(
+        (ops.brightness, ops.contrast, ops.color),
+        (Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION),
+        settings.jitter[:3],
+        strict=True,
+    ):
+        low = max(0.0, 1 - strength)
+        steps.append((op, low + (1 + strength - low) * random[:, column]))
+    turn = settings.jitter[3] * (2 * random[:, Column.HUE] - 1)
+    steps.append((ops.hue, (turn * 255).long()))  # truncated, as torchvision does
+    for position in range(4):
+        for number, (op, parameter) in enumerate(steps):
+            _apply(images, applied & (order[:, position] == number), op, parameter)
+    _apply(images, random[:, Column.GRAYSCALE] < settings.grayscale_probability, ops.grayscale)
+
+
+def _cutout(images: Tensor, random: Tensor, settings: ViewSettings) -> Tensor:
+    """A grey square, its centre uniform over the image, clipped at the borders.
+
+    It is `cutout_size` wide. The authors' square is one pixel wider, as `ImageDraw` counts the last one in, and is
+    moved instead of clipped where it leaves the image at the top or left.
+    """
+    centre = random[:, Column.CUTOUT_TOP : Column.CUTOUT_LEFT + 1] * settings.image_size
+    top, left = (centre - settings.cutout_size / 2).floor().long().unbind(1)
+    return geometry.cutout(images, top, left, size=settings.cutout_size)
+
+
+def make_view(
+    images: Tensor, view: View, settings: ViewSettings, *, seed: int, stream: int, draws: Tensor, cropped: bool = False
+) -> Tensor:
+    """One view of each image.
+
+    Weak: crop and flip. Strong: crop and flip, RandAugment, a grey square. Contrastive, "simclr": resized crop and
+    flip, colour jitter, grey; "randaugment": as strong, with random numbers of its own.
+
+    Args:
+        images: uint8 `[N, 3, H, W]` on any device, unchanged.
+        view: Which view.
+        settings: Its settings, with image side `S`.
+        seed: The run's seed.
+        stream: `sampling.LABELED` or `sampling.UNLABELED`.
+        draws: int64 `[N]`, best on the CPU.
+        cropped: Whether the images are already crops of the boxes from `crop_boxes`, `[N, 3, S, S]`.
+
+    Returns:
+        uint8 `[N, 3, S, S]`.
+
+    Raises:
+        ValueError: If images or draws have another type or shape.
+    """
+    _check(images, view, settings, draws, cropped)
+    random = _random(view, settings, seed, stream, draws)
+    simclr = _is_simclr(view, settings)
+    boxes = None
+    if not cropped and (simclr or settings.weak_crop == "resized"):
+        height, width = (torch.full((len(images),), side) for side in images.shape[2:])
+        boxes = crop_boxes(view, settings, seed=seed, stream=stream, draws=draws, heights=height, widths=width)
+    result = _crop_and_flip(images, random, settings, boxes, cropped)
+    if simclr:
+        _jitter(result, random, settings)
+    elif view != View.WEAK:
+        _randaugment(result, random, settings)
+        if settings.cutout_size:
+            result = _cutout(result, random, settings)
+    return result
+
+
+def _check(images: Tensor, view: View, settings: ViewSettings, draws: Tensor, cropped: bool) -> None:
+    side, shape = settings.image_size, tuple(images.shape)
+    if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3:
+        raise ValueError(f"Images are {images.dtype} {list(shape)}: give uint8 [N, 3, H, W], values 0 to 255.")
+    if draws.shape != shape[:1] or draws.dtype != torch.int64:
+        raise ValueError(f"Draws are {draws.dtype} {list(draws.shape)} for {shape[0]} images: give int64 [{shape[0]}].")
+    if view not in tuple(View):
+        raise ValueError(f"There is no view {view!r}: use View.WEAK, View.STRONG or View.CONTRASTIVE.")
+    if shape[2:] != (side, side):
+        if cropped:
+            raise ValueError(f"Images cropped before are {shape[2]}x{shape[3]}: resize them to {side}x{side}.")
+        if settings.weak_crop == "pad" and not _is_simclr(view, settings):
+            raise ValueError(
+                f"weak_crop='pad' needs images of {side}x{side} pixels, these are {shape[2]}x{shape[3]}: "
+                "resize them first, or use weak_crop='resized'."
+            )
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(settings: ViewSettings, standard: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(settings.mean if standard else (0.0,) * 3, dtype=torch.float64)
+    std = torch.tensor(settings.std if standard else (1.0,) * 3, dtype=torch.float64)
+    scale, shift = (value.float().view(1, 3, 1, 1).to(device) for value in (1 / (255 * std), -mean / std))
+    return scale, shift
+
+
+def normalize(images: Tensor, settings: ViewSettings, *, view: View, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(value / 255 - mean) / std, computed in float32.
+
+    Args:
+        images: uint8 `[N, 3, S, S]`.
+        settings: Holds mean and std; with `normalize_contrastive=False` the contrastive view is only scaled to 0..1.
+        view: Which view this is.
+        dtype: Of the result.
+
+    Returns:
+        `[N, 3, S, S]` in channels_last memory format.
+    """
+    standard = view != CONTRASTIVE or settings.normalize_contrastive
+    scale, shift = _scale_and_shift(settings, standard, images.device)
+    result = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+    for part in geometry.chunks(len(images), images[:1].numel(), images.device):
+        result[part] = images[part].to(torch.float32).mul_(scale).add_(shift)
+    return result

@@ -1,0 +1,191 @@
+"""Wide ResNets for small images, registered with timm. Self-contained: copied into published folders that need it.
+
+The networks that semi-supervised learning is measured with (Zagoruyko and Komodakis, "Wide Residual Networks", BMVC
+2016, arXiv 1605.07146, as FixMatch and CCSSL use them): pre-activation, LeakyReLU 0.1, BatchNorm momentum 0.001. With
+this file imported, `timm.create_model("wide_resnet28_2_cifar")` works, and so does everything that builds on timm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from torch import Tensor, nn
+from transformers import TimmWrapperForImageClassification, TimmWrapperModel
+
+BATCH_NORM_MOMENTUM = 0.001
+"""Running statistics move this little because evaluation uses averaged weights."""
+
+LEAKY_RELU_SLOPE = 0.1
+
+
+class WideBlock(nn.Module):
+    """Two 3x3 convolutions, each after BatchNorm and LeakyReLU, and a shortcut.
+
+    A block that changes the width (or the resolution) differs from the printed one, as in the code that published
+    results come from: in the first stage the shortcut starts behind the first activation, and in later stages neither
+    branch passes `bn1`. There `bn1` takes no part; it stays, frozen, so that weights of that code load key by key.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, *, stride: int, first_stage: bool) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_chs, momentum=BATCH_NORM_MOMENTUM)
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_chs, momentum=BATCH_NORM_MOMENTUM)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False)
+        self.act = nn.LeakyReLU(LEAKY_RELU_SLOPE, inplace=True)
+        changes = stride != 1 or in_chs != out_chs
+        self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False) if changes else None
+        self.uses_bn1 = first_stage or not changes
+        # A parameter that never gets a gradient stops DistributedDataParallel, so it must not ask for one.
+        self.bn1.requires_grad_(self.uses_bn1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(x)) if self.uses_bn1 else x
+        residual = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv2(self.act(self.bn2(self.conv1(out))))
+        return out + residual
+
+
+def init_weights(module: nn.Module) -> None:
+    """He initialisation (fan out) of convolutions, Xavier of linear layers, as FixMatch's PyTorch versions do it."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class WideResNetCifar(nn.Module):
+    """A Wide ResNet with timm's interface.
+
+    Args:
+        depth: Layers with weights along the longest path: `stages * (2 * blocks + 1) + 1`.
+        width: Widening factor `k`; stage `s` (from 0) has `16 * k * 2**s` channels.
+        stages: Stages of blocks; each but the first halves the resolution.
+        first_stride: Stride of the first stage.
+        num_classes: Outputs of the classifier; 0 for none.
+        in_chans: Channels of the images.
+        global_pool: timm's name of the pooling before the classifier.
+        bn_momentum: Share of a batch in BatchNorm's running statistics. The published 0.001 needs thousands of steps to
+            forget the initial ones; a run of hundreds wants 0.1.
+    """
+
+    def __init__(
+        self,
+        depth: int = 28,
+        width: int = 2,
+        stages: int = 3,
+        first_stride: int = 1,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        bn_momentum: float = BATCH_NORM_MOMENTUM,
+    ) -> None:
+        super().__init__()
+        blocks, remainder = divmod(depth - 1 - stages, 2 * stages)
+        if remainder or blocks < 1:
+            raise ValueError(f"depth {depth} does not fit {stages} stages: use {stages} * (2 * blocks + 1) + 1.")
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        chs, reduction, layers = 16, 1, []
+        self.feature_info: list[dict[str, Any]] = []
+        for stage in range(stages):
+            out_chs, stride = 16 * width * 2**stage, 2 if stage else first_stride
+            layers.append(
+                nn.Sequential(
+                    *(
+                        WideBlock(
+                            out_chs if block else chs, out_chs, stride=1 if block else stride, first_stage=stage == 0
+                        )
+                        for block in range(blocks)
+                    )
+                )
+            )
+            chs, reduction = out_chs, reduction * stride
+            self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f"stages.{stage}"))
+        self.stages = nn.Sequential(*layers)
+        self.bn1 = nn.BatchNorm2d(chs, momentum=BATCH_NORM_MOMENTUM)
+        self.act = nn.LeakyReLU(LEAKY_RELU_SLOPE, inplace=True)
+        self.num_features = self.head_hidden_size = chs
+        self.global_pool, self.fc = create_classifier(chs, num_classes, pool_type=global_pool)
+        self.apply(init_weights)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = bn_momentum
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier of `num_classes` outputs; the pooling stays unless named."""
+        self.num_classes = num_classes
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type)
+        self.fc.apply(init_weights)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[N, 3, H, W]` to the last feature map, normalised and activated."""
+        return self.act(self.bn1(self.stages(self.conv1(x))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The feature map to logits `[N, num_classes]`, or to pooled features `[N, num_features]`."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg() -> dict[str, Any]:
+    """CIFAR-10's size and channel statistics, which the field uses for these networks; images are not cropped."""
+    cfg: dict[str, Any] = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic")
+    cfg.update(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616), first_conv="conv1", classifier="fc")
+    return cfg
+
+
+default_cfgs = generate_default_cfgs({f"wide_resnet{name}_cifar": _cfg() for name in ("10_1", "28_2", "28_8", "37_2")})
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **shape: int) -> WideResNetCifar:
+    features = dict(out_indices=tuple(range(shape.get("stages", 3))), flatten_sequential=True)
+    return build_model_with_cfg(WideResNetCifar, variant, pretrained, feature_cfg=features, **shape, **kwargs)
+
+
+def wide_resnet10_1_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNetCifar:
+    """Wide ResNet 10-1 (86 thousand parameters with its projection head), for tests and demonstrations."""
+    return _create("wide_resnet10_1_cifar", pretrained, kwargs, depth=10, width=1)
+
+
+def wide_resnet28_2_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNetCifar:
+    """Wide ResNet 28-2 (1.5 million parameters), the field's network for CIFAR-10."""
+    return _create("wide_resnet28_2_cifar", pretrained, kwargs, depth=28, width=2)
+
+
+def wide_resnet28_8_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNetCifar:
+    """Wide ResNet 28-8 (23 million parameters), the field's network for CIFAR-100."""
+    return _create("wide_resnet28_8_cifar", pretrained, kwargs, depth=28, width=8)
+
+
+def wide_resnet37_2_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNetCifar:
+    """Wide ResNet 37-2 (6 million parameters), the field's network for STL-10 (96 px).
+
+    28-2 with a fourth stage, and stride 2 from the first stage on, so 16 pixels become one feature. The blocks are
+    those of the other networks here; the one in USB has biases in its convolutions and BatchNorm epsilon 0.001.
+    """
+    return _create("wide_resnet37_2_cifar", pretrained, kwargs, depth=37, width=2, stages=4, first_stride=2)
+
+
+# A published folder's copy of this file must not replace what the installed package has registered.
+for _entrypoint in (wide_resnet10_1_cifar, wide_resnet28_2_cifar, wide_resnet28_8_cifar, wide_resnet37_2_cifar):
+    if not is_model(_entrypoint.__name__):
+        register_model(_entrypoint)
+
+
+class WideResNetCifarModel(TimmWrapperModel):
+    """What `AutoModel.from_pretrained(folder, trust_remote_code=True)` returns."""
+
+
+class WideResNetCifarForImageClassification(TimmWrapperForImageClassification):
+    """What `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` returns."""

@@ -1,0 +1,205 @@
+"""Supervised training, FixMatch and FixMatch+CCSSL on scikit-learn's digits as an open-set task.
+
+    accelerate launch recipes/train_digits.py [any flag]
+
+Six digits are the classes, four labeled images each. The unlabeled heap holds all ten digits, so two fifths of it are
+of no known class. Each method is trained with several seeds; a seed also chooses which images are labeled. Settings are
+in recipes/configs/digits.yaml and were chosen with `--report_split validation`; the test split is only reported on.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import AutoModelForImageClassification, pipeline, set_seed
+from transformers.utils import logging
+
+from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
+from ccssl_hf.analysis import format_table, plot_confusion_matrix, plot_convergence
+from ccssl_hf.cli import parse_recipe
+from ccssl_hf.metrics import pseudo_label_quality
+
+CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+KNOWN = [str(digit) for digit in range(6)]
+SPLIT_SIZES = {"test": 40, "validation": 25}  # images of each of the ten digits; all else is for training
+LABELS_PER_CLASS = 4
+# What each method changes of the settings; None is "not set".
+METHODS = {
+    "supervised": {
+        "algorithm": "supervised",
+        "lambda_contrast": 0.0,
+        "push_threshold": None,
+        "confidence_threshold": None,
+    },
+    "fixmatch": {"algorithm": "fixmatch", "lambda_contrast": 0.0, "push_threshold": None},
+    "fixmatch_ccssl": {"algorithm": "fixmatch"},
+}
+TITLES = {"supervised": "Supervised", "fixmatch": "FixMatch", "fixmatch_ccssl": "FixMatch + CCSSL"}
+COLUMNS = {
+    "top1": "top-1",
+    "pseudo_label_precision": "pseudo-label precision",
+    "pseudo_label_coverage": "pseudo-label coverage",
+    "auroc": "AUROC known/unknown",
+}
+
+
+@dataclass
+class DemoArguments:
+    """What the demo adds to a run's arguments."""
+
+    backbone: str = field(default="wide_resnet10_1_cifar", metadata={"help": "Name of a timm model."})
+    image_size: int = field(default=16, metadata={"help": "Side of the images in pixels; the originals have 8."})
+    seeds: int = field(default=3, metadata={"help": "Runs of each method."})
+    methods: str = field(default=",".join(METHODS), metadata={"help": "Methods to train, with commas between."})
+    report_split: str = field(
+        default="test", metadata={"help": "Split to report on: test, or validation to choose on."}
+    )
+
+
+def load_splits(seed: int, size: int) -> dict[str, datasets.Dataset]:
+    """Test and validation are the same for every seed; the seed picks the labeled images from the rest."""
+    images, digits = load_digits(return_X_y=True)
+    order = np.random.RandomState(0).permutation(len(digits))
+    rows: dict[str, list[int]] = {"test": [], "validation": [], "labeled": [], "unlabeled": []}
+    for digit in range(10):
+        mine = order[digits[order] == digit]
+        for split, count in SPLIT_SIZES.items():
+            rows[split] += mine[:count].tolist()
+            mine = mine[count:]
+        mine = np.random.RandomState(seed).permutation(mine)
+        count = LABELS_PER_CLASS if str(digit) in KNOWN else 0
+        rows["labeled"] += mine[:count].tolist()
+        rows["unlabeled"] += mine[count:].tolist()
+
+    def dataset(indices: list[int]) -> datasets.Dataset:
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        pictures = [Image.fromarray((images[i].reshape(8, 8) * (255 / 16)).astype(np.uint8)) for i in indices]
+        pictures = [picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
+        columns = {"image": pictures, "label": [str(digits[i]) for i in indices]}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    return {split: dataset(indices) for split, indices in rows.items()}
+
+
+def run(method: str, seed: int, demo: DemoArguments, args: CCSSLTrainingArguments) -> tuple[dict, list, CCSSLTrainer]:
+    """Train one method with one seed. Returns its row of the report, its curve on validation data, and the trainer."""
+    started = time.perf_counter()
+    splits = load_splits(seed, demo.image_size)
+    threshold = args.confidence_threshold
+    args = dataclasses.replace(args, seed=seed, output_dir=str(Path(args.output_dir) / method), **METHODS[method])
+    set_seed(seed)
+    # The published BatchNorm momentum, 0.001, would still hold half of its initial statistics after 500 steps.
+    model = CCSSLForImageClassification.from_timm(
+        demo.backbone, labels=KNOWN, image_size=demo.image_size, bn_momentum=0.1
+    )
+    trainer = CCSSLTrainer(
+        model,
+        args,
+        train_dataset=splits["labeled"],
+        unlabeled_dataset=None if args.algorithm == "supervised" else splits["unlabeled"],
+        eval_dataset=splits["validation"],
+    )
+    trainer.train()
+
+    # Averaged weights at the last step: on the reported split, and as pseudo-labeler of the whole unlabeled heap.
+    metrics = trainer.evaluate(splits[demo.report_split], metric_key_prefix="report")
+    heap = trainer.predict(splits["unlabeled"])
+    probabilities = torch.from_numpy(heap.predictions).softmax(-1)
+    confidences, pseudo_labels = probabilities.max(-1)
+    quality = pseudo_label_quality(
+        pseudo_labels=pseudo_labels, mask=confidences >= threshold, hidden_labels=heap.label_ids
+    )
+    row = {
+        "method": method,
+        "seed": seed,
+        "top1": metrics["report_top1"],
+        "auroc": metrics["report_auroc"],
+        "pseudo_label_precision": quality["precision"],
+        "pseudo_label_coverage": quality["coverage"],
+        "split": demo.report_split,
+        "weights": "EMA",
+        "step": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    curve = [(entry["step"], entry["eval_top1"]) for entry in trainer.state.log_history if "eval_top1" in entry]
+    return row, curve, trainer
+
+
+def load_back(folder: Path, picture: Image.Image, label: str) -> None:
+    """Show that transformers' two ways and timm's read the same model from the folder."""
+    import timm
+
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    classify = pipeline("image-classification", model=str(folder))
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    pixels = transform(picture)[None]
+    with torch.no_grad():
+        answers = {
+            "AutoModelForImageClassification": model(pixel_values=pixels).logits.softmax(-1)[0],
+            "timm": network(pixels).softmax(-1)[0],
+        }
+    names = [model.config.id2label[i] for i in range(len(KNOWN))]
+    scores = {answer["label"]: answer["score"] for answer in classify(picture, top_k=len(KNOWN))}
+    answers["pipeline"] = torch.tensor([scores[name] for name in names])
+    print(f"\nThe model in {folder}, loaded back, on one test image of a {label}:")
+    for name, answer in answers.items():
+        best = int(answer.argmax())
+        print(f"  {name:32} says {names[best]} with confidence {answer[best]:.6f}")
+    reference = answers["timm"]
+    assert all(torch.allclose(answer, reference, atol=1e-6) for answer in answers.values()), "the three disagree"
+    print("  The three agree.")
+
+
+def main() -> None:
+    demo, args = parse_recipe(DemoArguments, CCSSLTrainingArguments, config=CONFIG, description=__doc__)
+    logging.set_verbosity_error()
+    output = Path(args.output_dir)
+    methods = demo.methods.split(",")
+    rows, curves, kept = [], {TITLES[method]: [] for method in methods}, {}
+    for number, (seed, method) in enumerate((s, m) for s in range(demo.seeds) for m in methods):
+        print(f"[{number + 1}/{demo.seeds * len(methods)}] {TITLES[method]}, seed {seed}", flush=True)
+        row, curve, trainer = run(method, seed, demo, args)
+        rows.append(row)
+        curves[TITLES[method]].append(curve)
+        if seed == 0:  # the model that is kept is the first seed's, not the best one's
+            trainer.save_model()
+            kept[method] = trainer
+
+    (output / "report.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    plot_convergence(curves, output / "convergence.png", ylabel="validation top-1 (EMA weights)")
+    print(
+        f"\nDigits {', '.join(KNOWN)} with {LABELS_PER_CLASS} labels each, {args.max_steps} steps, {demo.seeds} seeds."
+    )
+    print(
+        f"EMA weights, last step; top-1 and AUROC on the {demo.report_split} split, the rest on the unlabeled heap.\n"
+    )
+    table = [
+        {"method": TITLES[method]}
+        | {title: [row[key] for row in rows if row["method"] == method] for key, title in COLUMNS.items()}
+        for method in methods
+    ]
+    print(format_table(table, ["method", *COLUMNS.values()]))
+
+    if "fixmatch_ccssl" in kept:
+        splits = load_splits(0, demo.image_size)
+        known = splits[demo.report_split].filter(lambda row: row["label"] in KNOWN)
+        prediction = kept["fixmatch_ccssl"].predict(known)
+        plot_confusion_matrix(
+            prediction.label_ids, prediction.predictions.argmax(-1), KNOWN, output / "confusion_matrix.png"
+        )
+        load_back(output / "fixmatch_ccssl", known[0]["image"], known[0]["label"])
+    print(
+        f"\nWritten to {output}: report.json, convergence.png, confusion_matrix.png and a model folder for each method."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Train on Semi-iNat 2021, or on any data of its shape, with the paper's settings.
+
+    accelerate launch recipes/train_semi_inat.py --labeled L --unlabeled U --validation V [--test T] [any flag]
+
+Each split is an image folder, parquet files, or a data set on the Hub. Settings are in recipes/configs/semi_inat.yaml;
+a flag overrides the file, and `--config mine.yaml` takes another one.
+"""
+
+from pathlib import Path
+
+from ccssl_hf import CCSSLTrainingArguments
+from ccssl_hf.cli import RecipeArguments, parse_recipe, train
+
+CONFIG = Path(__file__).parent / "configs" / "semi_inat.yaml"
+
+if __name__ == "__main__":
+    train(*parse_recipe(RecipeArguments, CCSSLTrainingArguments, config=CONFIG, description=__doc__))

@@ -1,0 +1,179 @@
+"""Pictures are written, say what they should, and leave no state behind; tables line up."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from ccssl_hf import analysis
+from ccssl_hf.metrics import expected_calibration_error
+
+
+def histories(num_seeds: int = 3) -> dict[str, list[list[tuple[int, float]]]]:
+    steps = range(100, 1100, 100)
+    return {
+        "FixMatch": [[(s, s / 2000 + 0.02 * seed) for s in steps] for seed in range(num_seeds)],
+        "FixMatch + CCSSL": [[(s, s / 1500 + 0.02 * seed) for s in steps] for seed in range(num_seeds)],
+    }
+
+
+def some_logits(num_images: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, num_images)
+    return rng.normal(size=(num_images, 6)) + 2 * np.eye(6)[labels], labels
+
+
+def draw(name: str, path) -> None:
+    logits, labels = some_logits()
+    if name == "convergence":
+        analysis.plot_convergence(histories(), path, "Top-1 accuracy, test split, EMA weights")
+    elif name == "confusion":
+        truth = np.concatenate([labels, np.full(9, -1)])
+        analysis.plot_confusion_matrix(truth, np.resize(logits.argmax(1), len(truth)), list("abcdef"), path)
+    elif name == "reliability":
+        analysis.plot_reliability(logits, labels, path)
+    else:
+        analysis.plot_confidence_histogram(np.linspace(0.5, 1, 40), np.linspace(0.1, 0.8, 30), path)
+
+
+NAMES = ["convergence", "confusion", "reliability", "histogram"]
+
+
+def words(path) -> list[str]:
+    """The texts of an SVG picture."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def text_in_svg():
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        yield
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_sharp_not_empty_and_leave_nothing_open(name, tmp_path):
+    path = tmp_path / "figures" / f"{name}.png"
+    before = dict(matplotlib.rcParams)
+    draw(name, path)
+    with Image.open(path) as picture:
+        assert min(picture.size) >= 700
+        assert picture.info["dpi"][0] == pytest.approx(200, abs=1)
+        assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10
+    assert dict(matplotlib.rcParams) == before
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_axis_has_a_name(name, tmp_path, text_in_svg):
+    draw(name, tmp_path / "p.svg")
+    expected = {
+        "convergence": {"Optimizer steps", "Top-1 accuracy, test split, EMA weights"},
+        "confusion": {"Predicted class", "True class (number of images)"},
+        "reliability": {"Confidence (largest softmax probability)", "Accuracy", "Images"},
+        "histogram": {"Confidence (largest softmax probability)", "Share of the images of each kind"},
+    }
+    assert expected[name] <= set(words(tmp_path / "p.svg"))
+
+
+def test_convergence_names_each_method_with_its_final_mean_and_the_band(tmp_path, text_in_svg):
+    analysis.plot_convergence(histories(), tmp_path / "p.svg", "Top-1")
+    texts = words(tmp_path / "p.svg")
+    assert "FixMatch  0.52" in texts and "FixMatch + CCSSL  0.687" in texts
+    assert "Mean of 3 seeds, band: ± one standard deviation" in texts
+    analysis.plot_convergence(histories(1), tmp_path / "one.svg", "Top-1")
+    assert "One seed" in words(tmp_path / "one.svg")
+
+
+def test_convergence_uses_the_steps_that_all_seeds_share():
+    steps, mean, spread = analysis._mean_and_spread("m", [[(1, 0.0), (2, 1.0), (3, 5.0)], [(2, 3.0), (3, 5.0)]])
+    assert steps.tolist() == [2, 3]
+    assert mean.tolist() == [2.0, 5.0]
+    assert spread.tolist() == pytest.approx([np.sqrt(2), 0])
+
+
+@pytest.mark.parametrize("bad", [{}, {"m": []}, {"m": [[(1, 0.5)], [(2, 0.5)]]}, {"m": [[]]}])
+def test_histories_with_nothing_to_draw_are_refused(bad, tmp_path):
+    with pytest.raises(ValueError, match=r"at least one method|share no step"):
+        analysis.plot_convergence(bad, tmp_path / "p.png", "Top-1")
+
+
+def test_labels_are_moved_apart_in_order_and_no_further_than_needed():
+    assert analysis._spread_out([0.0, 1.0, 3.0], gap=0.5) == [0.0, 1.0, 3.0]
+    assert analysis._spread_out([1.0, 1.0], gap=0.5) == pytest.approx([0.75, 1.25])
+    placed = analysis._spread_out([0.9, 0.1, 0.92, 0.91], gap=0.1)
+    assert placed == pytest.approx([0.81, 0.1, 1.01, 0.91])
+
+
+def test_confusion_rows_are_percents_of_the_true_class(tmp_path, text_in_svg):
+    labels, predictions = [0, 0, 0, 0, 1, 1, -1], [0, 0, 0, 1, 1, 1, 0]
+    analysis.plot_confusion_matrix(labels, predictions, ["cat", "dog"], tmp_path / "p.svg")
+    texts = words(tmp_path / "p.svg")
+    assert {"cat (4)", "dog (2)", "no known class (1)"} <= set(texts)
+    assert sorted(text for text in texts if text.isdigit()) == ["100", "100", "25", "75"]
+
+
+@pytest.mark.parametrize("num_classes", [12, 20, 50])
+def test_confusions_of_many_classes_keep_every_name(num_classes, tmp_path, text_in_svg):
+    labels = np.arange(num_classes * 2) % num_classes
+    names = [f"species {i}" for i in range(num_classes)]
+    analysis.plot_confusion_matrix(labels, labels, names, tmp_path / "p.svg")
+    assert {*names, *(f"{name} (2)" for name in names)} <= set(words(tmp_path / "p.svg"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions"), [([0, 1], [0]), ([], []), ([0, 2], [0, 1]), ([0, -2], [0, 1]), ([0, 1], [0, -1])]
+)
+def test_confusions_outside_the_classes_are_refused(labels, predictions, tmp_path):
+    with pytest.raises(ValueError, match=r"labels and predictions|one of the 2 classes"):
+        analysis.plot_confusion_matrix(labels, predictions, ["cat", "dog"], tmp_path / "p.png")
+
+
+def test_reliability_and_histogram_name_their_numbers(tmp_path, text_in_svg):
+    logits, labels = some_logits()
+    analysis.plot_reliability(logits, labels, tmp_path / "r.svg", num_bins=10)
+    error = expected_calibration_error(logits, labels, num_bins=10)
+    assert f"Expected calibration error {error:.3f} (10 bins)" in words(tmp_path / "r.svg")
+    analysis.plot_confidence_histogram([0.9, 0.8], [0.1, 0.85], tmp_path / "h.svg")
+    texts = words(tmp_path / "h.svg")
+    assert "AUROC 0.750 (1: told apart, 0.5: not at all)" in texts and "No known class (2 images)" in texts
+
+
+@pytest.mark.parametrize("bad", [([], [0.5]), ([0.5], [1.5]), ([0.5], [float("nan")])])
+def test_confidences_that_are_none_are_refused(bad, tmp_path):
+    with pytest.raises(ValueError, match="confidences in"):
+        analysis.plot_confidence_histogram(*bad, tmp_path / "p.png")
+
+
+ROWS = [
+    {"method": "FixMatch", "top1": [0.94, 0.95, 0.96], "steps": 600, "ece": 0.0213},
+    {"method": "CC|SSL", "top1": np.array([0.9]), "ece": None},
+]
+
+
+def test_a_plain_table_lines_up():
+    assert analysis.format_table(ROWS, ["method", "top1", "steps", "ece"]).splitlines() == [
+        "method             top1  steps    ece",
+        "--------  -------------  -----  -----",
+        "FixMatch  0.950 ± 0.010    600  0.021",
+        "CC|SSL            0.900      –      –",
+    ]
+
+
+def test_a_markdown_table_escapes_bars_and_aligns_numbers():
+    assert analysis.format_table(ROWS, ["method", "top1"], digits=2, markdown=True).splitlines() == [
+        "| method   |        top1 |",
+        "| -------- | ----------: |",
+        "| FixMatch | 0.95 ± 0.01 |",
+        "| CC\\|SSL  |        0.90 |",
+    ]
+
+
+def test_a_table_without_columns_is_refused():
+    with pytest.raises(ValueError, match="column"):
+        analysis.format_table(ROWS, [])
