@@ -95,7 +95,7 @@ def plain_config(model: CCSSLForImageClassification) -> dict[str, Any]:
         "model_args": config.model_args or {},
         "pretrained_cfg": cfg,
     }
-    if _is_ours(config.architecture):
+    if is_own_backbone(config.architecture):
         module = Path(wide_resnet_cifar.__file__).stem
         content["auto_map"] = {
             "AutoModel": f"{module}.{wide_resnet_cifar.WideResNetCifarModel.__name__}",
@@ -106,7 +106,8 @@ def plain_config(model: CCSSLForImageClassification) -> dict[str, Any]:
     return content
 
 
-def _is_ours(architecture: str) -> bool:
+def is_own_backbone(architecture: str) -> bool:
+    """Whether timm lacks this backbone, so that a folder brings its code along."""
     return architecture in wide_resnet_cifar.default_cfgs
 
 
@@ -141,7 +142,7 @@ def save_checkpoint(
     backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     save_tensors(folder / WEIGHTS_FILE, backbone)
     _save_json(folder / CONFIG_FILE, plain_config(model))
-    if _is_ours(model.config.architecture):
+    if is_own_backbone(model.config.architecture):
         source = Path(wide_resnet_cifar.__file__)
         shutil.copyfile(source, folder / source.name)
     if with_head:

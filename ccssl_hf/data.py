@@ -94,6 +94,11 @@ def _load_from_hub(source: str, role: str) -> datasets.Dataset:
         ) from error
 
 
+def name_of(dataset: datasets.Dataset) -> str:
+    """What the data set calls itself, where it does."""
+    return dataset.info.dataset_name or dataset.info.builder_name or "in-memory"
+
+
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -322,7 +327,7 @@ class ImageFiles:
                     view, settings, seed=seed, stream=stream, draws=torch.tensor([number]), heights=height, widths=width
                 )
                 top, left, h, w = boxes[0].tolist()
-                crop = image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+                crop = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
                 out[i, v] = _to_tensor(crop)
         return out
 
@@ -330,7 +335,7 @@ class ImageFiles:
 # ------------------------------------------------------------------------------------------------------------- datasets
 
 
-class PairedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Labeled and unlabeled images of one batch at a time; its index is a `PairedIndices`.
 
     A batch holds `labeled_images`, `labels [B]`, `labeled_draws [B]` and, with unlabeled data, `unlabeled_images`,
@@ -379,17 +384,18 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             return images.read(index)
         return images.read(index, draw, views, self.settings, seed=self.seed, stream=stream)
 
-    def __getitems__(self, batch: PairedIndices) -> dict[str, Tensor]:
+    def __getitems__(self, batch: PairedIndices) -> dict[str, Any]:
         """The whole batch at once: torch's loader calls this instead of `__getitem__`, once per batch."""
-        out = {
+        out: dict[str, Any] = {
             "labeled_images": self._read(self.labeled, batch.labeled_index, batch.labeled_draw, (View.WEAK,), LABELED),
             "labels": self.labels[batch.labeled_index],
-            "labeled_draws": torch.from_numpy(batch.labeled_draw),
+            # Draws stay numpy, and so on the CPU, where random numbers are made: an accelerator need not wait for them.
+            "labeled_draws": batch.labeled_draw,
         }
         if self.unlabeled is not None:
             index, draw = batch.unlabeled_index, batch.unlabeled_draw
             out["unlabeled_images"] = self._read(self.unlabeled, index, draw, self.views, UNLABELED)
-            out["unlabeled_draws"], out["unlabeled_index"] = torch.from_numpy(draw), torch.from_numpy(index)
+            out["unlabeled_draws"], out["unlabeled_index"] = draw, torch.from_numpy(index)
             if self.hidden_labels is not None:
                 out["hidden_labels"] = torch.from_numpy(self.hidden_labels[index])
         return out

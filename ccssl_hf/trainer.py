@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,19 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import data
-from .algorithms import SSLBatch, build_algorithm
+from .algorithms import Algorithm, build_algorithm
 from .checkpoint import load_tensors, save_tensors
 from .distributed import average_batchnorm_buffers
 from .ema import make_ema, swapped_weights
 from .metrics import compute_metrics as default_metrics
-from .modeling import CCSSLForImageClassification, CCSSLOutput
+from .model_card import METRICS, Result, facts_of_run, render_card
+from .modeling import CCSSLForImageClassification
 from .monitor import ProgressBar, StepMonitor
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
-from .sampling import LABELED, UNLABELED, PairedBatchSampler
+from .sampling import PairedBatchSampler
+from .step import forward_views, make_views, unlabeled_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import View, ViewSettings, make_view, normalize
+from .transforms import ViewSettings
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,10 @@ class CCSSLTrainer(Trainer):
         self.algorithm.to(args.device)
         self.ema: ModelEmaV3 | None = make_ema(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names)
+        self.results: dict[str, list[Result]] = {}
+        self.dataset_names: dict[str, str] = {}  # what the card calls the splits, where their own name is not it
+        self.base_model: str | None = None  # what the card calls the weights that training started from
+        self._best_step: int | None = None
         self.add_callback(_UpdateEma(self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -155,7 +162,7 @@ class CCSSLTrainer(Trainer):
         data.check_images(split, role=role, image_column=args.image_column)
         return data.read_labels(split, args.label_column, self.class_names, role=role, allow_unknown=True)
 
-    def _build_algorithm(self, model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> Any:
+    def _build_algorithm(self, model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> Algorithm:
         algorithm = build_algorithm(
             args.algorithm,
             num_classes=len(self.class_names),
@@ -217,7 +224,7 @@ class CCSSLTrainer(Trainer):
                 unlabeled,
                 hidden_labels=self.hidden_labels,
                 image_column=args.image_column,
-                views=self._views_of_unlabeled(),
+                views=unlabeled_views(algorithm),
                 settings=self.settings,
                 seed=args.seed,
                 decode=decode,
@@ -241,10 +248,6 @@ class CCSSLTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
-
-    def _views_of_unlabeled(self) -> tuple[View, ...]:
-        views = (View.WEAK, View.STRONG)
-        return (*views, View.CONTRASTIVE) if self.algorithm.needs_contrastive_view else views
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         name = eval_dataset if isinstance(eval_dataset, str) else "evaluation"
@@ -284,63 +287,22 @@ class CCSSLTrainer(Trainer):
     ) -> Any:
         """The algorithm's loss in training; plain cross-entropy over the known classes in evaluation."""
         if "labeled_images" in inputs:
-            result = self.algorithm(self._forward(model, inputs))
+            views = make_views(
+                inputs, unlabeled_views(self.algorithm), self.settings, seed=self.args.seed, cropped=self._cropped
+            )
+            batch = forward_views(
+                model,
+                views,
+                inputs,
+                with_embeddings=self.algorithm.needs_embeddings,
+                weak_forward=self.args.weak_forward,
+            )
+            result = self.algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
             return result.loss
         logits = model(pixel_values=inputs["pixel_values"]).logits
         loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.UNKNOWN)
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _views(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Normalised views, labeled weak first, then each view of the unlabeled images, `[n, 3, S, S]`."""
-        wanted = [("labeled", LABELED, 0, View.WEAK)]
-        if "unlabeled_images" in inputs:
-            wanted += [("unlabeled", UNLABELED, i, view) for i, view in enumerate(self._views_of_unlabeled())]
-        out = []
-        with torch.no_grad():
-            for split, stream, position, view in wanted:
-                images, draws = inputs[f"{split}_images"], inputs[f"{split}_draws"]
-                if self._cropped:
-                    images = images[:, position]
-                made = make_view(
-                    images, view, self.settings, seed=self.args.seed, stream=stream, draws=draws, cropped=self._cropped
-                )
-                out.append(normalize(made, self.settings, view=view))
-        return out
-
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> SSLBatch:
-        """All views through the network, and its answers by name."""
-        views = self._views(inputs)
-        with_embeddings = self.algorithm.needs_embeddings
-
-        def run(network: nn.Module, chosen: list[Tensor]) -> list[CCSSLOutput]:
-            output = network(pixel_values=torch.cat(chosen), return_embeddings=with_embeddings)
-            return _split(output, [len(view) for view in chosen])
-
-        if self.args.weak_forward == "separate" and len(views) > 1:
-            with torch.no_grad():  # not through DDP, which expects a backward for each forward
-                weak = run(self.model, [views[1]])
-            labeled, *others = run(model, [views[0], *views[2:]])
-            parts = [labeled, *weak, *others]
-        else:
-            parts = run(model, views)
-
-        labeled, unlabeled = parts[0], parts[1:]
-        if not unlabeled:
-            return SSLBatch(logits_labeled=labeled.logits, labels=inputs["labels"])
-        weak_part, strong_part = unlabeled[:2]
-        return SSLBatch(
-            logits_labeled=labeled.logits,
-            labels=inputs["labels"],
-            logits_weak=weak_part.logits,
-            logits_strong=strong_part.logits,
-            embeddings_labeled=labeled.embeddings,
-            embeddings_weak=weak_part.embeddings,
-            embeddings_strong=strong_part.embeddings,
-            embeddings_contrast=unlabeled[2].embeddings if len(unlabeled) > 2 else None,
-            index=inputs["unlabeled_index"],
-            heads=_heads_by_name(labeled, weak_part, strong_part),
-        )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # upstream's estimate is for tokens
@@ -359,6 +321,23 @@ class CCSSLTrainer(Trainer):
             average_batchnorm_buffers(self.ema.module)
         return swapped_weights(self.model, self.ema if self.args.eval_weights == "ema" else None)
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in `transformers.Trainer`; what was measured last on each split goes onto the card."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        split = "validation" if metric_key_prefix == "eval" else metric_key_prefix
+        which = "last" if self._best_step is None else "best"
+        step = self.state.global_step if self._best_step is None else self._best_step
+        named = {
+            name: metrics[f"{metric_key_prefix}_{name}"] for name in METRICS if f"{metric_key_prefix}_{name}" in metrics
+        }
+        self.results[split] = [
+            Result(name, value, split, self.args.eval_weights, step, which, self.args.seed)
+            for name, value in named.items()
+        ]
+        return metrics
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         training = self.model.training
         with self._published_weights():
@@ -374,6 +353,42 @@ class CCSSLTrainer(Trainer):
         with self._published_weights():
             if self.args.should_save:
                 self.model.save_pretrained(folder, state_dict=state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The plain folder and its card; checkpoints of a run go without the card. Pushes where `args.push_to_hub`."""
+        super().save_model(output_dir, _internal_call=True)
+        if not _internal_call:
+            self.create_model_card(folder=output_dir)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(  # upstream's other arguments describe what the card knows by itself
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: list[str] | None = None,
+        limits: str | None = None,
+        folder: str | None = None,
+    ) -> None:
+        """Write README.md into `folder`, by default `args.output_dir`. An error is logged: no run is lost to its card.
+
+        Args:
+            model_name: Hub id, or a title.
+            license: The Hub's identifier, such as `apache-2.0`.
+            tags: Further tags.
+            limits: Known limits of this model, in words.
+            folder: Where to write.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = folder or str(self.args.output_dir)
+        try:
+            name = model_name or self.hub_model_id or Path(folder).name
+            card = render_card(replace(facts_of_run(self, name), license=license, limits=limits))
+            card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(tags or [])]))
+            card.save(Path(folder) / "README.md")
+        except Exception:
+            logger.exception("The model card could not be written; the model is saved. Call create_model_card again.")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -410,6 +425,7 @@ class CCSSLTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
+        self._best_step = self.state.best_global_step
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
 
 
@@ -422,23 +438,6 @@ class _UpdateEma(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
-
-
-def _split(output: CCSSLOutput, sizes: list[int]) -> list[CCSSLOutput]:
-    """The output of each of several concatenated views."""
-    logits = output.logits.split(sizes)
-    embeddings = [None] * len(sizes) if output.embeddings is None else output.embeddings.split(sizes)
-    heads = {name: head.split(sizes) for name, head in (output.heads or {}).items()}
-    return [
-        CCSSLOutput(logits=logits[i], embeddings=embeddings[i], heads={name: parts[i] for name, parts in heads.items()})
-        for i in range(len(sizes))
-    ]
-
-
-def _heads_by_name(*parts: CCSSLOutput) -> dict[str, tuple[Tensor, Tensor, Tensor]] | None:
-    """Each further head's answers for the labeled, weak and strong views."""
-    answers = [part.heads or {} for part in parts]
-    return {name: tuple(answer[name] for answer in answers) for name in answers[0]} or None  # type: ignore[misc]
 
 
 def _already_a_batch(batch: Any) -> Any:
