@@ -7,7 +7,6 @@ threads can draw. The file's ending picks the format.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from numbers import Integral
@@ -265,8 +264,10 @@ def _cell(value: Any, digits: int) -> str:
     if isinstance(value, str | Integral):
         return str(value)
     if isinstance(value, Sequence | np.ndarray):
-        mean = statistics.fmean(value)
-        return f"{mean:.{digits}f} ± {statistics.stdev(value):.{digits}f}" if len(value) > 1 else f"{mean:.{digits}f}"
+        values = np.asarray(value, float)
+        if np.isnan(values).any():  # undefined for a seed, such as the precision of no pseudo labels: so is the mean
+            return "–"
+        return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
     return f"{value:.{digits}f}"
 
 

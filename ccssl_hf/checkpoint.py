@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from . import wide_resnet_cifar
@@ -42,7 +42,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     path = Path(path)
     plain = {key: _plain(tensor) for key, tensor in tensors.items()}
     partial = path.with_name(f"_{path.name}.partial")
-    save_file(plain, partial, metadata={"format": "pt", **(metadata or {})})
+    # Not save_file: what that writes only its owner can read, and a folder is there to be served.
+    partial.write_bytes(save(plain, metadata={"format": "pt", **(metadata or {})}))
     os.replace(partial, path)
 
 

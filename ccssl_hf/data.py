@@ -96,7 +96,7 @@ def _load_from_hub(source: str, role: str) -> datasets.Dataset:
 
 def name_of(dataset: datasets.Dataset) -> str:
     """What the data set calls itself, where it does."""
-    return dataset.info.dataset_name or dataset.info.builder_name or "in-memory"
+    return dataset.info.dataset_name or dataset.info.builder_name or "a data set in memory"
 
 
 # --------------------------------------------------------------------------------------------------------------- checks

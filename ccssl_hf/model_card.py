@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from importlib import metadata, resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -253,6 +254,10 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
 def facts_of_run(trainer: CCSSLTrainer, model_name: str) -> CardFacts:
     """What a trainer knows about its run."""
     args, config = trainer.args, trainer.model.config
@@ -269,8 +274,8 @@ def facts_of_run(trainer: CCSSLTrainer, model_name: str) -> CardFacts:
         backbone=config.architecture,
         labels=trainer.class_names,
         algorithm=args.algorithm,
-        hyperparameters={**trainer.algorithm.hyperparameters, **{name: getattr(args, name) for name in chosen}},
-        datasets={role: trainer.dataset_names.get(role) or name_of(split) for role, split in splits.items()},
+        hyperparameters={**trainer.algorithm.hyperparameters, **{name: _plain(getattr(args, name)) for name in chosen}},
+        datasets={role: name_of(split) for role, split in splits.items()} | trainer.dataset_names,
         base_model=trainer.base_model,
         image_size=trainer.settings.image_size,
         steps=trainer.state.global_step,

@@ -106,10 +106,11 @@ def run(method: str, seed: int, demo: DemoArguments, args: CCSSLTrainingArgument
         unlabeled_dataset=None if args.algorithm == "supervised" else splits["unlabeled"],
         eval_dataset=splits["validation"],
     )
+    trainer.dataset_names = {split: f"digits of scikit-learn, {split} split of train_digits.py" for split in splits}
     trainer.train()
 
     # Averaged weights at the last step: on the reported split, and as pseudo-labeler of the whole unlabeled heap.
-    metrics = trainer.evaluate(splits[demo.report_split], metric_key_prefix="report")
+    metrics = trainer.evaluate(splits[demo.report_split], metric_key_prefix=demo.report_split)
     heap = trainer.predict(splits["unlabeled"])
     probabilities = torch.from_numpy(heap.predictions).softmax(-1)
     confidences, pseudo_labels = probabilities.max(-1)
@@ -119,8 +120,8 @@ def run(method: str, seed: int, demo: DemoArguments, args: CCSSLTrainingArgument
     row = {
         "method": method,
         "seed": seed,
-        "top1": metrics["report_top1"],
-        "auroc": metrics["report_auroc"],
+        "top1": metrics[f"{demo.report_split}_top1"],
+        "auroc": metrics[f"{demo.report_split}_auroc"],
         "pseudo_label_precision": quality["precision"],
         "pseudo_label_coverage": quality["coverage"],
         "split": demo.report_split,

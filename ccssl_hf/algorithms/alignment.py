@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from ..distributed import all_reduce_mean
 
 
+def distribution_alignment(num_classes: int, window: int | None) -> nn.Module:
+    """`DistributionAlignment` over `window` batches; for 0 or None, what changes nothing."""
+    return DistributionAlignment(num_classes, window) if window else nn.Identity()
+
+
 class DistributionAlignment(nn.Module):
     """Divides class probabilities by their mean over the last `window` batches, the present one included.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -75,10 +75,13 @@ class SSLLoss:
 class Algorithm(nn.Module):
     """A semi-supervised algorithm: batch in, loss out. Its state is buffers alone, so that a `state_dict` resumes it.
 
-    A subclass declares its `hyperparameters_class`, what it reads of a batch, and `compute`.
+    A subclass declares its `hyperparameters_class`, its `terms`, what it reads of a batch, and `compute`. The first
+    paragraph of its docstring is the paper: "Title (arXiv 1234.56789)." Facts of the run that it needs besides
+    `num_classes`, of those in `algorithms.SIZES`, are arguments of its constructor.
 
     Attributes:
-        sizes: Facts of the run that the constructor takes by name besides `num_classes`, such as "num_unlabeled".
+        hyperparameters_class: The type of `settings`.
+        terms: Names of the loss terms that `compute` returns.
         needs_unlabeled: Whether it reads unlabeled images.
         needs_contrastive_view: Whether it reads the contrastive view, `embeddings_contrast`.
         needs_embeddings: Whether it reads embeddings at all.
@@ -88,7 +91,7 @@ class Algorithm(nn.Module):
     """
 
     hyperparameters_class: ClassVar[type[Hyperparameters]] = Hyperparameters
-    sizes: ClassVar[tuple[str, ...]] = ()
+    terms: ClassVar[tuple[str, ...]] = ()
     needs_unlabeled: bool = True
     needs_contrastive_view: bool = False
     needs_embeddings: bool = False
@@ -111,6 +114,15 @@ class Algorithm(nn.Module):
     def compute(self, batch: SSLBatch) -> SSLLoss:
         """The algorithm's own loss, without the contrastive one. Floating point arrives as float32 or float64."""
         raise NotImplementedError
+
+    def open_set_score(self, logits: Tensor, heads: Mapping[str, Tensor] | None = None) -> Tensor:
+        """How much each image looks like one of the known classes, `[N]`, in [0, 1]: here, its confidence.
+
+        Args:
+            logits: `[N, C]`.
+            heads: What the further heads say of the same images, by name, where the algorithm has any.
+        """
+        return predict(logits).amax(1)
 
     def forward(self, batch: SSLBatch) -> SSLLoss:
         """The loss of a batch. Running statistics are updated: call it once for each batch that is trained on.
@@ -147,3 +159,19 @@ class Algorithm(nn.Module):
 def predict(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Class probabilities `[N, C]`, sharpened by a temperature below 1, without gradient."""
     return (logits.detach() / temperature).softmax(dim=1)
+
+
+def pseudo_label(probabilities: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `probabilities` `[N, C]` say: confidences, pseudo labels, and a mask of 1 where the threshold is reached.
+
+    Args:
+        probabilities: `[N, C]`.
+        threshold: One for all classes, or one for each, `[C]`.
+
+    Returns:
+        `[N]` each.
+    """
+    confidences, pseudo_labels = probabilities.max(1)
+    if isinstance(threshold, Tensor):
+        threshold = threshold[pseudo_labels]
+    return confidences, pseudo_labels, (confidences >= threshold).to(confidences.dtype)

@@ -1,4 +1,4 @@
-"""FixMatch (https://arxiv.org/abs/2001.07685), with distribution alignment if asked for."""
+"""FixMatch, with distribution alignment if asked for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from ..losses import masked_cross_entropy
-from .alignment import DistributionAlignment
-from .base import Algorithm, SSLBatch, SSLLoss, predict
+from .alignment import distribution_alignment
+from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
 from .hyperparameters import AlignmentWindow, ConfidenceThreshold, Hyperparameters, LambdaU, SharpenTemperature
 
 
@@ -21,27 +21,25 @@ class FixMatchHyperparameters(Hyperparameters):
 
 
 class FixMatch(Algorithm):
-    """What the weak view is confidently taken for is the target of the strong view (equation 4 of the paper).
+    """FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence (arXiv 2001.07685).
 
-    The confidence is that after sharpening and alignment, for the mask as for the contrastive loss.
+    What the weak view is confidently taken for is the target of the strong view (equation 4). The confidence is that
+    after sharpening and alignment, for the mask as for the contrastive loss.
     """
 
     hyperparameters_class = FixMatchHyperparameters
     settings: FixMatchHyperparameters
+    terms = ("loss_x", "loss_u")
 
     def __init__(self, settings: FixMatchHyperparameters, *, num_classes: int) -> None:
         super().__init__(settings, num_classes=num_classes)
-        window = settings.distribution_alignment_window
-        self.alignment = DistributionAlignment(num_classes, window) if window else None
+        self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
 
     def compute(self, batch: SSLBatch) -> SSLLoss:
         settings = self.settings
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
-        probabilities = predict(logits_weak, settings.sharpen_temperature)
-        if self.alignment is not None:
-            probabilities = self.alignment(probabilities)
-        confidences, pseudo_labels = probabilities.max(1)
-        mask = (confidences >= settings.confidence_threshold).to(confidences.dtype)
+        probabilities = self.alignment(predict(logits_weak, settings.sharpen_temperature))
+        confidences, pseudo_labels, mask = pseudo_label(probabilities, settings.confidence_threshold)
 
         loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
         loss_u = masked_cross_entropy(logits=logits_strong, targets=pseudo_labels, mask=mask)

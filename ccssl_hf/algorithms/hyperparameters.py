@@ -57,6 +57,41 @@ AlignmentWindow = Annotated[
     ),
 ]
 
+GraphTemperature = Annotated[float, Spec("Temperature of the similarities between embeddings.", above=0)]
+GraphThreshold = Annotated[
+    float, Spec("Least agreement of two images' pseudo labels that joins them in the graph.", minimum=0, maximum=1)
+]
+LambdaGraph = Annotated[float, Spec("Weight of the loss on the similarities between embeddings.", minimum=0)]
+MemoryBatches = Annotated[int, Spec("Batches whose embeddings the memory bank holds.", minimum=1)]
+SmoothingAlpha = Annotated[
+    float,
+    Spec(
+        "Share of a pseudo label that is the classifier's; the rest comes from the memory bank; 1: no smoothing.",
+        minimum=0,
+        maximum=1,
+    ),
+]
+Momentum = Annotated[
+    float, Spec("Momentum of the running statistics of pseudo labels (not the optimizer's).", minimum=0, maximum=1)
+]
+NSigma = Annotated[float, Spec("How sharply the weight falls below the mean confidence: σ is divided by it.", above=0)]
+ThresholdWarmup = Annotated[
+    bool, Spec("Let the images that are not yet used hold thresholds down in the beginning.")
+]
+UseQuantile = Annotated[bool, Spec("Follow the 0.8 quantile of the batch's confidences instead of their mean.")]
+ClipThreshold = Annotated[bool, Spec("Keep the global threshold at 0.95 or below.")]
+LambdaFairness = Annotated[float, Spec("Weight of the loss that keeps predictions spread over the classes.", minimum=0)]
+OpenThreshold = Annotated[
+    float,
+    Spec(
+        "Least probability of an open-set pseudo label, one of the classes or the outliers, that is trained on.",
+        minimum=0,
+        maximum=1,
+    ),
+]
+LambdaOneVsAll = Annotated[float, Spec("Weight of the one-vs-all loss on labeled images.", minimum=0)]
+LambdaOpen = Annotated[float, Spec("Weight of the open-set loss on unlabeled images.", minimum=0)]
+
 
 class Hyperparameter(NamedTuple):
     """One row of an algorithm's table."""

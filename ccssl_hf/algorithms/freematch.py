@@ -1,0 +1,103 @@
+"""FreeMatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed import all_gather, all_gather_with_gradient, all_reduce_mean
+from ..losses import masked_cross_entropy
+from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
+from .hyperparameters import ClipThreshold, Hyperparameters, LambdaFairness, LambdaU, Momentum, UseQuantile
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeMatchHyperparameters(Hyperparameters):
+    lambda_u: LambdaU = 1.0
+    lambda_fairness: LambdaFairness = 0.01
+    momentum: Momentum = 0.999
+    use_quantile: UseQuantile = False
+    clip_threshold: ClipThreshold = False
+
+
+class FreeMatch(Algorithm):
+    """FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning (arXiv 2205.07246).
+
+    Over all processes' weak views, running means with momentum follow the confidence (τ), the probabilities (p̃ `[C]`)
+    and the distribution of pseudo labels (h̃ `[C]`); each starts at 1/C and is updated before it is used. The threshold
+    of class c is τ · p̃_c / max p̃ (equations 5 to 8). With p̄ and h̄ the mean prediction and the distribution of
+    predicted classes of the strong views that pass it, and ratios made to sum to 1 (equations 9 to 12):
+
+        loss_fairness = −H(p̃ / h̃, p̄ / h̄) = Σ_c (p̃ / h̃)_c · log (p̄ / h̄)_c
+
+    As the authors' code, and not told in the paper: a ratio with a zero below counts as 0, the logarithm is of at least
+    1e-12, and the term is 0 where no image passes. `lambda_fairness` is their default; the paper has 0.01 with the
+    fewest labels and 0.05 otherwise. p̄ and h̄ are over all processes, too.
+    """
+
+    hyperparameters_class = FreeMatchHyperparameters
+    settings: FreeMatchHyperparameters
+    terms = ("loss_x", "loss_u", "loss_fairness")
+    global_threshold: Tensor
+    class_probs: Tensor
+    label_histogram: Tensor
+
+    def __init__(self, settings: FreeMatchHyperparameters, *, num_classes: int) -> None:
+        super().__init__(settings, num_classes=num_classes)
+        self.register_buffer("global_threshold", torch.tensor(1 / num_classes))
+        self.register_buffer("class_probs", torch.full((num_classes,), 1 / num_classes))
+        self.register_buffer("label_histogram", torch.full((num_classes,), 1 / num_classes))
+
+    def compute(self, batch: SSLBatch) -> SSLLoss:
+        settings = self.settings
+        logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
+        probabilities = predict(logits_weak)
+        self._update(probabilities)
+        thresholds = self.global_threshold * self.class_probs / self.class_probs.max()
+        confidences, pseudo_labels, mask = pseudo_label(probabilities, thresholds)
+
+        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
+        loss_u = masked_cross_entropy(logits=logits_strong, targets=pseudo_labels, mask=mask)
+        loss_fairness = self._fairness_loss(logits_strong, mask)
+        return SSLLoss(
+            loss=loss_x + settings.lambda_u * loss_u + settings.lambda_fairness * loss_fairness,
+            terms={"loss_x": loss_x, "loss_u": loss_u, "loss_fairness": loss_fairness},
+            pseudo_labels=pseudo_labels,
+            confidences=confidences,
+            mask=mask,
+        )
+
+    @torch.no_grad()
+    def _update(self, probabilities: Tensor) -> None:
+        confidences, pseudo_labels = probabilities.max(1)
+        histogram = F.one_hot(pseudo_labels, self.num_classes).to(probabilities.dtype)
+        mean, frequency, confidence = all_reduce_mean(
+            torch.cat([probabilities, histogram, confidences[:, None]], dim=1).mean(0)
+        ).split([self.num_classes, self.num_classes, 1])
+        if self.settings.use_quantile:
+            confidence = all_gather(confidences).quantile(0.8)
+        for statistic, value in (
+            (self.class_probs, mean),
+            (self.label_histogram, frequency),
+            (self.global_threshold, confidence.squeeze()),
+        ):
+            statistic.lerp_(value.to(statistic.dtype), 1 - self.settings.momentum)
+        if self.settings.clip_threshold:
+            self.global_threshold.clamp_(max=0.95)
+
+    def _fairness_loss(self, logits: Tensor, mask: Tensor) -> Tensor:
+        probabilities = logits.softmax(1)
+        predicted = F.one_hot(probabilities.argmax(1), self.num_classes)
+        sums = torch.stack([mask @ probabilities, mask @ predicted.to(mask.dtype)])
+        total, counts = all_gather_with_gradient(sums[None]).sum(0)
+        running = _ratio(self.class_probs, self.label_histogram).to(total.dtype)
+        return (running * (_ratio(total, counts) + 1e-12).log()).sum() * (counts.sum() > 0)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """`above / below`, 0 where `below` is, made to sum to 1."""
+    ratio = torch.where(below > 0, above / below.where(below > 0, 1), 0)
+    return ratio / ratio.sum().clamp(min=torch.finfo(ratio.dtype).tiny)

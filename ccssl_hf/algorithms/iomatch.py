@@ -1,0 +1,118 @@
+"""IOMatch, for unlabeled images of which many belong to no class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..losses import masked_cross_entropy
+from .alignment import distribution_alignment
+from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
+from .hyperparameters import (
+    AlignmentWindow,
+    ConfidenceThreshold,
+    Hyperparameters,
+    LambdaOneVsAll,
+    LambdaOpen,
+    LambdaU,
+    OpenThreshold,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IOMatchHyperparameters(Hyperparameters):
+    confidence_threshold: ConfidenceThreshold = 0.95
+    open_threshold: OpenThreshold = 0.5
+    lambda_u: LambdaU = 1.0
+    lambda_one_vs_all: LambdaOneVsAll = 1.0
+    lambda_open: LambdaOpen = 1.0
+    distribution_alignment_window: AlignmentWindow = 128
+
+
+class IOMatch(Algorithm):
+    """IOMatch: Simplifying Open-Set Semi-Supervised Learning with Joint Inliers and Outliers Utilization
+    (arXiv 2308.13168).
+
+    Head "one_vs_all" `[., 2C]` (C negatives, then C positives) says for each class c whether an image is of it, o_c, by
+    a softmax over the pair; head "open" `[., C + 1]` has one more class, the outliers. With aligned probabilities
+    p `[U, C]` of the weak view:
+
+        loss_one_vs_all = mean −log o_y + mean max_{c≠y} −log(1 − o_c)     over labeled images
+        q = (p_1 o_1, ..., p_C o_C, Σ_c p_c (1 − o_c))                     open-set target of the weak view
+        loss_u    = mean 1[max p ≥ τ_p] · 1[Σ_c p_c o_c > 0.5] · H(p, strong view's prediction)
+        loss_open = mean 1[max q ≥ τ_q] · H(q, strong view's open-set prediction)
+
+    τ_p is `confidence_threshold`, τ_q is `open_threshold`. Unlike in the authors' code, the two heads do not share their
+    hidden layer, and loss_open is there from the first step on rather than after an epoch.
+    """
+
+    hyperparameters_class = IOMatchHyperparameters
+    settings: IOMatchHyperparameters
+    terms = ("loss_x", "loss_u", "loss_one_vs_all", "loss_open")
+
+    def __init__(self, settings: IOMatchHyperparameters, *, num_classes: int) -> None:
+        super().__init__(settings, num_classes=num_classes)
+        self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
+        self.heads = {
+            "one_vs_all": lambda features: _head(features, 2 * num_classes),
+            "open": lambda features: _head(features, num_classes + 1),
+        }
+
+    def open_set_score(self, logits: Tensor, heads: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Σ_c p_c o_c `[N]`: the paper's inlier score, without alignment.
+
+        Raises:
+            ValueError: `heads` lacks "one_vs_all".
+        """
+        if heads is None or "one_vs_all" not in heads:
+            raise ValueError("IOMatch scores images by its head 'one_vs_all': pass the model's heads along with logits.")
+        return (predict(logits) * self._inlier_odds(heads["one_vs_all"].detach()).sigmoid()).sum(1)
+
+    def compute(self, batch: SSLBatch) -> SSLLoss:
+        settings = self.settings
+        logits_weak, logits_strong, heads = batch.read("logits_weak", "logits_strong", "heads")
+        labeled_odds, weak_odds, _ = map(self._inlier_odds, heads["one_vs_all"])
+        open_strong = heads["open"][2]
+
+        probabilities = self.alignment(predict(logits_weak))
+        members = probabilities * weak_odds.detach().sigmoid()
+        inlier = members.sum(1)
+        open_targets = torch.cat([members, 1 - inlier[:, None]], dim=1)
+        confidences, pseudo_labels, mask = pseudo_label(probabilities, settings.confidence_threshold)
+        mask = mask * (inlier > 0.5)
+        *_, open_mask = pseudo_label(open_targets, settings.open_threshold)
+
+        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
+        loss_u = masked_cross_entropy(logits=logits_strong, targets=probabilities, mask=mask)
+        loss_one_vs_all = _one_vs_all_loss(labeled_odds, batch.labels)
+        loss_open = masked_cross_entropy(logits=open_strong, targets=open_targets, mask=open_mask)
+        return SSLLoss(
+            loss=loss_x
+            + settings.lambda_u * loss_u
+            + settings.lambda_one_vs_all * loss_one_vs_all
+            + settings.lambda_open * loss_open,
+            terms={"loss_x": loss_x, "loss_u": loss_u, "loss_one_vs_all": loss_one_vs_all, "loss_open": loss_open},
+            pseudo_labels=pseudo_labels,
+            confidences=confidences,
+            mask=mask,
+        )
+
+    def _inlier_odds(self, one_vs_all: Tensor) -> Tensor:
+        """Log odds `[N, C]` that an image is of a class, from `[N, 2C]`."""
+        negative, positive = one_vs_all.split(self.num_classes, dim=1)
+        return positive - negative
+
+
+def _head(features: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, outputs))
+
+
+def _one_vs_all_loss(odds: Tensor, labels: Tensor) -> Tensor:
+    own = F.one_hot(labels, odds.shape[1]).bool()
+    positive = F.softplus(-odds)[own]
+    hardest_negative = F.softplus(odds).masked_fill(own, 0).amax(1)
+    return positive.mean() + hardest_negative.mean()
