@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import yaml
-from transformers import HfArgumentParser
+from timm.models import get_pretrained_cfg
+from transformers import HfArgumentParser, set_seed
 
-from .data import load_split, near_misses, read_class_names
+from .data import load_split, read_class_names
+from .errors import near_misses
 from .modeling import CCSSLForImageClassification
 from .trainer import CCSSLTrainer
 from .training_args import CCSSLTrainingArguments
+
+ROLES = ("labeled", "unlabeled", "validation", "test")
 
 
 @dataclass
@@ -40,6 +47,46 @@ class RecipeArguments:
     )
 
 
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the program with exit code 2 and the sentence of a ValueError or TypeError, which names the fix.
+
+    For what comes before training: an error within training needs its traceback.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if os.environ.get("RANK", "0") == "0":  # one line, not one for each process
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and the lines of the description stay as they are."""
+
+
+class _Parser(HfArgumentParser):
+    """Raises a ValueError instead of printing every flag there is, and reads `none` where a value is optional."""
+
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
+        if settings.get("default") is None and settings.get("type", str) is not str:
+            settings["type"] = _or_none(settings["type"])
+            if "choices" in settings:
+                settings["choices"] = [*settings["choices"], None]
+        return super().add_argument(*flags, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}.")
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = getattr(kind, "__name__", "value")  # argparse names it in errors
+    return read
+
+
 def parse_recipe(
     *types: type,
     config: str | Path | None = None,
@@ -49,39 +96,48 @@ def parse_recipe(
     """Fill dataclasses from a YAML file and the command line; a flag overrides the file.
 
     Args:
-        types: Dataclasses whose fields become flags.
-        config: The YAML file to read where `--config` names none.
+        types: Dataclasses whose fields become flags. `--name none` unsets what the file sets.
+        config: The YAML file to read where `--config` names none: one `name: value` a line, as on the command line.
         arguments: The command line; default `sys.argv[1:]`.
         description: What `--help` says first.
 
     Raises:
-        ValueError: The file can't be read, or a key or flag is unknown.
+        ValueError: The file can't be read, a key or flag is unknown, or a value is none of its type.
     """
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--config", default=config, help="YAML file with defaults for all flags.")
-    chosen, rest = early.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
-    parser = HfArgumentParser(types, parents=[early], description=description)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", default=config, help="YAML file with defaults for all flags")
+    chosen, flags = early.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    parser = _Parser(types, parents=[early], description=description, formatter_class=_Help, allow_abbrev=False)
     known = [f.name for t in types for f in fields(t) if f.init]
     if chosen.config is not None:
-        values = _read_yaml(Path(chosen.config))
-        for key in values:
-            if key not in known:
-                raise ValueError(f"{chosen.config}: unknown key {key!r}.{near_misses(key, known)}")
-        parser.set_defaults(**values)
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(args=rest, return_remaining_strings=True)
+        written, structured = _read_yaml(Path(chosen.config), known)
+        parser.set_defaults(**structured)
+        flags = [*written, *flags]
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        args=flags, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
-        flag = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"Unknown argument {unknown[0]}.{near_misses(flag, known)}")
+        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        raise ValueError(f"Unknown argument {unknown[0]}.{near_misses(name, known)} --help lists all.")
     return tuple(parsed)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file; check the path.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+def _read_yaml(path: Path, known: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The settings of a file: plain ones as flags, so that the same rules read both; lists and dictionaries as such."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+        words = yaml.load(text, yaml.BaseLoader)  # every value as it is written: `no` is no boolean, 1e-3 is a number
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} can't be read ({error}): check the path and the file.") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: write one `name: value` a line.")
-    return values
+    for key in values:
+        if key not in known:
+            raise ValueError(f"--config {path}: unknown key {key!r}.{near_misses(str(key), known)}")
+    structured = {key: value for key, value in values.items() if isinstance(value, (list, dict))}
+    plain = [key for key, value in values.items() if value is not None and key not in structured]
+    return [f"--{key}={words[key]}" for key in plain], structured
 
 
 def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
@@ -92,34 +148,35 @@ def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
     """
     if recipe.labeled is None:
         raise ValueError("--labeled is missing: name the labeled images, a folder, parquet files or a Hub data set.")
-    sources = {role: getattr(recipe, role) for role in ("labeled", "unlabeled", "validation", "test")}
+    sources = {role: getattr(recipe, role) for role in ROLES}
     return {role: load_split(source, role=role) for role, source in sources.items() if source is not None}
 
 
-def train(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> CCSSLTrainer:
-    """Load, build, train, evaluate, save, and publish where asked to: what every recipe does after its settings are
-    read.
+def build_trainer(
+    recipe: RecipeArguments, args: CCSSLTrainingArguments
+) -> tuple[CCSSLTrainer, dict[str, datasets.Dataset]]:
+    """Loads the data and builds the network: all that can go wrong before training does so here.
 
     Args:
         recipe: The data and the backbone. Without a validation split nothing is evaluated during training.
-        args: The run. `resume_from_checkpoint` goes on from a checkpoint folder.
+        args: The run.
 
     Returns:
-        The trainer, after training.
+        The trainer, and the splits by role.
+
+    Raises:
+        ValueError: What was given can't be trained on; the sentence names the fix.
     """
     splits = load_splits(recipe)
     if "validation" not in splits:
-        args.eval_strategy = "no"
-
-    # A timm backbone, its classifier and a projection head.
+        args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
+    set_seed(args.seed)  # the trainer does so too late for the network's initial weights
     model = CCSSLForImageClassification.from_timm(
         recipe.backbone,
         labels=read_class_names(splits["labeled"], args.label_column),
         pretrained=recipe.pretrained,
         image_size=recipe.image_size,
     )
-
-    # Train, from a checkpoint if one is named.
     trainer = CCSSLTrainer(
         model,
         args,
@@ -127,17 +184,25 @@ def train(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> CCSSLTrainer
         unlabeled_dataset=splits.get("unlabeled"),
         eval_dataset=splits.get("validation"),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    # What the card says of them: a Hub data set by its id, a folder by its name.
+    trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}
+    if recipe.pretrained:
+        trainer.base_model = get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone
+    return trainer, splits
 
-    # Evaluate the published weights on what there is.
+
+def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
+    """Trains, from a checkpoint where `args.resume_from_checkpoint` names one, evaluates, saves and publishes.
+
+    Args:
+        trainer: From `build_trainer`.
+        splits: Likewise; the published weights are evaluated on `validation` and `test`, where there are such.
+    """
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_metrics("train", result.metrics)
     for role in ("validation", "test"):
         if role in splits:
             metrics = trainer.evaluate(splits[role], metric_key_prefix=role)
             trainer.log_metrics(role, metrics)
             trainer.save_metrics(role, metrics)
-
-    # Save the plain folder with its card, and publish it.
-    trainer.save_model()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    return trainer
+    trainer.save_model()  # with its card, and to the Hub with push_to_hub

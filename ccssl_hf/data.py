@@ -7,30 +7,38 @@ sample, and the crop of each view is cut from that one image by the worker.
 
 from __future__ import annotations
 
-import difflib
-import io
+import glob
 import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import PIL
 import torch
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .errors import near_misses
 from .sampling import LABELED, UNLABELED, PairedIndices
 from .transforms import View, ViewSettings, crop_boxes
 
 UNKNOWN = -1
 """The label of an image of no known class, in evaluation data and in hidden labels."""
 
+_TEXT = ("string", "large_string")
 
-def near_misses(name: str, known: Sequence[str]) -> str:
-    """` Did you mean ...?` for a misspelt `name`, or nothing."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+CHUNK_BYTES = 1 << 24
+"""Decoded pixels that are held and written at a time: far below the 2 GiB that an Arrow column of bytes can address."""
+
+DECODED_AT_ONCE = 8
+"""Whole images that a worker holds: enough to share the cost of drawing their boxes."""
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -43,60 +51,77 @@ def load_split(source: str, *, role: str) -> datasets.Dataset:
         source: A folder of images (labels are the names of the folders they lie in), a folder, file or glob of parquet,
             or a Hub data set as `user/name` or `user/name:split`.
         role: `labeled`, `unlabeled`, `validation` or `test`. Names the split in errors, and is the split that is taken
-            from a Hub data set that names none (`train` where there is no split of that name). Unlabeled folders lose
+            from a Hub data set where the source names none; for training, `train` will do too. Unlabeled folders lose
             their labels.
 
     Raises:
-        ValueError: `source` is neither readable here nor the name of a data set.
+        ValueError: `source` is neither readable here nor the name of a data set, or lacks that split.
     """
     path = Path(source).expanduser()
     if path.is_dir() and not any(path.glob("*.parquet")):
         return _load_image_folder(path, role)
-    if path.is_dir() or path.suffix == ".parquet" or any(c in source for c in "*?["):
-        files = str(path / "*.parquet") if path.is_dir() else str(path)
-        try:
-            return datasets.load_dataset("parquet", data_files=files, split="train")
-        except FileNotFoundError as error:
-            raise ValueError(f"--{role} {source}: no such parquet file; check the path.") from error
+    if path.is_dir():
+        return _load_parquet(f"{glob.escape(str(path))}/*.parquet", role)
+    if path.suffix == ".parquet":
+        return _load_parquet(glob.escape(str(path)) if path.is_file() else str(path), role)
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(
+            f"--{role} {source}: not a folder or parquet file; give an image folder, parquet files or a Hub data set."
+        )
     return _load_from_hub(source, role)
 
 
 def _load_image_folder(path: Path, role: str) -> datasets.Dataset:
-    # One call per split and explicit files: given a root, `datasets` guesses splits from words such as "test" in paths.
-    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    if not any(p.suffix.lower() in extensions for p in path.rglob("*")):
+    def is_image(file: Path) -> bool:
+        return file.suffix.lower() in ImageFolder.EXTENSIONS
+
+    if not any(map(is_image, path.rglob("*"))):
         raise ValueError(f"--{role} {path}: no images below this folder; point it at a folder that holds image files.")
-    found = datasets.load_dataset(
-        "imagefolder", data_files={"train": [str(path / "**")]}, drop_labels=role == "unlabeled", split="train"
+    unlabeled = role == "unlabeled"
+    stray = [] if unlabeled else sorted(file.name for file in path.iterdir() if is_image(file))
+    if stray:
+        raise ValueError(f"--{role} {path}: {stray[0]} lies in no class folder; sort images as <class>/<image>.")
+    # A pattern of files, not data_dir: from a root, `datasets` guesses splits by words such as "test" in paths.
+    return datasets.load_dataset(
+        "imagefolder",
+        data_files={"train": [f"{glob.escape(str(path))}/**"]},
+        drop_labels=unlabeled,
+        drop_metadata=unlabeled,
+        split="train",
     )
-    if role != "unlabeled" and "label" not in found.column_names:
-        raise ValueError(
-            f"--{role} {path}: its images lie in fewer than two class folders; sort them as <class>/<image>."
-        )
-    return found
+
+
+def _load_parquet(files: str, role: str) -> datasets.Dataset:
+    if not glob.glob(files):
+        raise ValueError(f"--{role} {files}: no such parquet file; check the path.")
+    try:
+        return datasets.load_dataset("parquet", data_files={"train": [files]}, split="train")
+    except (DatasetGenerationError, ValueError) as error:  # Arrow's errors are ValueErrors
+        raise ValueError(f"--{role} {files}: can't be read ({error.__cause__ or error}); write it anew.") from error
 
 
 def _load_from_hub(source: str, role: str) -> datasets.Dataset:
     name, _, split = source.partition(":")
-    if source.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(
-            f"--{role} {source}: no such file or folder; give an image folder, parquet files or a Hub data set."
-        )
     try:
-        if not split:
-            available = datasets.get_dataset_split_names(name)
-            split = role if role in available else "train"
-        return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
+        found = datasets.load_dataset(name)
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
-            f"--{role} {source}: neither a readable path nor a data set that the Hub gave ({type(error).__name__}: "
-            f"{error}); check the spelling, or give an image folder or parquet files."
+            f"--{role} {source}: neither a path here nor a data set from the Hub ({type(error).__name__}: {error}); "
+            "check the spelling and the network, or give an image folder or parquet files."
         ) from error
+    # A run that is evaluated on its own training images by default would look too good.
+    wanted = [split] if split else [role, "train"] if role in ("labeled", "unlabeled") else [role]
+    for name_of_split in wanted:
+        if name_of_split in found:
+            return found[name_of_split]
+    raise ValueError(
+        f"--{role} {source}: no split {wanted[0]!r} in this data set (it has {', '.join(found)}); write {name}:<split>."
+    )
 
 
 def name_of(dataset: datasets.Dataset) -> str:
     """What the data set calls itself, where it does."""
-    return dataset.info.dataset_name or dataset.info.builder_name or "a data set in memory"
+    return dataset.info.dataset_name or dataset.info.builder_name or "in-memory"
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -145,27 +170,32 @@ def read_labels(
     argument = "hidden_label_column" if role == "unlabeled" else "label_column"
     _check_column(dataset, column, role=role, argument=argument)
     feature = dataset.features[column]
-    kind = getattr(feature, "dtype", "")
-    values = dataset.select_columns([column]).with_format("numpy")[:][column]
-    position = {name: i for i, name in enumerate(class_names)}
+    kind = str(getattr(feature, "dtype", ""))
+    values = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
     if isinstance(feature, datasets.ClassLabel):
-        table = np.array([position.get(name, UNKNOWN) for name in feature.names] + [UNKNOWN], np.int64)
-        labels, names = table[values], np.array([*feature.names, "-1"], object)[values]
-    elif kind in ("string", "large_string"):
-        labels, names = np.array([position.get(v, UNKNOWN) for v in values], np.int64), values
+        names, numbers = feature.names, values
+    elif kind in _TEXT:
+        encoded = values.dictionary_encode()
+        names, numbers = encoded.dictionary.to_pylist(), encoded.indices
     elif kind.startswith(("int", "uint")):
-        inside = (values >= 0) & (values < len(class_names))
-        labels = np.where(inside | (values == UNKNOWN), values, UNKNOWN - 1 - inside).astype(np.int64)
-        names = values
+        names, numbers = class_names, values
     else:
         raise ValueError(f"Column {column!r} of the {role} split holds {feature}, not labels: set {argument}.")
-    wrong = labels < (UNKNOWN if allow_unknown else 0)
+
+    numbers = numbers.cast("int64").fill_null(UNKNOWN).to_numpy(zero_copy_only=False)
+    position = {name: index for index, name in enumerate(class_names)}
+    meaning = np.array([*(position.get(name, UNKNOWN) for name in names), UNKNOWN], np.int64)  # the last one: of -1
+    outside = (numbers < UNKNOWN) | (numbers >= len(names))
+    labels = meaning[np.where(outside, UNKNOWN, numbers)]
+    wrong = outside if allow_unknown else labels == UNKNOWN
+    if (labels == UNKNOWN).all():  # names that are all strange are another spelling, or another data set
+        wrong = wrong | (numbers != UNKNOWN)
     if wrong.any():
-        stray = sorted({str(name) for name in np.asarray(names)[wrong]})
+        stray = [names[n] if 0 <= n < len(names) else str(n) for n in np.unique(numbers[wrong])]
         raise ValueError(
             f"{int(wrong.sum())} labels of the {role} split are none of the {len(class_names)} classes "
             f"({', '.join(stray[:5])}{', ...' if len(stray) > 5 else ''}): drop those rows, or build the model with "
-            "their classes in labels=[...]."
+            f"their classes in labels=[...].{near_misses(stray[0], class_names)}"
         )
     return labels
 
@@ -174,91 +204,87 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
     """The classes of the labeled split: a ClassLabel's names, or the sorted distinct strings of a text column.
 
     Raises:
-        ValueError: The column is missing, or holds numbers without names.
+        ValueError: The column is missing, holds numbers without names, or names fewer than two classes.
     """
     _check_column(dataset, column, role="labeled", argument="label_column")
     feature = dataset.features[column]
     if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    if getattr(feature, "dtype", "") in ("string", "large_string"):
-        return sorted(dataset.unique(column))
-    raise ValueError(
-        f"Column {column!r} of the labeled split holds {feature}, which names no classes: cast it with "
-        f"cast_column({column!r}, datasets.ClassLabel(names=[...]))."
-    )
+        names = list(feature.names)
+    elif getattr(feature, "dtype", "") in _TEXT:
+        names = sorted(name for name in dataset.unique(column) if name is not None)
+    else:
+        raise ValueError(
+            f"Column {column!r} of the labeled split holds {feature}, which names no classes: cast it with "
+            f"cast_column({column!r}, datasets.ClassLabel(names=[...]))."
+        )
+    if len(names) < 2:
+        raise ValueError(f"The labeled split names one class alone ({', '.join(names)}): label images of two or more.")
+    return names
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-def _decode(encoded: dict[str, Any]) -> Image.Image:
+def _encoded(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The images alone and undecoded, whatever format the user has set."""
+    return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format(None)
+
+
+def _decode(encoded: dict[str, Any], row: int, role: str) -> Image.Image:
     """An upright RGB image from what `datasets.Image(decode=False)` gives."""
-    source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
-    with Image.open(source) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1)
-
-
-def _unreadable(role: str, row: int, error: Exception) -> ValueError:
-    return ValueError(
-        f"Image {row} of the {role} split can't be decoded ({type(error).__name__}: {error}): drop such rows first "
-        "with ccssl_hf.data.drop_unreadable(dataset)."
-    )
+    try:
+        image = datasets.Image().decode_example(encoded)
+        if image.mode.startswith("I;16"):  # PIL would clip the 16 bits, and leave a white image
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises nearly anything for a broken file
+        raise ValueError(
+            f"Image {row} of the {role} split can't be decoded ({type(error).__name__}: {error}): drop such rows first "
+            "with ccssl_hf.data.drop_unreadable(dataset)."
+        ) from error
 
 
 def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> datasets.Dataset:
     """The rows of `dataset` whose images decode. Reads every image once, with a progress bar."""
 
-    def readable(encoded: dict[str, Any]) -> bool:
-        try:
-            _decode(encoded)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-        ):  # what PIL raises for broken files, UnidentifiedImageError among them
-            return False
-        return True
-
-    kept = dataset.cast_column(image_column, datasets.Image(decode=False)).filter(
-        readable, input_columns=image_column, desc="Checking images"
-    )
-    return kept.cast_column(image_column, datasets.Image())
+    images, kept = _encoded(dataset, image_column), []
+    for row in datasets.utils.tqdm(range(len(images)), desc="Checking images"):
+        with suppress(ValueError):
+            _decode(images[row][image_column], row, "")
+            kept.append(row)
+    return dataset.select(kept)
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def _pixels(batch: dict[str, list[Any]], rows: list[int], *, column: str, size: int, role: str) -> dict[str, Any]:
     """Shorter side to `size`, then the middle square; the image itself where it already has that size."""
-    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-
-
-def _encode_pixels(
-    batch: dict[str, list[Any]], rows: list[int], *, column: str, size: int, role: str
-) -> dict[str, Any]:
-    pixels = []
-    for row, encoded in zip(rows, batch[column], strict=True):
-        try:
-            pixels.append(_to_tensor(_square(_decode(encoded), size)).numpy().tobytes())
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _unreadable(role, row, error) from error
-    return {"pixels": pixels}
+    images = (_decode(encoded, row, role) for row, encoded in zip(rows, batch[column], strict=True))
+    squares = (ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for image in images)
+    return {"pixels": [np.asarray(square).transpose(2, 0, 1).tobytes() for square in squares]}
 
 
 class PixelTable:
-    """All images of a split as uint8 `[3, size, size]`, read from Arrow without a copy of the whole."""
+    """All images of a split as uint8 `[3, size, size]`: one memory-mapped file, which all processes and workers share.
+
+    The file lies in the cache of `datasets`, in a folder `ccssl_hf`, for the next run to find.
+    """
 
     def __init__(self, dataset: datasets.Dataset, *, image_column: str, size: int, role: str) -> None:
         self.size = size
-        encoded = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        encoded = _encoded(dataset, image_column)
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf"
+        cache.mkdir(parents=True, exist_ok=True)
+        rows = max(1, CHUNK_BYTES // (3 * size * size))
         self._dataset = encoded.map(
-            _encode_pixels,
+            _pixels,
             batched=True,
+            batch_size=rows,
+            writer_batch_size=rows,
             with_indices=True,
             fn_kwargs={"column": image_column, "size": size, "role": role},
             remove_columns=[image_column],
             features=datasets.Features({"pixels": datasets.Value("binary")}),
+            # Named here because a data set that lives in memory would have its pixels kept there, too.
+            cache_file_name=str(cache / f"{Hasher.hash([encoded._fingerprint, size, PIL.__version__])}.arrow"),
             desc=f"Decoding {role} images to {size} px",
         )
         self._open()
@@ -295,41 +321,29 @@ class PixelTable:
 class ImageFiles:
     """Encoded images of any size; the crops of all views of a sample are cut from one decoded image."""
 
-    def __init__(self, dataset: datasets.Dataset, *, image_column: str, role: str) -> None:
-        self.role = role
-        self._column = image_column
-        self._dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    def __init__(
+        self, dataset: datasets.Dataset, *, image_column: str, role: str, settings: ViewSettings, seed: int, stream: int
+    ) -> None:
+        self._dataset, self._column, self._role = _encoded(dataset, image_column), image_column, role
+        self._settings, self._seed, self._stream = settings, seed, stream
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def read(
-        self,
-        index: np.ndarray,
-        draw: np.ndarray,
-        views: Sequence[View],
-        settings: ViewSettings,
-        *,
-        seed: int,
-        stream: int,
-    ) -> Tensor:
+    def read(self, index: np.ndarray, draw: np.ndarray, views: Sequence[View]) -> Tensor:
         """One crop for each of `views` of rows `index`, uint8 `[n, len(views), 3, size, size]`."""
-        size = settings.image_size
-        out = torch.empty((len(index), len(views), 3, size, size), dtype=torch.uint8)
-        for i, (row, number) in enumerate(zip(index.tolist(), draw.tolist(), strict=True)):
-            try:
-                image = _decode(self._dataset[row][self._column])
-            except (OSError, ValueError, SyntaxError) as error:
-                raise _unreadable(self.role, row, error) from error
-            height, width = torch.tensor([image.height]), torch.tensor([image.width])
+        size = self._settings.image_size
+        out = np.empty((len(index), len(views), 3, size, size), np.uint8)
+        for part in (slice(i, i + DECODED_AT_ONCE) for i in range(0, len(index), DECODED_AT_ONCE)):
+            images = [_decode(self._dataset[row][self._column], row, self._role) for row in index[part].tolist()]
+            widths, heights = torch.tensor([image.size for image in images]).unbind(1)
+            known: dict[str, Any] = {"draws": torch.from_numpy(draw[part]), "heights": heights, "widths": widths}
             for v, view in enumerate(views):
-                boxes = crop_boxes(
-                    view, settings, seed=seed, stream=stream, draws=torch.tensor([number]), heights=height, widths=width
-                )
-                top, left, h, w = boxes[0].tolist()
-                crop = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
-                out[i, v] = _to_tensor(crop)
-        return out
+                boxes = crop_boxes(view, self._settings, seed=self._seed, stream=self._stream, **known).tolist()
+                for crop, image, (top, left, height, width) in zip(out[part, v], images, boxes, strict=True):
+                    cut = image.crop((left, top, left + width, top + height))
+                    crop[:] = np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        return torch.from_numpy(out)
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets
@@ -364,37 +378,36 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         decode: str,
     ) -> None:
         self.labels, self.hidden_labels = torch.from_numpy(labels), hidden_labels
-        self.views, self.settings, self.seed = tuple(views), settings, seed
+        self.views = tuple(views)
 
-        def reader(dataset: datasets.Dataset, role: str) -> PixelTable | ImageFiles:
+        def reader(dataset: datasets.Dataset, role: str, stream: int) -> PixelTable | ImageFiles:
+            where: dict[str, Any] = {"image_column": image_column, "role": role}
             if decode == "memory":
-                return PixelTable(dataset, image_column=image_column, size=settings.image_size, role=role)
-            return ImageFiles(dataset, image_column=image_column, role=role)
+                return PixelTable(dataset, size=settings.image_size, **where)
+            return ImageFiles(dataset, settings=settings, seed=seed, stream=stream, **where)
 
-        self.labeled = reader(labeled, "labeled")
-        self.unlabeled = None if unlabeled is None else reader(unlabeled, "unlabeled")
+        self.labeled = reader(labeled, "labeled", LABELED)
+        self.unlabeled = None if unlabeled is None else reader(unlabeled, "unlabeled", UNLABELED)
 
     def __len__(self) -> int:
         return len(self.labeled) + (0 if self.unlabeled is None else len(self.unlabeled))
 
     def _read(
-        self, images: PixelTable | ImageFiles, index: np.ndarray, draw: np.ndarray, views: Sequence[View], stream: int
+        self, images: PixelTable | ImageFiles, index: np.ndarray, draw: np.ndarray, views: Sequence[View]
     ) -> Tensor:
-        if isinstance(images, PixelTable):
-            return images.read(index)
-        return images.read(index, draw, views, self.settings, seed=self.seed, stream=stream)
+        return images.read(index) if isinstance(images, PixelTable) else images.read(index, draw, views)
 
     def __getitems__(self, batch: PairedIndices) -> dict[str, Any]:
         """The whole batch at once: torch's loader calls this instead of `__getitem__`, once per batch."""
         out: dict[str, Any] = {
-            "labeled_images": self._read(self.labeled, batch.labeled_index, batch.labeled_draw, (View.WEAK,), LABELED),
+            "labeled_images": self._read(self.labeled, batch.labeled_index, batch.labeled_draw, (View.WEAK,)),
             "labels": self.labels[batch.labeled_index],
             # Draws stay numpy, and so on the CPU, where random numbers are made: an accelerator need not wait for them.
             "labeled_draws": batch.labeled_draw,
         }
         if self.unlabeled is not None:
             index, draw = batch.unlabeled_index, batch.unlabeled_draw
-            out["unlabeled_images"] = self._read(self.unlabeled, index, draw, self.views, UNLABELED)
+            out["unlabeled_images"] = self._read(self.unlabeled, index, draw, self.views)
             out["unlabeled_draws"], out["unlabeled_index"] = draw, torch.from_numpy(index)
             if self.hidden_labels is not None:
                 out["hidden_labels"] = torch.from_numpy(self.hidden_labels[index])
@@ -407,18 +420,14 @@ class EvaluationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(
         self, dataset: datasets.Dataset, labels: np.ndarray | None, *, image_column: str, transform: Any, role: str
     ) -> None:
-        self._dataset = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        self._dataset = _encoded(dataset, image_column)
         self._column, self._labels, self._transform, self._role = image_column, labels, transform, role
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        try:
-            image = _decode(self._dataset[row][self._column])
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _unreadable(self._role, row, error) from error
-        item = {"pixel_values": self._transform(image)}
+        item = {"pixel_values": self._transform(_decode(self._dataset[row][self._column], row, self._role))}
         return item if self._labels is None else {**item, "labels": int(self._labels[row])}
 
 
@@ -426,9 +435,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     """Raise a ValueError unless files can be written to `folder`, which is made if need be."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder) / ".writable"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
             f"output_dir {folder} can't be written to ({error.strerror}): choose another folder."

@@ -75,6 +75,41 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def copy_from_main_process(model: nn.Module) -> None:
+    """Gives every process the main process's parameters and buffers."""
+    if world_size() == 1:
+        return
+    for tensor in model.state_dict().values():
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole, src=0)
+        tensor.copy_(whole)
+
+
+def _batchnorm_buffers(model: nn.Module) -> list[Tensor]:
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+
+
+def read_batchnorm_buffers(model: nn.Module) -> Tensor:
+    """BatchNorm's running means and variances, one after the other, `[n]` in float32."""
+    buffers = _batchnorm_buffers(model)
+    return torch.cat([buffer.detach().flatten().float() for buffer in buffers]) if buffers else torch.empty(0)
+
+
+@torch.no_grad()
+def write_batchnorm_buffers(model: nn.Module, values: Tensor) -> None:
+    """The inverse of `read_batchnorm_buffers`."""
+    buffers = _batchnorm_buffers(model)
+    for buffer, value in zip(buffers, values.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(value.view_as(buffer))
+
+
+@torch.no_grad()
 def average_batchnorm_buffers(model: nn.Module) -> None:
     """Replaces BatchNorm's running mean and variance by their mean over the processes, in one collective.
 
@@ -82,17 +117,6 @@ def average_batchnorm_buffers(model: nn.Module) -> None:
     The mean of the variances leaves out how far the processes' means are apart:
     little where images are dealt out at random.
     """
-    if world_size() == 1:
-        return
-    buffers = [
-        buffer
-        for module in model.modules()
-        if isinstance(module, _BatchNorm)
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
-    ]
-    if not buffers:
-        return
-    means = all_reduce_mean(torch.cat([buffer.flatten().float() for buffer in buffers]))
-    for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    values = read_batchnorm_buffers(model)
+    if world_size() > 1 and len(values):
+        write_batchnorm_buffers(model, all_reduce_mean(values))

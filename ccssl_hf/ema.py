@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from transformers import PreTrainedModel
+
+from .distributed import average_batchnorm_buffers
 
 
 def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
@@ -17,16 +19,18 @@ def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
 
 
 @contextlib.contextmanager
-def swapped_weights(model: nn.Module, ema: ModelEmaV3 | None) -> Iterator[None]:
-    """`model` holds the averaged weights inside the block, and its own, bit for bit, after it."""
-    if ema is None:
-        yield
-        return
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with torch.no_grad():
-        model.load_state_dict(ema.module.state_dict())
+def published_weights(model: PreTrainedModel, ema: ModelEmaV3 | None) -> Iterator[None]:
+    """What is evaluated and saved: `model` holds it inside the block, and its own weights, bit for bit, after it.
+
+    That is the averaged weights, where there are any, with BatchNorm statistics of all processes together. Every
+    process enters the block. Training goes on as if nothing had happened, however often a run is evaluated.
+    """
+    own, dtype = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.dtype
     try:
+        if ema is not None:
+            model.load_state_dict(ema.module.state_dict())
+        average_batchnorm_buffers(model)
         yield
     finally:
-        with torch.no_grad():
-            model.load_state_dict(own)
+        model.to(dtype)  # fp16_full_eval and bf16_full_eval cast it
+        model.load_state_dict(own)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import math
 
-import timm.layers
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    timm.layers.GroupNorm1,
-    timm.layers.RmsNorm,
-    timm.layers.SimpleNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_TIMM_NORMS = {f"timm.layers.{file}" for file in ("norm", "norm_act", "evo_norm", "filter_response_norm", "grn")}
+"""timm's norms are classes of these files, few of them derived from torch's."""
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or any(cls.__module__ in _TIMM_NORMS for cls in type(module).__mro__)
 
 
 def decayed_parameter_names(model: nn.Module) -> list[str]:
@@ -26,9 +23,9 @@ def decayed_parameter_names(model: nn.Module) -> list[str]:
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if not isinstance(module, _NORMS)
+        if not _is_norm(module)
         for name, _ in module.named_parameters(recurse=False)
-        if name != "bias"
+        if not name.endswith("bias")  # attention has such as in_proj_bias and q_bias
     ]
 
 

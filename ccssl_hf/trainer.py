@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,19 +15,20 @@ from timm.data import create_transform, resolve_data_config
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
-from .checkpoint import load_tensors, save_tensors
-from .distributed import average_batchnorm_buffers
-from .ema import make_ema, swapped_weights
+from .distributed import copy_from_main_process
+from .ema import make_ema, published_weights
 from .metrics import compute_metrics as default_metrics
-from .model_card import METRICS, Result, facts_of_run, render_card
+from .model_card import METRICS, Result
 from .modeling import CCSSLForImageClassification
 from .monitor import ProgressBar, StepMonitor
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
+from .publishing import PublishingTrainer
+from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views, unlabeled_views
 from .training_args import CCSSLTrainingArguments
@@ -37,14 +36,11 @@ from .transforms import ViewSettings
 
 logger = logging.getLogger(__name__)
 
-TRAINING_STATE = "training_state.safetensors"
-"""Beside a checkpoint's plain folder: raw and averaged weights of the whole model, and the algorithm's statistics."""
-
 SMALL_IMAGE = 64
 """Up to this side, in pixels, `auto` means images held decoded and shifted crops, as for CIFAR."""
 
 
-class CCSSLTrainer(Trainer):
+class CCSSLTrainer(PublishingTrainer):
     """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
 
     Everything else is `transformers.Trainer`: `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks,
@@ -83,13 +79,16 @@ class CCSSLTrainer(Trainer):
         _check_types(model, args)
         self.class_names = model.config.labels
         self.settings = _view_settings(model, args)
+        self._cropped = _is_streamed(args, self.settings)  # then each view comes with a crop of its own
         self.unlabeled_dataset = unlabeled_dataset
         self._check_data(args, train_dataset, unlabeled_dataset, eval_dataset)
         self.algorithm = self._build_algorithm(model, args)
         data.check_writable(args.output_dir)
 
-        if not self.algorithm.needs_embeddings:
-            model.projection.requires_grad_(False)  # no loss reaches it
+        # What no loss reaches is frozen, or DDP would wait for its gradient.
+        model.projection.requires_grad_(self.algorithm.needs_embeddings)
+        for name, head in model.heads.items():
+            head.requires_grad_(name in self.algorithm.heads)
         model.to(memory_format=torch.channels_last)
         super().__init__(
             model=model,
@@ -110,6 +109,8 @@ class CCSSLTrainer(Trainer):
             )
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of one batch
         self.algorithm.to(args.device)
+        self.model.to(args.device)  # upstream waits with it under bf16_full_eval, but the average starts as a copy
+        copy_from_main_process(self.model)  # DDP does so too late for that
         self.ema: ModelEmaV3 | None = make_ema(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names)
         self.results: dict[str, list[Result]] = {}
@@ -166,7 +167,7 @@ class CCSSLTrainer(Trainer):
         algorithm = build_algorithm(
             args.algorithm,
             num_classes=len(self.class_names),
-            num_unlabeled=None if self.unlabeled_dataset is None else len(self.unlabeled_dataset),
+            num_unlabeled=len(self.unlabeled_dataset or ()),  # none at all is answered below
             embedding_dim=model.config.projection_dim,
             batch_size=args.per_device_train_batch_size * args.world_size,
             mu=args.mu,
@@ -210,13 +211,6 @@ class CCSSLTrainer(Trainer):
         """Batches of both splits; one long epoch, because each split has epochs of its own inside the sampler."""
         args, algorithm = self.args, self.algorithm
         unlabeled = self.unlabeled_dataset if algorithm.needs_unlabeled else None
-        decode = args.decode
-        if decode == "auto":
-            decode = "memory" if self.settings.image_size <= SMALL_IMAGE else "stream"
-        if decode == "stream" and self.settings.weak_crop == "pad":
-            raise ValueError(
-                "weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream."
-            )
         with args.main_process_first(desc="decoding images"):
             dataset = data.PairedDataset(
                 self.train_dataset,
@@ -227,9 +221,8 @@ class CCSSLTrainer(Trainer):
                 views=unlabeled_views(algorithm),
                 settings=self.settings,
                 seed=args.seed,
-                decode=decode,
+                decode="stream" if self._cropped else "memory",
             )
-        self._cropped = decode == "stream"
         sampler = PairedBatchSampler(
             num_labeled=len(dataset.labeled),
             num_unlabeled=0 if dataset.unlabeled is None else len(dataset.unlabeled),
@@ -261,6 +254,8 @@ class CCSSLTrainer(Trainer):
         has_labels = self.args.label_column in test_dataset.column_names
         data.check_images(test_dataset, role="test", image_column=self.args.image_column)
         labels = self._evaluation_labels(test_dataset, "test", self.args) if has_labels else None
+        if labels is not None and (labels == data.UNKNOWN).all():
+            labels = None  # withheld, as in many a test split: there is nothing to measure
         return self._evaluation_dataloader(test_dataset, labels, "test")
 
     def _evaluation_dataloader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
@@ -272,7 +267,10 @@ class CCSSLTrainer(Trainer):
             role=role,
         )
         loader = DataLoader(
-            dataset, batch_size=self.args.per_device_eval_batch_size, num_workers=self.args.dataloader_num_workers
+            dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # else each evaluation draws a number that dropout in training would have had
         )
         return self.accelerator.prepare(loader)
 
@@ -301,7 +299,9 @@ class CCSSLTrainer(Trainer):
             self.monitor.add(result, inputs.get("hidden_labels"))
             return result.loss
         logits = model(pixel_values=inputs["pixel_values"]).logits
-        loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.UNKNOWN)
+        known = (inputs["labels"] != data.UNKNOWN).sum()
+        loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.UNKNOWN, reduction="sum")
+        loss = loss / known.clamp(min=1)  # a batch without a known class must not make the split's mean NaN
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -316,10 +316,7 @@ class CCSSLTrainer(Trainer):
 
     def _published_weights(self) -> Any:
         """Context in which `self.model` holds the weights that are evaluated and saved."""
-        average_batchnorm_buffers(self.model)
-        if self.ema is not None:
-            average_batchnorm_buffers(self.ema.module)
-        return swapped_weights(self.model, self.ema if self.args.eval_weights == "ema" else None)
+        return published_weights(self.model, self.ema if self.args.eval_weights == "ema" else None)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -354,74 +351,37 @@ class CCSSLTrainer(Trainer):
             if self.args.should_save:
                 self.model.save_pretrained(folder, state_dict=state_dict)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The plain folder and its card; checkpoints of a run go without the card. Pushes where `args.push_to_hub`."""
-        super().save_model(output_dir, _internal_call=True)
-        if not _internal_call:
-            self.create_model_card(folder=output_dir)
-            if self.args.push_to_hub:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def create_model_card(  # upstream's other arguments describe what the card knows by itself
+    def train(
         self,
-        model_name: str | None = None,
-        license: str | None = None,
-        tags: list[str] | None = None,
-        limits: str | None = None,
-        folder: str | None = None,
-    ) -> None:
-        """Write README.md into `folder`, by default `args.output_dir`. An error is logged: no run is lost to its card.
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `transformers.Trainer`; with True the run goes on from the last checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no whole checkpoint to go on from: start without "
+                    "resume_from_checkpoint."
+                )
+        set_seed(self.args.seed)  # for dropout, which must not depend on what was drawn since the trainer was made
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-        Args:
-            model_name: Hub id, or a title.
-            license: The Hub's identifier, such as `apache-2.0`.
-            tags: Further tags.
-            limits: Known limits of this model, in words.
-            folder: Where to write.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = folder or str(self.args.output_dir)
-        try:
-            name = model_name or self.hub_model_id or Path(folder).name
-            card = render_card(replace(facts_of_run(self, name), license=license, limits=limits))
-            card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(tags or [])]))
-            card.save(Path(folder) / "README.md")
-        except Exception:
-            logger.exception("The model card could not be written; the model is saved. Call create_model_card again.")
+    def _modules_with_state(self) -> dict[str, nn.Module]:
+        averaged = {} if self.ema is None else {"ema": self.ema.module}
+        return {"model": self.model, "algorithm": self.algorithm, **averaged}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            save_tensors(Path(output_dir) / TRAINING_STATE, self._training_state())
+        save_training_state(output_dir, self._modules_with_state(), write=self.args.should_save)
 
-    def _training_state(self) -> dict[str, Tensor]:
-        modules = {"model": self.model, "algorithm": self.algorithm}
-        if self.ema is not None:
-            modules["ema"] = self.ema.module
-        return {
-            f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
-        }
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the state that the main process writes next marks a whole checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / TRAINING_STATE
-        if not path.is_file():
-            raise ValueError(
-                f"{resume_from_checkpoint} holds no {TRAINING_STATE}, so the run can't go on from there: give a "
-                "checkpoint-N folder that was written without save_only_model."
-            )
-        state = load_tensors(path)
-        if self.ema is None and any(key.startswith("ema.") for key in state):
-            raise ValueError(
-                f"{resume_from_checkpoint} was written with averaged weights: resume with ema_decay above 0."
-            )
-        modules: dict[str, nn.Module] = {"model": self.model, "algorithm": self.algorithm}
-        if self.ema is not None:
-            modules["ema"] = self.ema.module
-        for name, module in modules.items():
-            module.load_state_dict(
-                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-            )
+        load_training_state(resume_from_checkpoint, self._modules_with_state())
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
@@ -469,3 +429,10 @@ def _view_settings(model: CCSSLForImageClassification, args: CCSSLTrainingArgume
         contrastive=args.contrastive_view,
         normalize_contrastive=args.normalize_contrastive,
     )
+
+
+def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
+    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > SMALL_IMAGE)
+    if streamed and settings.weak_crop == "pad":
+        raise ValueError("weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream.")
+    return streamed

@@ -2,62 +2,65 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from .algorithms import ALGORITHMS, algorithm_hyperparameters
 
-def _hyperparameter(text: str) -> Any:
+
+def _hyperparameter(name: str) -> Any:
     """A field that is None until set: the algorithm's own default then holds, and one it does not have is an error."""
-    return field(default=None, metadata={"help": text})
+    tables = {algorithm: algorithm_hyperparameters(algorithm) for algorithm in ALGORITHMS}
+    takers = [algorithm for algorithm, table in tables.items() if name in table]
+    text = tables[takers[0]][name].help
+    return field(
+        default=None, metadata={"help": text if len(takers) == len(tables) else f"{text} ({', '.join(takers)})"}
+    )
 
 
 @dataclass
 class HyperparameterArguments:
     """Hyperparameters of all algorithms: the same names in Python, YAML, on the command line and on the card."""
 
-    confidence_threshold: float | None = _hyperparameter("Least confidence at which a pseudo label is trained on.")
-    push_threshold: float | None = _hyperparameter(
-        "Least confidence at which an image joins its class in the contrastive loss (T_push); None: every image does."
-    )
-    lambda_u: float | None = _hyperparameter("Weight of the loss on unlabeled images.")
-    lambda_contrast: float | None = _hyperparameter(
-        "Weight of the class-aware contrastive loss; 0 leaves CCSSL out. 1 if not set, and 0 for supervised."
-    )
-    contrast_temperature: float | None = _hyperparameter("Temperature of the class-aware contrastive loss.")
-    own_pair_weight: Literal["one", "squared"] | None = _hyperparameter(
-        "Weight of the pair of views of one image: one, or squared (its confidence squared, as for the "
-        "paper's numbers)."
-    )
-    sharpen_temperature: float | None = _hyperparameter(
-        "Temperature that pseudo labels are sharpened with; 1: as they are."
-    )
-    distribution_alignment_window: int | None = _hyperparameter(
-        "Batches over which the distribution of pseudo labels is aligned; 0: no alignment."
-    )
-    graph_temperature: float | None = _hyperparameter("CoMatch: temperature of the similarity graph.")
-    graph_threshold: float | None = _hyperparameter("CoMatch: least similarity of two pseudo labels for an edge.")
-    lambda_graph: float | None = _hyperparameter("CoMatch: weight of the graph loss.")
-    memory_batches: int | None = _hyperparameter("CoMatch, SimMatch: batches that the memory bank holds.")
-    smoothing_alpha: float | None = _hyperparameter(
-        "CoMatch, SimMatch: share of a pseudo label that is its own prediction."
-    )
-    momentum: float | None = _hyperparameter(
-        "FreeMatch, SoftMatch: momentum of running statistics (not the optimizer's)."
-    )
-    n_sigma: float | None = _hyperparameter("SoftMatch: width of the weighting in standard deviations.")
-    threshold_warmup: bool | None = _hyperparameter("FlexMatch: count unused images while thresholds warm up.")
-    use_quantile: bool | None = _hyperparameter("FreeMatch: track a quantile of the confidence, not its mean.")
-    clip_threshold: bool | None = _hyperparameter("FreeMatch: keep the global threshold in [0, 0.95].")
-    lambda_fairness: float | None = _hyperparameter("FreeMatch: weight of the fairness loss.")
-    open_threshold: float | None = _hyperparameter("IOMatch: least inlier score at which an image is trained on.")
-    lambda_one_vs_all: float | None = _hyperparameter("IOMatch: weight of the one-vs-all loss.")
-    lambda_open: float | None = _hyperparameter("IOMatch: weight of the open-set loss.")
+    lambda_contrast: float | None = _hyperparameter("lambda_contrast")
+    contrast_temperature: float | None = _hyperparameter("contrast_temperature")
+    push_threshold: float | None = _hyperparameter("push_threshold")
+    own_pair_weight: Literal["one", "squared"] | None = _hyperparameter("own_pair_weight")
+    confidence_threshold: float | None = _hyperparameter("confidence_threshold")
+    lambda_u: float | None = _hyperparameter("lambda_u")
+    sharpen_temperature: float | None = _hyperparameter("sharpen_temperature")
+    distribution_alignment_window: int | None = _hyperparameter("distribution_alignment_window")
+    graph_temperature: float | None = _hyperparameter("graph_temperature")
+    graph_threshold: float | None = _hyperparameter("graph_threshold")
+    lambda_graph: float | None = _hyperparameter("lambda_graph")
+    memory_batches: int | None = _hyperparameter("memory_batches")
+    smoothing_alpha: float | None = _hyperparameter("smoothing_alpha")
+    momentum: float | None = _hyperparameter("momentum")
+    n_sigma: float | None = _hyperparameter("n_sigma")
+    threshold_warmup: bool | None = _hyperparameter("threshold_warmup")
+    use_quantile: bool | None = _hyperparameter("use_quantile")
+    clip_threshold: bool | None = _hyperparameter("clip_threshold")
+    lambda_fairness: float | None = _hyperparameter("lambda_fairness")
+    open_threshold: float | None = _hyperparameter("open_threshold")
+    lambda_one_vs_all: float | None = _hyperparameter("lambda_one_vs_all")
+    lambda_open: float | None = _hyperparameter("lambda_open")
+
+
+_WITHOUT_EFFECT = {
+    "num_train_epochs": "says nothing here, as the splits have epochs of their own: set max_steps alone",
+    "auto_find_batch_size": "would change the images of every step: set per_device_train_batch_size",
+    "label_smoothing_factor": "does not reach the algorithms' losses: leave it out",
+    "data_seed": "would be a second seed, and a step is a function of one: set seed",
+    "ignore_data_skip": "would show a resumed run images that it has seen: leave it out",
+}
+"""Arguments of transformers that would be ignored, or break a promise."""
 
 
 @dataclass
-class CCSSLTrainingArguments(TrainingArguments, HyperparameterArguments):
+class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the order of bases keeps output_dir first
     """Arguments of `CCSSLTrainer`; defaults are the paper's for CIFAR-10 (arXiv 2203.02261, section 4).
 
     Hyperparameters of the algorithm are None until set: the algorithm's own default then holds, see the table in the
@@ -150,63 +153,64 @@ class CCSSLTrainingArguments(TrainingArguments, HyperparameterArguments):
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        super().__post_init__()
         self._check_contradictions()
+        super().__post_init__()
         self.remove_unused_columns = False  # the image column is no argument of forward, and must not be dropped
         self.label_names = ["labels"]
         self.ddp_find_unused_parameters = False  # one forward reaches every parameter that is trained
         self.ddp_broadcast_buffers = False  # BatchNorm statistics are averaged before they are read instead
 
     def _check_ranges(self) -> None:
-        if self.mu < 1:
-            raise ValueError(f"mu is {self.mu}: give at least 1 unlabeled image for each labeled one.")
+        for name in ("mu", "per_device_train_batch_size", "max_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: choose a value from 0 (no averaging) to below 1.")
-        if self.nesterov and self.optim == "sgd" and self.sgd_momentum == 0:
-            raise ValueError("nesterov needs momentum: set sgd_momentum above 0, or nesterov=False.")
-        for choice in fields(self):
-            options = _choices(choice.type)
-            value = getattr(self, choice.name)
-            if options and value is not None and value not in options:
-                raise ValueError(f"{choice.name} is {value!r}: choose one of {', '.join(options)}.")
+        for name, hint in get_type_hints(type(self)).items():
+            options = get_args(hint) if get_origin(hint) is Literal else ()
+            if options and getattr(self, name) not in options:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(options)}.")
 
     def _check_contradictions(self) -> None:
-        if self.fsdp or self.deepspeed:
+        launched = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+        if self.fsdp or self.deepspeed or launched:
             raise ValueError("FSDP and DeepSpeed are not supported yet: launch with plain data parallelism (DDP).")
-        if self.auto_find_batch_size:
+        for name, reason in _WITHOUT_EFFECT.items():
+            if getattr(self, name) != self._default(name):
+                raise ValueError(f"{name}={getattr(self, name)!r} {reason}.")
+        if self.schedule != "lr_scheduler_type" and self.lr_scheduler_type != self._default("lr_scheduler_type"):
             raise ValueError(
-                "auto_find_batch_size would change the images of every step: set per_device_train_batch_size."
+                f"lr_scheduler_type has no effect with schedule={self.schedule!r}: set schedule='lr_scheduler_type' "
+                "instead."
             )
-        if self.max_steps <= 0:
+        if self.optim == "sgd" and self.nesterov and self.sgd_momentum == 0:
+            raise ValueError("nesterov needs momentum: set sgd_momentum above 0, or nesterov=False.")
+        if self.optim != "sgd" and (not self.nesterov or self.sgd_momentum != self._default("sgd_momentum")):
+            raise ValueError(f"sgd_momentum and nesterov have no effect with optim={self.optim!r}: leave them out.")
+        if self.load_best_model_at_end and self.save_only_model:
             raise ValueError(
-                "A run's length is max_steps, in optimizer steps, not num_train_epochs: set max_steps above 0."
-            )
-        if self.num_train_epochs != 3.0:
-            raise ValueError(
-                f"num_train_epochs is {self.num_train_epochs}, but a run's length is max_steps: set max_steps alone "
-                "(an epoch of the labeled split means nothing to the unlabeled one)."
+                "load_best_model_at_end brings back raw and averaged weights, which save_only_model does not write: "
+                "leave out one of the two."
             )
         if self.eval_weights == "ema" and self.ema_decay == 0:
             raise ValueError(
                 "eval_weights='ema' with ema_decay=0: there are no averaged weights; set eval_weights='raw'."
             )
-        if self.push_threshold is not None and self.lambda_contrast == 0:
-            raise ValueError(
-                "push_threshold is part of CCSSL, which lambda_contrast=0 leaves out: drop one of the two."
-            )
-        if self.hidden_label_column is not None and self.hidden_label_column == self.image_column:
+        chosen = self.hyperparameters()
+        for name in ("push_threshold", "contrast_temperature", "own_pair_weight"):
+            if name in chosen and chosen["lambda_contrast"] == 0:
+                raise ValueError(
+                    f"{name} is part of CCSSL, which lambda_contrast=0 leaves out: raise lambda_contrast, or leave out "
+                    f"{name} (--{name} none on the command line)."
+                )
+        if self.hidden_label_column == self.image_column:
             raise ValueError("hidden_label_column and image_column name the same column: name a column of labels.")
 
+    def _default(self, name: str) -> Any:
+        return next(f.default for f in fields(self) if f.name == name)
+
     def hyperparameters(self) -> dict[str, Any]:
-        """The algorithm's hyperparameters that were set, by name."""
+        """The algorithm's hyperparameters that were set, by name, and the weight of CCSSL's loss in any case."""
         values = {f.name: getattr(self, f.name) for f in fields(HyperparameterArguments)}
         values = {name: value for name, value in values.items() if value is not None}
         return {"lambda_contrast": 0.0 if self.algorithm == "supervised" else 1.0, **values}
-
-
-def _choices(annotation: Any) -> tuple[str, ...]:
-    """The options of a `Literal[...]` annotation of this file, which are strings at run time."""
-    text = str(annotation)
-    if not text.startswith("Literal["):
-        return ()
-    return tuple(part.strip().strip("\"'") for part in text[len("Literal[") : text.index("]")].split(","))

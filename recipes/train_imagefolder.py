@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ccssl_hf import CCSSLTrainingArguments
-from ccssl_hf.cli import RecipeArguments, parse_recipe, train
+from ccssl_hf.cli import ROLES, RecipeArguments, build_trainer, errors_in_one_line, parse_recipe, train
 
 CONFIG = Path(__file__).parent / "configs" / "imagefolder.yaml"
 
@@ -27,7 +27,7 @@ class FolderArguments(RecipeArguments):
     def __post_init__(self) -> None:
         if self.data_dir is None:
             return
-        for role in ("labeled", "unlabeled", "validation", "test"):
+        for role in ROLES:
             folder = Path(self.data_dir) / role
             if getattr(self, role) is None and folder.is_dir():
                 setattr(self, role, str(folder))
@@ -38,4 +38,7 @@ class FolderArguments(RecipeArguments):
 
 
 if __name__ == "__main__":
-    train(*parse_recipe(FolderArguments, CCSSLTrainingArguments, config=CONFIG, description=__doc__))
+    with errors_in_one_line():
+        recipe, args = parse_recipe(FolderArguments, CCSSLTrainingArguments, config=CONFIG, description=__doc__)
+        trainer, splits = build_trainer(recipe, args)
+    train(trainer, splits)

@@ -9,9 +9,12 @@ a flag overrides the file, and `--config mine.yaml` takes another one.
 from pathlib import Path
 
 from ccssl_hf import CCSSLTrainingArguments
-from ccssl_hf.cli import RecipeArguments, parse_recipe, train
+from ccssl_hf.cli import RecipeArguments, build_trainer, errors_in_one_line, parse_recipe, train
 
 CONFIG = Path(__file__).parent / "configs" / "semi_inat.yaml"
 
 if __name__ == "__main__":
-    train(*parse_recipe(RecipeArguments, CCSSLTrainingArguments, config=CONFIG, description=__doc__))
+    with errors_in_one_line():
+        recipe, args = parse_recipe(RecipeArguments, CCSSLTrainingArguments, config=CONFIG, description=__doc__)
+        trainer, splits = build_trainer(recipe, args)
+    train(trainer, splits)

@@ -1,92 +1,78 @@
-"""Supervised and FixMatch, alone and with CCSSL, step by step against reference values; the registry and its errors."""
+"""What all algorithms share: the registry and its errors, state, composition with CCSSL; FixMatch and the baseline."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccssl_hf.algorithms import ALGORITHMS, SSLBatch, algorithm_hyperparameters, build_algorithm
+from ccssl_hf.algorithms import ALGORITHMS, SSLBatch, algorithm_hyperparameters, algorithm_table, build_algorithm
 from ccssl_hf.algorithms.alignment import DistributionAlignment
 from ccssl_hf.losses import class_aware_contrastive_loss
-from conftest import SHARED, needs_shared
 
-GOLDEN = sorted((SHARED / "golden").glob("step_fixmatch*.npz"))
+CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
 
-def make_batch(
-    num_labeled: int = 4, num_unlabeled: int = 12, num_classes: int = 5, dim: int = 8, seed: int = 0
-) -> SSLBatch:
+def example_algorithm() -> str | None:
+    """The file of an algorithm that CONTRIBUTING.md shows."""
+    text = CONTRIBUTING.read_text(encoding="utf-8") if CONTRIBUTING.is_file() else ""
+    return next((code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "(Algorithm):" in code), None)
+
+
+SIZES = {"num_unlabeled": 60, "embedding_dim": 8, "batch_size": 4, "mu": 3}
+"""Facts of the run that `make_batch` is a step of."""
+
+
+def make_batch(seed: int = 0, num_labeled: int = 4, num_unlabeled: int = 12, num_classes: int = 5) -> SSLBatch:
+    """A batch with all that any algorithm reads; some of its unlabeled images occur twice."""
     generator = torch.Generator().manual_seed(seed)
 
-    def logits(count: int) -> Tensor:
-        return (3 * torch.randn(count, num_classes, generator=generator)).requires_grad_()
+    def logits(count: int, width: int = num_classes) -> Tensor:
+        return (3 * torch.randn(count, width, generator=generator)).requires_grad_()
 
-    def embeddings() -> Tensor:
-        return F.normalize(torch.randn(num_unlabeled, dim, generator=generator), dim=1).requires_grad_()
+    def embeddings(count: int) -> Tensor:
+        vectors = torch.randn(count, SIZES["embedding_dim"], generator=generator)
+        return F.normalize(vectors, dim=1).requires_grad_()
 
+    counts = (num_labeled, num_unlabeled, num_unlabeled)
     return SSLBatch(
         logits_labeled=logits(num_labeled),
         labels=torch.randint(num_classes, (num_labeled,), generator=generator),
         logits_weak=logits(num_unlabeled),
         logits_strong=logits(num_unlabeled),
-        embeddings_strong=embeddings(),
-        embeddings_contrast=embeddings(),
+        embeddings_labeled=embeddings(num_labeled),
+        embeddings_weak=embeddings(num_unlabeled),
+        embeddings_strong=embeddings(num_unlabeled),
+        embeddings_contrast=embeddings(num_unlabeled),
+        index=torch.randint(SIZES["num_unlabeled"], (num_unlabeled,), generator=generator),
+        heads={
+            "one_vs_all": tuple(logits(count, 2 * num_classes) for count in counts),  # type: ignore[dict-item]
+            "open": tuple(logits(count, num_classes + 1) for count in counts),  # type: ignore[dict-item]
+        },
     )
 
 
-def split(tensor: Tensor | None, sizes: list[int]) -> list[Any]:
-    """The parts of a concatenated batch: labeled, weak, strong and, where there is one, contrastive; else None."""
-    parts: list[Any] = [] if tensor is None else list(tensor.split(sizes[: 1 + (len(tensor) - sizes[0]) // sizes[1]]))
-    return parts + [None] * (4 - len(parts))
+def cast(batch: SSLBatch, dtype: torch.dtype) -> SSLBatch:
+    """The same batch with floating point as `dtype`."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuple(map(one, parts)) for key, parts in value.items()}
+        return value.detach().to(dtype) if value.is_floating_point() else value
+
+    return SSLBatch(**{key: one(value) for key, value in vars(batch).items()})
 
 
-@needs_shared
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_fixmatch_agrees_with_the_reference(path: Path) -> None:
-    data = np.load(path)
-    config = json.loads(str(data["config"]))
-    algorithm = build_algorithm(config.pop("algorithm"), num_classes=int(data["num_classes"]), **config)
-    contrastive = config["lambda_contrast"] > 0
-    sizes = [int(data["batch_size"])] + 3 * [int(data["batch_size"] * data["mu"])]
-    for step in range(int(data["steps"])):
-        reference = {
-            name.removeprefix(f"step{step}_"): data[name] for name in data.files if name.startswith(f"step{step}_")
-        }
-        logits = torch.tensor(reference["logits"], requires_grad=True)
-        embeddings = torch.tensor(reference["embeddings"], requires_grad=True) if contrastive else None
-        labeled, weak, strong, _ = split(logits, sizes)
-        *_, embeddings_strong, embeddings_contrast = split(embeddings, sizes)
-        result = algorithm(
-            SSLBatch(
-                logits_labeled=labeled,
-                labels=torch.tensor(reference["labels"]),
-                logits_weak=weak,
-                logits_strong=strong,
-                embeddings_strong=embeddings_strong,
-                embeddings_contrast=embeddings_contrast,
-            )
-        )
-        result.loss.backward()
-        right = result.pseudo_labels == torch.tensor(reference["hidden_unlabeled_labels"])
-        found = {
-            "loss": result.loss.item(),
-            **{name: term.item() for name, term in result.terms.items()},
-            "mask_prob": result.mask.mean().item(),
-            "pseudo_acc": (right * result.mask).sum().item() / result.mask.sum().item(),
-            "grad_logits": logits.grad,
-        }
-        if embeddings is not None:
-            found["grad_embeddings"] = embeddings.grad
-        assert set(result.terms) == {name for name in reference if name.startswith("loss_")}
-        for name, value in found.items():
-            np.testing.assert_allclose(value, reference[name], rtol=1e-4, atol=1e-5, err_msg=f"step {step}, {name}")
+def build(name: str, **hyperparameters: Any) -> Any:
+    return build_algorithm(name, num_classes=5, **SIZES, **hyperparameters)
 
 
 def test_a_confidence_at_the_threshold_counts() -> None:
@@ -112,12 +98,12 @@ def test_fixmatch_trains_on_confident_images_and_averages_over_all() -> None:
     assert batch.logits_weak.grad is None
 
 
-@pytest.mark.parametrize("name", ["supervised", "fixmatch"])
+@pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_contrast_is_added_to_any_algorithm(name: str) -> None:
     batch = make_batch()
-    alone = build_algorithm(name, num_classes=5)(batch)
+    alone = build(name)(batch)
     options: Any = {"push_threshold": 0.5, "own_pair_weight": "squared"}
-    result = build_algorithm(name, num_classes=5, lambda_contrast=2, contrast_temperature=0.1, **options)(batch)
+    result = build(name, lambda_contrast=2, contrast_temperature=0.1, **options)(batch)
     contrast = class_aware_contrastive_loss(
         embeddings=torch.stack([batch.embeddings_strong, batch.embeddings_contrast], dim=1),  # type: ignore[list-item]
         pseudo_labels=result.pseudo_labels,
@@ -127,8 +113,32 @@ def test_contrast_is_added_to_any_algorithm(name: str) -> None:
     )
     torch.testing.assert_close(result.terms["loss_contrast"], contrast.detach())
     torch.testing.assert_close(result.loss, alone.loss + 2 * contrast)
-    assert batch.logits_weak is not None
-    assert torch.equal(result.pseudo_labels, batch.logits_weak.argmax(1))
+    assert set(alone.terms) == set(ALGORITHMS[name].terms) == set(result.terms) - {"loss_contrast"}
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_a_loss_is_told_in_detached_terms_and_reaches_no_weak_view(name: str) -> None:
+    batch, algorithm = make_batch(), build(name, lambda_contrast=1)
+    result = algorithm(batch)
+    weights = {
+        "loss_x": 1,
+        "loss_u": 1,
+        **{
+            f"loss_{key.removeprefix('lambda_')}": value
+            for key, value in algorithm.hyperparameters.items()
+            if key.startswith("lambda_")
+        },
+    }
+    expected = sum(weights[name] * term for name, term in result.terms.items())
+    torch.testing.assert_close(result.loss.detach(), expected)
+    assert all(term.shape == () and not term.requires_grad for term in result.terms.values())
+    result.loss.backward()
+    assert batch.logits_weak is not None and batch.embeddings_weak is not None
+    assert batch.logits_weak.grad is None and batch.embeddings_weak.grad is None
+    assert batch.embeddings_labeled is not None and batch.embeddings_labeled.grad is None
+    for each in (result.pseudo_labels, result.confidences, result.mask):
+        assert each is None or (len(each) == 12 and not each.requires_grad)
+    assert (result.mask is None) == (name == "supervised")
 
 
 def test_supervised_reads_the_labels_alone() -> None:
@@ -138,6 +148,13 @@ def test_supervised_reads_the_labels_alone() -> None:
     assert list(result.terms) == ["loss_x"] and result.mask is None and result.pseudo_labels is None
 
 
+def test_supervised_takes_pseudo_labels_from_the_weak_view_for_the_contrast() -> None:
+    batch = make_batch()
+    result = build("supervised", lambda_contrast=1)(batch)
+    assert batch.logits_weak is not None and result.mask is None
+    assert torch.equal(result.pseudo_labels, batch.logits_weak.argmax(1))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "needs"),
     [
@@ -145,25 +162,70 @@ def test_supervised_reads_the_labels_alone() -> None:
         ("supervised", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
         ("fixmatch", {}, "unlabeled"),
         ("fixmatch", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
+        ("comatch", {}, "unlabeled contrastive_view embeddings"),
+        ("flexmatch", {}, "unlabeled index"),
+        ("freematch", {}, "unlabeled"),
+        ("softmatch", {}, "unlabeled"),
+        ("simmatch", {}, "unlabeled embeddings"),
+        ("simmatch", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
+        ("iomatch", {}, "unlabeled"),
     ],
 )
 def test_an_algorithm_says_what_it_reads(name: str, options: dict[str, Any], needs: str) -> None:
-    algorithm = build_algorithm(name, num_classes=5, **options)
+    algorithm = build(name, **options)
     for part in ("unlabeled", "contrastive_view", "embeddings", "index"):
         assert getattr(algorithm, f"needs_{part}") == (part in needs.split()), part
-    assert algorithm.heads == {}
+    assert set(algorithm.heads) == ({"one_vs_all", "open"} if name == "iomatch" else set())
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_what_an_algorithm_does_not_say_it_reads_may_be_missing(name: str) -> None:
+    batch, algorithm = make_batch(), build(name)
+    if not algorithm.needs_contrastive_view:
+        batch.embeddings_contrast = None
+    if not algorithm.needs_embeddings:
+        batch.embeddings_labeled = batch.embeddings_weak = batch.embeddings_strong = None
+    if not algorithm.needs_index:
+        batch.index = None
+    if not algorithm.heads:
+        batch.heads = None
+    if not algorithm.needs_unlabeled:
+        batch.logits_weak = batch.logits_strong = None
+    assert algorithm(batch).loss.isfinite()
 
 
 @pytest.mark.parametrize(
-    ("options", "missing"), [({}, "logits_strong"), ({"lambda_contrast": 1}, "embeddings_contrast")]
+    ("name", "missing"),
+    [
+        ("fixmatch", "logits_strong"),
+        ("comatch", "embeddings_contrast"),
+        ("flexmatch", "index"),
+        ("freematch", "logits_strong"),
+        ("softmatch", "logits_strong"),
+        ("simmatch", "embeddings_strong"),
+        ("iomatch", "heads"),
+    ],
 )
-def test_a_missing_part_of_the_batch_is_named_before_any_state_changes(options: dict[str, Any], missing: str) -> None:
+@pytest.mark.parametrize("contrast", [0, 1])
+def test_a_missing_part_of_the_batch_is_named_before_any_state_changes(name: str, missing: str, contrast: int) -> None:
     batch = make_batch()
+    if contrast and name != "iomatch":
+        missing = "embeddings_contrast"
     setattr(batch, missing, None)
-    algorithm = build_algorithm("fixmatch", num_classes=5, distribution_alignment_window=2, **options)
+    options = {"distribution_alignment_window": 2} if name == "fixmatch" else {}
+    algorithm = build(name, lambda_contrast=contrast, **options)
+    before = {key: value.clone() for key, value in algorithm.state_dict().items()}
     with pytest.raises(ValueError, match=missing):
         algorithm(batch)
-    assert algorithm.state_dict()["alignment.count"] == 0
+    assert before and all(torch.equal(value, before[key]) for key, value in algorithm.state_dict().items())
+
+
+def test_a_missing_head_is_named() -> None:
+    batch = make_batch()
+    assert batch.heads is not None
+    del batch.heads["open"]
+    with pytest.raises(ValueError, match=r"lacks open: give the model algorithm\.heads"):
+        build("iomatch")(batch)
 
 
 def test_another_number_of_classes_is_an_error() -> None:
@@ -171,18 +233,25 @@ def test_another_number_of_classes_is_an_error() -> None:
         build_algorithm("fixmatch", num_classes=7)(make_batch())
 
 
-def test_half_precision_is_computed_in_float32_under_autocast() -> None:
-    batch = make_batch()
-    half = SSLBatch(**{k: v if v is None or k == "labels" else v.detach().bfloat16() for k, v in vars(batch).items()})
-    algorithm = build_algorithm("fixmatch", num_classes=5, lambda_contrast=1)
-    expected = algorithm(half.upcast())
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_half_precision_is_computed_in_float32_under_autocast(name: str) -> None:
+    batch = cast(make_batch(), torch.bfloat16)
+    expected = build(name, lambda_contrast=1)(batch.upcast())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = algorithm(half)
+        result = build(name, lambda_contrast=1)(batch)
     assert result.loss.dtype == torch.float32 and result.loss.item() == expected.loss.item()
 
 
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_double_precision_stays(name: str) -> None:
+    batch = make_batch()
+    result = build(name, lambda_contrast=1)(cast(batch, torch.float64))
+    assert result.loss.dtype == torch.float64
+    torch.testing.assert_close(result.loss.float(), build(name, lambda_contrast=1)(batch).loss.detach())
+
+
 def test_heads_are_brought_to_float32_too() -> None:
-    head = tuple(torch.ones(2, 3, dtype=torch.bfloat16) for _ in range(3))
+    head: Any = tuple(torch.ones(2, 3, dtype=torch.bfloat16) for _ in range(3))
     batch = SSLBatch(
         logits_labeled=torch.ones(2, 3), labels=torch.ones(2, dtype=torch.int64), heads={"open": head}
     ).upcast()
@@ -206,20 +275,33 @@ def test_alignment_survives_a_class_that_is_never_predicted() -> None:
     assert aligned.isfinite().all()
 
 
-def test_state_is_buffers_alone_and_resumes_a_run() -> None:
-    def build() -> Any:
-        return build_algorithm("fixmatch", num_classes=5, distribution_alignment_window=3)
-
-    run = build()
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_state_is_buffers_alone_and_resumes_a_run_bit_for_bit(name: str) -> None:
+    options: dict[str, Any] = {"lambda_contrast": 1}
+    table = algorithm_hyperparameters(name)
+    if "distribution_alignment_window" in table:
+        options["distribution_alignment_window"] = 3  # shorter than the run: the ring wraps before and after
+    if "memory_batches" in table:
+        options["memory_batches"] = 2
+    if "confidence_threshold" in table:
+        options["confidence_threshold"] = 0.7
+    run, resumed = build(name, **options), build(name, **options)
     assert not list(run.parameters())
+
     losses = []
-    for step in range(6):
-        if step == 4:
-            state = {name: tensor.clone() for name, tensor in run.state_dict().items()}
-        losses.append(run(make_batch(seed=step)).loss.item())
-    resumed = build()
-    resumed.load_state_dict(state)
-    assert [resumed(make_batch(seed=step)).loss.item() for step in (4, 5)] == losses[4:]
+    for step in range(8):
+        if step == 5:
+            resumed.load_state_dict({key: value.clone() for key, value in run.state_dict().items()})
+        losses.append(run(make_batch(step)).loss.item())
+    assert [resumed(make_batch(step)).loss.item() for step in (5, 6, 7)] == losses[5:]
+    assert resumed.state_dict().keys() == run.state_dict().keys()
+    assert all(torch.equal(value, run.state_dict()[key]) for key, value in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_losses_of_several_batches_may_wait_for_one_backward_pass(name: str) -> None:
+    algorithm = build(name, lambda_contrast=1)
+    sum(algorithm(make_batch(step)).loss for step in range(3)).backward()
 
 
 @pytest.mark.parametrize("window", [None, 0])
@@ -231,24 +313,86 @@ def test_alignment_is_off_by_zero_or_none(window: int | None) -> None:
 def test_every_hyperparameter_has_a_type_a_default_and_help(name: str) -> None:
     table = algorithm_hyperparameters(name)
     assert {"lambda_contrast", "contrast_temperature", "push_threshold", "own_pair_weight"} <= set(table)
-    sizes = {"num_unlabeled": 20, "embedding_dim": 8, "batch_size": 4, "mu": 3}
-    defaults = {key: row.default for key, row in table.items()}
-    assert build_algorithm(name, num_classes=5, **sizes).hyperparameters == defaults
+    assert build(name).hyperparameters == {key: row.default for key, row in table.items()}
     assert all(row.help.endswith(".") and row.type is not None for row in table.values())
 
 
-def test_fixmatch_has_the_papers_defaults() -> None:
-    assert {name: row.default for name, row in algorithm_hyperparameters("fixmatch").items()} == {
-        "lambda_contrast": 0.0,
-        "contrast_temperature": 0.07,
-        "push_threshold": None,
-        "own_pair_weight": "one",
+CCSSL = {"lambda_contrast": 0.0, "contrast_temperature": 0.07, "push_threshold": None, "own_pair_weight": "one"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "supervised": {},
+    "fixmatch": {
         "confidence_threshold": 0.95,
         "lambda_u": 1.0,
         "sharpen_temperature": 1.0,
         "distribution_alignment_window": 0,
+    },
+    "comatch": {
+        "confidence_threshold": 0.95,
+        "lambda_u": 1.0,
+        "lambda_graph": 1.0,
+        "graph_temperature": 0.2,
+        "graph_threshold": 0.8,
+        "memory_batches": 5,
+        "smoothing_alpha": 0.9,
+        "distribution_alignment_window": 32,
+    },
+    "flexmatch": {"confidence_threshold": 0.95, "lambda_u": 1.0, "threshold_warmup": True},
+    "freematch": {
+        "lambda_u": 1.0,
+        "lambda_fairness": 0.01,
+        "momentum": 0.999,
+        "use_quantile": False,
+        "clip_threshold": False,
+    },
+    "softmatch": {"lambda_u": 1.0, "momentum": 0.999, "n_sigma": 2.0},
+    "simmatch": {
+        "confidence_threshold": 0.95,
+        "lambda_u": 1.0,
+        "lambda_graph": 1.0,
+        "graph_temperature": 0.1,
+        "memory_batches": 64,
+        "smoothing_alpha": 0.9,
+        "distribution_alignment_window": 256,
+    },
+    "iomatch": {
+        "confidence_threshold": 0.95,
+        "open_threshold": 0.5,
+        "lambda_u": 1.0,
+        "lambda_one_vs_all": 1.0,
+        "lambda_open": 1.0,
+        "distribution_alignment_window": 128,
+    },
+}
+
+
+def test_the_table_says_what_each_algorithm_is() -> None:
+    rows = {row["algorithm"]: row for row in algorithm_table()}
+    assert {name: row["hyperparameters"] for name, row in rows.items()} == {
+        name: {**CCSSL, **DEFAULTS[name]} for name in ALGORITHMS
     }
-    assert algorithm_hyperparameters("fixmatch")["confidence_threshold"].type is float
+    assert {name: row["arxiv"] for name, row in rows.items()} == {
+        "supervised": None,
+        "fixmatch": "2001.07685",
+        "comatch": "2011.11183",
+        "flexmatch": "2110.08263",
+        "freematch": "2205.07246",
+        "softmatch": "2301.10921",
+        "simmatch": "2203.06915",
+        "iomatch": "2308.13168",
+    }
+    assert rows["supervised"]["paper"] is None and rows["supervised"]["views"] == []
+    assert rows["iomatch"]["paper"].startswith("IOMatch: ") and rows["iomatch"]["paper"].endswith(" Utilization")
+    assert all(row["paper"].lower().startswith(f"{name}: ") for name, row in rows.items() if name != "supervised")
+    assert rows["comatch"]["views"] == ["weak", "strong", "contrastive"]
+    assert rows["flexmatch"]["views"] == ["weak", "strong"]
+    assert rows["freematch"]["terms"] == ["loss_x", "loss_u", "loss_fairness"]
+    assert json.dumps(list(rows.values()))
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "iomatch"])
+def test_confidence_is_the_open_set_score_unless_an_algorithm_knows_better(name: str) -> None:
+    logits = torch.tensor([[3.0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    assert torch.equal(build(name).open_set_score(logits), logits.softmax(1).amax(1))
 
 
 def test_hyperparameters_are_told_resolved() -> None:
@@ -277,8 +421,57 @@ def test_hyperparameters_are_told_resolved() -> None:
         ("fixmatch", {"distribution_alignment_window": 2.5}, "distribution_alignment_window is 2.5: give a finite int"),
         ("fixmatch", {"distribution_alignment_window": -1}, "distribution_alignment_window is -1: choose"),
         ("fixmatch", {"own_pair_weight": "two"}, "own_pair_weight is 'two': choose one of one, squared"),
+        ("comatch", {"graph_threshold": 1.1}, r"graph_threshold is 1.1: choose a value in \[0, 1\]"),
+        ("comatch", {"smoothing_alpha": 1.1}, r"smoothing_alpha is 1.1: choose a value in \[0, 1\]"),
+        ("comatch", {"graph_temperature": 0}, "graph_temperature is 0: choose a value above 0"),
+        ("comatch", {"memory_batches": 0}, "memory_batches is 0: choose a value at least 1"),
+        (
+            "comatch",
+            {"memory_batches": 6},
+            "memory_batches is 6, but 60 unlabeled images make only 5 batches of 12: choose at most 5",
+        ),
+        ("comatch", {"lambda_fairness": 1}, "comatch has no hyperparameter 'lambda_fairness'"),
+        ("flexmatch", {"confidence_threshold": 95}, r"confidence_threshold is 95: choose a value in \[0, 1\]"),
+        ("flexmatch", {"threshold_warmup": 1}, "threshold_warmup is 1: give a finite bool"),
+        ("freematch", {"momentum": 1.5}, r"momentum is 1.5: choose a value in \[0, 1\]"),
+        ("freematch", {"confidence_threshold": 0.9}, "freematch has no hyperparameter 'confidence_threshold'"),
+        ("softmatch", {"n_sigma": 0}, "n_sigma is 0: choose a value above 0"),
+        ("simmatch", {"memory_batches": 0}, "memory_batches is 0: choose a value at least 1"),
+        ("iomatch", {"open_threshold": 1.5}, r"open_threshold is 1.5: choose a value in \[0, 1\]"),
+        ("iomatch", {"lambda_open": -1}, "lambda_open is -1: choose a value at least 0"),
     ],
 )
 def test_a_wrong_name_or_value_is_an_error_that_names_the_fix(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_algorithm(name, num_classes=5, **options)
+        build(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("flexmatch", {"num_unlabeled"}),
+        ("comatch", {"embedding_dim", "batch_size", "mu"}),
+        ("simmatch", {"embedding_dim", "batch_size"}),
+    ],
+)
+def test_a_missing_fact_of_the_run_is_an_error(name: str, needed: set[str]) -> None:
+    facts = {key: SIZES[key] for key in needed}
+    assert build_algorithm(name, num_classes=5, **facts)
+    for key in needed:
+        with pytest.raises(ValueError, match=f"{name} needs {key}=... besides num_classes"):
+            build_algorithm(name, num_classes=5, **{**facts, key: None})
+
+
+@pytest.mark.skipif(example_algorithm() is None, reason="needs the example of a checkout's CONTRIBUTING.md")
+def test_the_example_of_a_new_algorithm_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "uda.py").write_text(example_algorithm() or "", encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("ccssl_hf.algorithms.uda", tmp_path / "uda.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(ALGORITHMS, "uda", module.UDA)
+    test_a_loss_is_told_in_detached_terms_and_reaches_no_weak_view("uda")
+    test_contrast_is_added_to_any_algorithm("uda")
+    (row,) = [row for row in algorithm_table() if row["algorithm"] == "uda"]
+    assert row["arxiv"] == "1904.12848"

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+import re
+from inspect import Parameter, getdoc, signature
 from typing import Any
 
+from ..errors import near_misses
 from .base import Algorithm, SSLBatch, SSLLoss
+from .comatch import CoMatch
 from .fixmatch import FixMatch
+from .flexmatch import FlexMatch
+from .freematch import FreeMatch
 from .hyperparameters import Hyperparameter
+from .iomatch import IOMatch
+from .simmatch import SimMatch
+from .softmatch import SoftMatch
 from .supervised import Supervised
 
-__all__ = ["ALGORITHMS", "Algorithm", "SSLBatch", "SSLLoss", "algorithm_hyperparameters", "build_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "SSLBatch",
+    "SSLLoss",
+    "algorithm_hyperparameters",
+    "algorithm_table",
+    "build_algorithm",
+]
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "supervised": Supervised,
     "fixmatch": FixMatch,
+    "comatch": CoMatch,
+    "flexmatch": FlexMatch,
+    "freematch": FreeMatch,
+    "softmatch": SoftMatch,
+    "simmatch": SimMatch,
+    "iomatch": IOMatch,
 }
 
 SIZES = ("num_unlabeled", "embedding_dim", "batch_size", "mu")
-"""Facts of a run that some constructors take: images, dimensions, labeled images a batch, unlabeled ones for each."""
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"Did you mean {near[0]!r}? " if near else ""
+"""Facts of a run that some constructors take: images, dimensions, labeled images a batch (over all processes),
+unlabeled ones for each."""
 
 
 def _algorithm_class(name: str) -> type[Algorithm]:
     if name not in ALGORITHMS:
-        known = list(ALGORITHMS)
-        raise ValueError(f"Unknown algorithm {name!r}. {_suggest(name, known)}Choose one of {', '.join(known)}.")
+        known = ", ".join(ALGORITHMS)
+        raise ValueError(f"Unknown algorithm {name!r}.{near_misses(name, ALGORITHMS)} Choose one of {known}.")
     return ALGORITHMS[name]
 
 
@@ -40,6 +58,32 @@ def algorithm_hyperparameters(name: str) -> dict[str, Hyperparameter]:
         ValueError: There is no such algorithm.
     """
     return _algorithm_class(name).hyperparameters_class.table()
+
+
+def algorithm_table() -> list[dict[str, Any]]:
+    """What there is to say of each algorithm, read from its class.
+
+    Returns:
+        A row for each, in the order of `ALGORITHMS`: `algorithm`, its name; `paper`, the title, and `arxiv`, the number
+        (both None for the baseline); `terms`, the loss terms without CCSSL's; `hyperparameters`, name → default;
+        `views` that it reads of unlabeled images without CCSSL, of "weak", "strong" and "contrastive".
+    """
+    rows = []
+    for name, algorithm in ALGORITHMS.items():
+        first_paragraph = " ".join((getdoc(algorithm) or "").split("\n\n")[0].split())
+        paper = re.fullmatch(r"(.+) \(arXiv (\d{4}\.\d{5})\)\.", first_paragraph)
+        rows.append(
+            {
+                "algorithm": name,
+                "paper": paper and paper[1],
+                "arxiv": paper and paper[2],
+                "terms": list(algorithm.terms),
+                "hyperparameters": {key: row.default for key, row in algorithm.hyperparameters_class.table().items()},
+                "views": ["weak", "strong"] * algorithm.needs_unlabeled
+                + ["contrastive"] * algorithm.needs_contrastive_view,
+            }
+        )
+    return rows
 
 
 def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> Algorithm:
@@ -59,14 +103,15 @@ def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> A
     """
     algorithm = _algorithm_class(name)
     sizes = {key: hyperparameters.pop(key) for key in SIZES if key in hyperparameters}
-    accepted = list(algorithm_hyperparameters(name))
+    accepted = algorithm_hyperparameters(name)
     for key in hyperparameters:
         if key not in accepted:
             raise ValueError(
-                f"{name} has no hyperparameter {key!r}. {_suggest(key, accepted)}It takes {', '.join(accepted)}."
+                f"{name} has no hyperparameter {key!r}.{near_misses(key, accepted)} It takes {', '.join(accepted)}."
             )
-    missing = [key for key in algorithm.sizes if sizes.get(key) is None]
+    wanted = {key: each.default for key, each in signature(algorithm).parameters.items() if key in SIZES}
+    missing = [key for key, default in wanted.items() if default is Parameter.empty and sizes.get(key) is None]
     if missing:
         raise ValueError(f"{name} needs {', '.join(f'{key}=...' for key in missing)} besides num_classes.")
     settings = algorithm.hyperparameters_class(**hyperparameters)
-    return algorithm(settings, num_classes=num_classes, **{key: sizes[key] for key in algorithm.sizes})
+    return algorithm(settings, num_classes=num_classes, **{key: sizes[key] for key in wanted if key in sizes})

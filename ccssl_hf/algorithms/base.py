@@ -133,6 +133,12 @@ class Algorithm(nn.Module):
         if batch.logits_labeled.shape[1:] != (self.num_classes,):
             got = list(batch.logits_labeled.shape)
             raise ValueError(f"logits_labeled must be [B, {self.num_classes}], as num_classes says; got {got}.")
+        missing = self.heads.keys() - (batch.heads or {}).keys()
+        if missing:
+            raise ValueError(
+                f"SSLBatch.heads lacks {', '.join(sorted(missing))}: give the model algorithm.heads, and pass "
+                "what they say of each view."
+            )
         views = batch.read("embeddings_strong", "embeddings_contrast") if self.settings.lambda_contrast > 0 else ()
         with torch.autocast(batch.logits_labeled.device.type, enabled=False):
             result = self.compute(batch.upcast())

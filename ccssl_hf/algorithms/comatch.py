@@ -43,10 +43,10 @@ class CoMatch(Algorithm):
 
     With aligned probabilities p `[U, C]` of the weak view, unit embeddings z, temperature t:
 
-        q_b = α p_b + (1 − α) Σ_k a_bk p_k,   a_b = softmax_k(z_b·z_k / t) over the memory bank        (equations 3 to 5)
-        loss_u = mean_b 1[max q_b ≥ τ] · H(q_b, strong view's prediction)                                   (equation 6)
-        W_bj = 1 where b = j;  q_b·q_j where that reaches T;  else 0                                        (equation 7)
-        loss_graph = mean_b H(W_b / Σ_j W_bj, softmax_j(z_b·z'_j / t))                                 (equations 8 to 10)
+        q_b = α p_b + (1 − α) Σ_k a_bk p_k,   a_b = softmax_k(z_b·z_k / t) over the memory bank
+        loss_u = mean_b 1[max q_b ≥ τ] · H(q_b, strong view's prediction)
+        W_bj = 1 where b = j;  q_b·q_j where that reaches T;  else 0
+        loss_graph = mean_b H(W_b / Σ_j W_bj, softmax_j(z_b·z'_j / t))
 
     z is the strong view's and z' the contrastive view's embedding. The bank holds the weak view's p and z and the
     labeled images' one-hot labels and z, of the last `memory_batches` batches.
@@ -75,8 +75,8 @@ class CoMatch(Algorithm):
         batches = None if num_unlabeled is None else num_unlabeled // (mu * batch_size)
         if batches is not None and settings.memory_batches > batches:
             raise ValueError(
-                f"memory_batches is {settings.memory_batches}, but {num_unlabeled} unlabeled images make only {batches} "
-                f"batches of {mu * batch_size}: choose at most {batches}, or lower mu or batch_size."
+                f"memory_batches is {settings.memory_batches}, but {num_unlabeled} unlabeled images make only "
+                f"{batches} batches of {mu * batch_size}: choose at most {batches}, or lower mu or batch_size."
             )
         self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
         self.memory = MemoryBank(settings.memory_batches * (1 + mu) * batch_size, embedding_dim, num_classes)

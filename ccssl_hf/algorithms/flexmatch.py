@@ -27,7 +27,7 @@ class FlexMatch(Algorithm):
     Every unlabeled image has a status: the class that it was last taken for with confidence τ, if ever. With σ_c images
     of status c out of N, the threshold of class c is
 
-        T_c = τ · M(β_c),   β_c = σ_c / max(max_c σ_c, N − Σ_c σ_c),   M(x) = x / (2 − x)           (equations 5 to 7, 11)
+        T_c = τ · M(β_c),   β_c = σ_c / max(max_c σ_c, N − Σ_c σ_c),   M(x) = x / (2 − x)
 
     without N − Σ σ where `threshold_warmup` is off. A step uses the statuses of before it.
 

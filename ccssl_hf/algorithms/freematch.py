@@ -28,14 +28,13 @@ class FreeMatch(Algorithm):
 
     Over all processes' weak views, running means with momentum follow the confidence (τ), the probabilities (p̃ `[C]`)
     and the distribution of pseudo labels (h̃ `[C]`); each starts at 1/C and is updated before it is used. The threshold
-    of class c is τ · p̃_c / max p̃ (equations 5 to 8). With p̄ and h̄ the mean prediction and the distribution of
-    predicted classes of the strong views that pass it, and ratios made to sum to 1 (equations 9 to 12):
+    of class c is τ · p̃_c / max p̃. With p̄ and h̄ the mean prediction and the distribution of predicted classes of the
+    strong views of images that pass, and ratios made to sum to 1:
 
         loss_fairness = −H(p̃ / h̃, p̄ / h̄) = Σ_c (p̃ / h̃)_c · log (p̄ / h̄)_c
 
     As the authors' code, and not told in the paper: a ratio with a zero below counts as 0, the logarithm is of at least
-    1e-12, and the term is 0 where no image passes. `lambda_fairness` is their default; the paper has 0.01 with the
-    fewest labels and 0.05 otherwise. p̄ and h̄ are over all processes, too.
+    1e-12, and the term is 0 where no image passes. p̄ and h̄ are over all processes, too.
     """
 
     hyperparameters_class = FreeMatchHyperparameters

@@ -75,9 +75,7 @@ Momentum = Annotated[
     float, Spec("Momentum of the running statistics of pseudo labels (not the optimizer's).", minimum=0, maximum=1)
 ]
 NSigma = Annotated[float, Spec("How sharply the weight falls below the mean confidence: σ is divided by it.", above=0)]
-ThresholdWarmup = Annotated[
-    bool, Spec("Let the images that are not yet used hold thresholds down in the beginning.")
-]
+ThresholdWarmup = Annotated[bool, Spec("Let the images that are not yet used hold thresholds down in the beginning.")]
 UseQuantile = Annotated[bool, Spec("Follow the 0.8 quantile of the batch's confidences instead of their mean.")]
 ClipThreshold = Annotated[bool, Spec("Keep the global threshold at 0.95 or below.")]
 LambdaFairness = Annotated[float, Spec("Weight of the loss that keeps predictions spread over the classes.", minimum=0)]

@@ -43,11 +43,11 @@ class IOMatch(Algorithm):
 
         loss_one_vs_all = mean −log o_y + mean max_{c≠y} −log(1 − o_c)     over labeled images
         q = (p_1 o_1, ..., p_C o_C, Σ_c p_c (1 − o_c))                     open-set target of the weak view
-        loss_u    = mean 1[max p ≥ τ_p] · 1[Σ_c p_c o_c > 0.5] · H(p, strong view's prediction)
+        loss_u    = mean 1[max p ≥ τ_p] · 1[Σ_c p_c (1 − o_c) < 0.5] · H(p, strong view's prediction)
         loss_open = mean 1[max q ≥ τ_q] · H(q, strong view's open-set prediction)
 
-    τ_p is `confidence_threshold`, τ_q is `open_threshold`. Unlike in the authors' code, the two heads do not share their
-    hidden layer, and loss_open is there from the first step on rather than after an epoch.
+    τ_p is `confidence_threshold`, τ_q is `open_threshold`. Unlike in the authors' code, the two heads do not share
+    their hidden layer, and loss_open is there from the first step on rather than after an epoch.
     """
 
     hyperparameters_class = IOMatchHyperparameters
@@ -69,21 +69,24 @@ class IOMatch(Algorithm):
             ValueError: `heads` lacks "one_vs_all".
         """
         if heads is None or "one_vs_all" not in heads:
-            raise ValueError("IOMatch scores images by its head 'one_vs_all': pass the model's heads along with logits.")
+            raise ValueError(
+                "IOMatch scores images by its head 'one_vs_all': pass the model's heads along with logits."
+            )
         return (predict(logits) * self._inlier_odds(heads["one_vs_all"].detach()).sigmoid()).sum(1)
 
     def compute(self, batch: SSLBatch) -> SSLLoss:
         settings = self.settings
-        logits_weak, logits_strong, heads = batch.read("logits_weak", "logits_strong", "heads")
-        labeled_odds, weak_odds, _ = map(self._inlier_odds, heads["one_vs_all"])
+        logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
+        heads = batch.heads or {}  # both are there: forward has looked
+        labeled_odds, weak_odds = map(self._inlier_odds, heads["one_vs_all"][:2])
         open_strong = heads["open"][2]
 
         probabilities = self.alignment(predict(logits_weak))
-        members = probabilities * weak_odds.detach().sigmoid()
-        inlier = members.sum(1)
-        open_targets = torch.cat([members, 1 - inlier[:, None]], dim=1)
+        weak_odds = weak_odds.detach()
+        outlier = (probabilities * (-weak_odds).sigmoid()).sum(1, keepdim=True)
+        open_targets = torch.cat([probabilities * weak_odds.sigmoid(), outlier], dim=1)
         confidences, pseudo_labels, mask = pseudo_label(probabilities, settings.confidence_threshold)
-        mask = mask * (inlier > 0.5)
+        mask = mask * (outlier.squeeze(1) < 0.5)
         *_, open_mask = pseudo_label(open_targets, settings.open_threshold)
 
         loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
@@ -112,7 +115,6 @@ def _head(features: int, outputs: int) -> nn.Sequential:
 
 
 def _one_vs_all_loss(odds: Tensor, labels: Tensor) -> Tensor:
-    own = F.one_hot(labels, odds.shape[1]).bool()
-    positive = F.softplus(-odds)[own]
-    hardest_negative = F.softplus(odds).masked_fill(own, 0).amax(1)
+    positive = F.softplus(-odds.gather(1, labels[:, None]))
+    hardest_negative = F.softplus(odds.scatter(1, labels[:, None], -torch.inf)).amax(1)
     return positive.mean() + hardest_negative.mean()

@@ -9,7 +9,7 @@ from ..distributed import all_gather
 
 
 class MemoryBank(nn.Module):
-    """The last `size` embeddings of all processes, each with its class probabilities: a ring, the same on every process.
+    """The last `size` embeddings of all processes, each with its class probabilities: a ring, the same everywhere.
 
     Args:
         size: Rows, `K`.

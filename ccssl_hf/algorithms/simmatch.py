@@ -38,19 +38,19 @@ class SimMatchHyperparameters(Hyperparameters):
 class SimMatch(Algorithm):
     """SimMatch: Semi-supervised Learning with Similarity Matching (arXiv 2203.06915).
 
-    The bank holds K embeddings z_k of labeled images with their labels y_k. With aligned probabilities p `[U, C]` of the
-    weak view, unit embeddings z, temperature t, and s_k = softmax_k(z·z_k / t) for the weak (s) and strong (s') view:
+    The bank holds K embeddings z_k of labeled images with their labels y_k. With aligned probabilities p `[U, C]` of
+    the weak view, unit embeddings z, temperature t, and s_k = softmax_k(z·z_k / t) of the weak view, s' of the strong:
 
-        unfolding:    ŝ_k ∝ s_k · p[y_k]                          instance targets                    (equations 9, 10)
-        aggregation:  p̂_c = α p_c + (1 − α) Σ_k 1[y_k = c] s_k     semantic targets                   (equations 11, 12)
-        loss_u = mean 1[max p ≥ τ] · H(p̂, strong view's prediction),   loss_graph = mean H(ŝ, s')        (equations 4, 7)
+        unfolding:    ŝ_k ∝ s_k · p[y_k]                           instance targets
+        aggregation:  p̂_c = α p_c + (1 − α) Σ_k 1[y_k = c] s_k     semantic targets
+        loss_u = mean 1[max p̂ ≥ τ] · H(p̂, strong view's prediction)
+        loss_graph = mean H(ŝ, s')
 
-    `loss_graph` is the paper's L_in, `lambda_graph` its λ_in. The mask and the confidences are those of p̂, which is the
-    target, as in the authors' code.
+    `loss_graph` is the paper's L_in, `lambda_graph` its λ_in; the confidences are those of p̂.
 
     The paper's bank has one slot for each labeled image, as a running mean of its embeddings. This one is a ring of the
-    last `memory_batches` batches of labeled images, the present one included: it needs no labeled row numbers, and no
-    wait until it is full, for which the authors leave out smoothing and loss_graph in their first epoch.
+    last `memory_batches` batches of labeled images, the present one included: it needs no row numbers of labeled
+    images, and is read from the first step on.
     """
 
     hyperparameters_class = SimMatchHyperparameters

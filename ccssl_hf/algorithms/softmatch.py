@@ -25,13 +25,13 @@ class SoftMatch(Algorithm):
     """SoftMatch: Addressing the Quantity-Quality Trade-off in Semi-supervised Learning (arXiv 2301.10921).
 
     Every pseudo label is trained on, with a weight from the confidence c of the aligned probabilities: a Gaussian below
-    the running mean μ, with the running variance σ² over n_sigma², and 1 above it (equations 6 to 9):
+    the running mean μ, with the running variance σ² over n_sigma², and 1 above it:
 
         weight = exp(−min(c − μ, 0)² · n_sigma² / (2 σ²))
 
-    Uniform alignment divides probabilities by their running mean `[C]` (equation 10). That mean starts as the first
-    batch's; μ starts at 1/C and σ² at 1. All are over all processes, with momentum, updated before they are used. Pseudo
-    labels, and the confidences that CCSSL reads, are those before alignment.
+    Uniform alignment divides probabilities by their running mean `[C]`, which starts as the first batch's; μ starts at
+    1/C and σ² at 1. All three are over all processes' images, and updated before they are used. Pseudo labels, and the
+    confidences that CCSSL reads, are those before alignment.
     """
 
     hyperparameters_class = SoftMatchHyperparameters

@@ -13,6 +13,7 @@ class Supervised(Algorithm):
     With CCSSL composed on it, pseudo labels come from the weak view and steer the contrastive loss only.
     """
 
+    terms = ("loss_x",)
     needs_unlabeled = False
 
     def compute(self, batch: SSLBatch) -> SSLLoss:

@@ -1,0 +1,130 @@
+"""Saving, the card and the Hub: what leaves a run is plain files, and never a pickle or a token."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils.hub import PushInProgress
+
+from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
+from .model_card import facts_of_run, render_card
+
+logger = logging.getLogger(__name__)
+
+
+class PublishingTrainer(Trainer):
+    """The part of `CCSSLTrainer` that publishes.
+
+    Upstream's own writes `training_args.bin`, which holds the Hub token in clear, and uploads all that lies in
+    `output_dir`.
+    """
+
+    push_in_progress: PushInProgress | None = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The plain folder and its card; checkpoints of a run go without the card. Pushes where `args.push_to_hub`.
+
+        Call it in every process: the main one writes, but all have a part in BatchNorm's statistics.
+        """
+        super().save_model(output_dir, _internal_call=True)
+        if not _internal_call:
+            self.create_model_card(folder=output_dir)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(  # upstream's other arguments describe what the card knows by itself
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: list[str] | None = None,
+        limits: str | None = None,
+        folder: str | None = None,
+    ) -> None:
+        """Write README.md into `folder`, by default `args.output_dir`. An error is logged: no run is lost to its card.
+
+        Args:
+            model_name: Hub id, or a title.
+            license: The Hub's identifier, such as `apache-2.0`.
+            tags: Further tags.
+            limits: Known limits of this model, in words.
+            folder: Where to write.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = folder or str(self.args.output_dir)
+        try:
+            name = model_name or self.hub_model_id or Path(folder).name
+            card = render_card(replace(facts_of_run(self, name), license=license, limits=limits))
+            card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(tags or [])]))
+            card.save(Path(folder) / "README.md")
+        except Exception:
+            logger.exception("The model card could not be written; the model is saved. Call create_model_card again.")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        with_head: bool = False,
+        **card: Any,
+    ) -> Any:
+        """Saves and uploads the plain folder and its card. Call it in every process.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in `transformers.Trainer`.
+            with_head: Whether to upload the projection head and further heads, too.
+            **card: Arguments of `create_model_card`.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card)
+        self._finish_current_push()
+        return self._upload(
+            self.args.output_dir, commit_message, token=token, revision=revision, blocking=blocking, with_head=with_head
+        )
+
+    def _upload(
+        self, folder: Any, message: str | None, *, token: str | None = None, with_head: bool = False, **options: Any
+    ) -> Any:
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        ignored = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *([] if with_head else [HEAD_FILE])]
+        options["run_as_future"] = not options.pop("blocking")
+        options["revision"] = options.get("revision") or self.args.hub_revision
+        return HfApi(token=token or self.args.hub_token).upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=folder,
+            commit_message=message,
+            ignore_patterns=ignored,
+            **options,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upstream's also writes and uploads `training_args.bin`."""
+        args, going_on = self.args, self.push_in_progress
+        if going_on is not None and going_on.is_done():
+            going_on = None
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if going_on is not None and not args.hub_always_push:
+            return
+        for path in Path(checkpoint_folder).iterdir():  # a copy, because a checkpoint may be deleted meanwhile
+            if path.name in (CONFIG_FILE, WEIGHTS_FILE) or path.suffix == ".py":
+                shutil.copy(path, Path(str(args.output_dir)) / path.name)
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._upload(args.output_dir, message, blocking=False)]
+        if args.hub_strategy != HubStrategy.EVERY_SAVE:
+            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, message, blocking=False, with_head=True, path_in_repo=name))
+        self.push_in_progress = PushInProgress([*(going_on.jobs if going_on else []), *jobs])

@@ -1,0 +1,429 @@
+"""Sources, labels, decoding and batches: real files in, exact bytes out."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+
+from ccssl_hf.data import (
+    CHUNK_BYTES,
+    DECODED_AT_ONCE,
+    UNKNOWN,
+    EvaluationDataset,
+    ImageFiles,
+    PairedDataset,
+    PixelTable,
+    drop_unreadable,
+    load_split,
+    read_class_names,
+    read_labels,
+)
+from ccssl_hf.sampling import UNLABELED, PairedBatchSampler
+from ccssl_hf.transforms import View, ViewSettings, crop_boxes, make_view
+from conftest import SHARED, needs_shared
+
+SIZE = 16
+VIEWS = (View.WEAK, View.STRONG, View.CONTRASTIVE)
+SETTINGS = ViewSettings(image_size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, weak_crop="resized")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> None:
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(seed: int = 0, width: int = 24, height: int = 20) -> Image.Image:
+    """Smooth, and no two alike."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def dataset(images: list[Any], **columns: list[Any]) -> datasets.Dataset:
+    images = [encoded(image) if isinstance(image, Image.Image) else image for image in images]
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+
+
+def mixed_sizes(count: int, first: int = 0) -> datasets.Dataset:
+    return dataset([picture(first + i, 20 + i % 5, 18 + i % 7) for i in range(count)])
+
+
+def write(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed).save(path, Image.registered_extensions()[path.suffix.lower()])
+
+
+# -------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_an_image_folder_gives_its_class_folders_as_labels(tmp_path: Path) -> None:
+    root = tmp_path / "my [test] images, train"  # words that `datasets` takes for splits, and signs of a pattern
+    for number, name in enumerate(("test bird/1.PNG", "test bird/2.jpg", "train cat/1.Jpeg", "dog/val/ant/1.png")):
+        write(root / name, number)
+    (root / "train cat" / "notes.txt").write_text("not an image")
+    found = load_split(str(root), role="labeled")
+    assert found.features["label"].names == ["ant", "test bird", "train cat"]
+    assert [found.features["label"].int2str(label) for label in sorted(found["label"])] == [
+        "ant", "test bird", "test bird", "train cat",
+    ]  # fmt: skip
+
+
+def test_unlabeled_folders_may_nest_and_lose_their_labels(tmp_path: Path) -> None:
+    for name in ("1.png", "test/2.png", "train/deep/er/3.JPG"):
+        write(tmp_path / "heap" / name)
+    (tmp_path / "heap" / "metadata.csv").write_text("file_name,label\n1.png,x\n")
+    found = load_split(str(tmp_path / "heap"), role="unlabeled")
+    assert (len(found), found.column_names) == (3, ["image"])
+
+
+def test_a_changed_file_in_a_folder_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "1.png"
+    rows = []
+    for seed in (0, 1):
+        write(file, seed)
+        images = load_split(str(tmp_path / "folder"), role="unlabeled")
+        rows.append(PixelTable(images, image_column="image", size=SIZE, role="unlabeled").read(np.array([0])))
+        time.sleep(0.02)  # for file systems with coarse clocks
+    assert not torch.equal(*rows)
+
+
+def test_parquet_is_read_from_a_file_a_folder_and_a_glob(tmp_path: Path) -> None:
+    folder = tmp_path / "pack [1]"
+    folder.mkdir()
+    mixed_sizes(2).to_parquet(folder / "a.parquet")
+    mixed_sizes(3, first=2).to_parquet(folder / "b.parquet")
+    assert len(load_split(str(folder / "a.parquet"), role="labeled")) == 2
+    assert len(load_split(str(folder), role="labeled")) == 5
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    mixed_sizes(2).to_parquet(plain / "x-0.parquet")
+    mixed_sizes(3).to_parquet(plain / "x-1.parquet")
+    assert len(load_split(f"{plain}/x-*.parquet", role="test")) == 5
+
+
+@needs_shared
+def test_a_pack_is_read_with_its_class_names() -> None:
+    found = load_split(str(SHARED / "data" / "butterfly10_mini" / "labeled.parquet"), role="labeled")
+    names = read_class_names(found, "label")
+    assert (len(found), len(names)) == (73, 10)
+    assert read_labels(found, "label", names, role="labeled", allow_unknown=False).tolist() == found["label"]
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def labeled(values: list[Any], feature: Any) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"label": values}, features=datasets.Features({"label": feature}))
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "expected"),
+    [
+        ([0, 1, 2, 1], datasets.ClassLabel(names=["cat", "dog", "ant"]), [1, 2, 0, 2]),
+        ([0, 1, 0, 1], datasets.ClassLabel(names=["dog", "cat"]), [2, 1, 2, 1]),
+        (["dog", "ant", "ant", "cat"], datasets.Value("string"), [2, 0, 0, 1]),
+        (["dog", "ant"], datasets.Value("large_string"), [2, 0]),
+        ([2, 0, 1], datasets.Value("int64"), [2, 0, 1]),
+        ([2, 0, 1], datasets.Value("uint8"), [2, 0, 1]),
+    ],
+)
+def test_labels_are_aligned_by_name(values: list[Any], feature: Any, expected: list[int]) -> None:
+    split = labeled(values, feature)
+    read = read_labels(split, "label", ["ant", "cat", "dog"], role="validation", allow_unknown=False)
+    assert read.dtype == np.int64 and read.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "expected"),
+    [
+        ([0, 1, -1, None], datasets.ClassLabel(names=["dog", "unicorn"]), [2, -1, -1, -1]),
+        (["dog", "unicorn", None], datasets.Value("string"), [2, -1, -1]),
+        ([2, -1, None], datasets.Value("int32"), [2, -1, -1]),
+        ([-1, -1], datasets.ClassLabel(names=["dog", "unicorn"]), [-1, -1]),
+    ],
+)
+def test_strange_classes_are_unknown_only_where_that_is_allowed(
+    values: list[Any], feature: Any, expected: list[int]
+) -> None:
+    split, names = labeled(values, feature), ["ant", "cat", "dog"]
+    assert read_labels(split, "label", names, role="validation", allow_unknown=True).tolist() == expected
+    with pytest.raises(ValueError, match=r"labels of the labeled split are none of the 3 classes .*: drop those rows"):
+        read_labels(split, "label", names, role="labeled", allow_unknown=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "sentence"),
+    [
+        (["Ant", "Cat"], datasets.Value("string"), "2 labels .*Ant, Cat.*Did you mean 'ant'"),
+        ([0, 1, -1], datasets.ClassLabel(names=["cats", "dogs"]), "2 labels .*cats, dogs.*Did you mean 'cat'"),
+        ([0, 3], datasets.Value("int64"), r"1 labels .*\(3\)"),
+        ([0, -2], datasets.Value("int64"), r"1 labels .*\(-2\)"),
+        ([0.5, 1.0], datasets.Value("float32"), "not labels: set label_column"),
+        ([[0], [1]], datasets.List(datasets.Value("int64")), "not labels: set label_column"),
+    ],
+)
+def test_labels_that_can_not_be_meant_are_an_error_anywhere(values: list[Any], feature: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_labels(labeled(values, feature), "label", ["ant", "cat", "dog"], role="validation", allow_unknown=True)
+
+
+def test_labels_follow_the_rows_of_a_selection_in_any_format() -> None:
+    split = labeled(["b", "a", "c", "a"], datasets.Value("string")).select([3, 2, 0]).with_format("torch")
+    assert read_labels(split, "label", ["a", "b", "c"], role="test", allow_unknown=False).tolist() == [0, 2, 1]
+
+
+def test_a_million_labels_are_read_in_bulk() -> None:
+    """Row by row they take most of a minute; no clock is read here, only that the bulk answer is right."""
+    names = [f"species {i}" for i in range(1000)]
+    numbers = np.random.default_rng(0).integers(0, 1000, 1_000_000)
+    split = datasets.Dataset.from_dict({"label": np.array(names)[numbers], "number": numbers})
+    split = split.cast_column("number", datasets.ClassLabel(names=names))
+    wanted: dict[str, Any] = {"role": "unlabeled", "allow_unknown": True}
+    known = np.where(numbers < 500, numbers, UNKNOWN)
+    assert np.array_equal(read_labels(split, "label", names[::-1], **wanted), 999 - numbers)
+    assert np.array_equal(read_labels(split, "number", names[:500], **wanted), known)
+
+
+def test_class_names_come_from_a_class_label_or_from_strings() -> None:
+    assert read_class_names(labeled([0], datasets.ClassLabel(names=["b", "a", "c"])), "label") == ["b", "a", "c"]
+    assert read_class_names(labeled(["b", "a", None, "b"], datasets.Value("string")), "label") == ["a", "b"]
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+
+def reference(image: Image.Image, size: int) -> torch.Tensor:
+    """Shorter side to `size`, then the middle square, by PIL alone."""
+    pixels = np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def rotated() -> tuple[dict[str, Any], Image.Image]:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    return encoded(picture(), exif=exif), picture().transpose(Image.Transpose.ROTATE_270)
+
+
+def sixteen_bits() -> tuple[dict[str, Any], Image.Image]:
+    grey = np.asarray(picture().convert("L"))
+    return encoded(Image.fromarray(grey.astype(np.uint16) * 256 + 7)), Image.fromarray(grey)
+
+
+def in_mode(mode: str, kind: str = "PNG") -> Callable[[], tuple[dict[str, Any], Image.Image]]:
+    def make() -> tuple[dict[str, Any], Image.Image]:
+        image = picture().convert(mode)
+        return encoded(image, kind), image
+
+    make.__name__ = mode
+    return make
+
+
+MODES = [in_mode(mode) for mode in ("L", "1", "RGBA", "LA", "P")] + [in_mode("CMYK", "TIFF"), rotated, sixteen_bits]
+
+
+@pytest.mark.parametrize("make", MODES, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("decode", ["memory", "stream", "evaluation"])
+def test_every_kind_of_image_becomes_upright_rgb(make: Callable[[], Any], decode: str) -> None:
+    source, shown = make()
+    split = dataset([source])
+    if decode == "memory":
+        read = PixelTable(split, image_column="image", size=SIZE, role="labeled").read(np.array([0]))[0]
+        expected = reference(shown, SIZE)
+    elif decode == "evaluation":
+        view = EvaluationDataset(split, None, image_column="image", transform=np.asarray, role="test")
+        read, expected = view[0]["pixel_values"], np.asarray(shown.convert("RGB"))
+    else:
+        read, expected = streamed(split, np.array([0]), np.array([5]))[0, 0], crop(shown, View.WEAK, 5)
+    assert np.array_equal(read, expected)
+
+
+def test_a_pixel_table_holds_what_pil_decodes_one_by_one() -> None:
+    images = [picture(i, 20 + i % 5, 18 + i % 7) for i in range(12)] + [picture(99, SIZE, SIZE)]
+    table = PixelTable(dataset(images), image_column="image", size=SIZE, role="labeled")
+    index = np.array([12, 3, 3, 0, 11])
+    assert len(table) == 13
+    assert torch.equal(table.read(index), torch.stack([reference(images[i], SIZE) for i in index]))
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "parquet"])
+def test_a_pixel_table_follows_selections_and_formats_and_is_decoded_once(where: str, tmp_path: Path) -> None:
+    split = mixed_sizes(9)
+    if where == "disk":
+        split.save_to_disk(tmp_path / "saved")
+        split = datasets.load_from_disk(tmp_path / "saved")
+    elif where == "parquet":
+        split.to_parquet(tmp_path / "x.parquet")
+        split = load_split(str(tmp_path / "x.parquet"), role="labeled")
+    chosen = split.select([8, 2, 5]).with_format("torch")
+    arguments = {"image_column": "image", "size": SIZE, "role": "labeled"}
+    rows = PixelTable(chosen, **arguments).read(np.arange(3))
+    assert torch.equal(rows, torch.stack([reference(picture(i, 20 + i % 5, 18 + i % 7), SIZE) for i in (8, 2, 5)]))
+
+    [cached] = (tmp_path / "cache" / "ccssl_hf").glob("*.arrow")
+    written = cached.stat().st_mtime_ns
+    again = PixelTable(chosen, **{**arguments, "role": "unlabeled"})
+    assert torch.equal(again.read(np.arange(3)), rows)
+    assert [cached] == list((tmp_path / "cache" / "ccssl_hf").glob("*.arrow")) and cached.stat().st_mtime_ns == written
+    PixelTable(chosen, **{**arguments, "size": 8})
+    PixelTable(split.select([8, 2, 6]), **arguments)
+    assert len(list((tmp_path / "cache" / "ccssl_hf").glob("*.arrow"))) == 3  # other pixels, other files
+
+
+def test_a_pixel_table_of_many_chunks_survives_pickling_and_stays_on_disk() -> None:
+    size = 512
+    count = 2 * (CHUNK_BYTES // (3 * size * size)) + 3
+    table = PixelTable(mixed_sizes(count), image_column="image", size=size, role="labeled")
+    assert len(table._chunks) == 3 and len(table) == count
+    last = reference(picture(count - 1, 20 + (count - 1) % 5, 18 + (count - 1) % 7), size)
+    packed = pickle.dumps(table)
+    assert len(packed) < 20_000  # the pixels are 35 MB
+    for other in (table, pickle.loads(packed)):
+        assert torch.equal(other.read(np.array([0, count - 1]))[1], last)
+
+
+def crop(image: Image.Image, view: View, draw: int) -> torch.Tensor:
+    """The view's crop by PIL alone, from the box that `crop_boxes` draws."""
+    height, width = torch.tensor([image.height]), torch.tensor([image.width])
+    [[top, left, h, w]] = crop_boxes(
+        view, SETTINGS, seed=3, stream=UNLABELED, draws=torch.tensor([draw]), heights=height, widths=width
+    ).tolist()
+    cut = image.convert("RGB").crop((left, top, left + w, top + h)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(cut).transpose(2, 0, 1).copy())
+
+
+def streamed(split: datasets.Dataset, index: np.ndarray, draw: np.ndarray) -> torch.Tensor:
+    files = ImageFiles(split, image_column="image", role="unlabeled", settings=SETTINGS, seed=3, stream=UNLABELED)
+    return files.read(index, draw, VIEWS)
+
+
+def test_streamed_crops_are_pils_and_depend_on_their_draw_alone() -> None:
+    images = [picture(i, 20 + i % 5, 18 + i % 7) for i in range(DECODED_AT_ONCE + 3)]
+    split = dataset(images).with_format("numpy")
+    index = np.array([*range(len(images)), 2, 2])
+    draw = np.arange(len(index)) + 100
+    crops = streamed(split, index, draw)
+    assert crops.shape == (len(index), 3, 3, SIZE, SIZE) and crops.dtype == torch.uint8
+    for row, (i, d) in enumerate(zip(index, draw, strict=True)):
+        assert torch.equal(crops[row], torch.stack([crop(images[i], view, int(d)) for view in VIEWS]))
+    # Another batch, another order: the same (image, draw) has the same crops, another draw of the same image has not.
+    again = streamed(split, index[[11, 4, 0]], draw[[11, 4, 0]])
+    assert torch.equal(again, crops[[11, 4, 0]]) and not torch.equal(crops[11], crops[12])
+
+
+def test_a_crop_that_a_worker_cut_makes_the_view_of_the_whole_image() -> None:
+    image = picture(7, 40, 40)
+    whole = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None]
+    arguments: dict[str, Any] = {"seed": 3, "stream": UNLABELED, "draws": torch.tensor([11])}
+    crops = streamed(dataset([image]), np.array([0]), np.array([11]))
+    for number, view in enumerate(VIEWS):
+        made = make_view(crops[:, number], view, SETTINGS, cropped=True, **arguments)
+        assert torch.equal(made, make_view(whole, view, SETTINGS, cropped=False, **arguments))
+
+
+# -------------------------------------------------------------------------------------------------------- broken images
+
+BROKEN = {
+    "text": {"bytes": b"no image at all", "path": None},
+    "cut": {"bytes": encoded(picture(0, 200, 200))["bytes"][:300], "path": None},
+    "empty": {"bytes": b"", "path": None},
+    "gone": {"bytes": None, "path": "/nowhere/1.png"},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_image_is_named_with_the_fix_and_the_fix_works(broken: str) -> None:
+    split = dataset([picture(0), picture(1), BROKEN[broken], picture(2)], number=[0, 1, 2, 3])
+    sentence = r"Image 2 of the unlabeled split can't be decoded .*drop_unreadable"
+    with pytest.raises(ValueError, match=sentence):
+        PixelTable(split, image_column="image", size=SIZE, role="unlabeled")
+    with pytest.raises(ValueError, match=sentence):
+        streamed(split, np.array([0, 2]), np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"Image 2 of the test split"):
+        EvaluationDataset(split, None, image_column="image", transform=np.asarray, role="test")[2]
+    kept = drop_unreadable(split)
+    assert kept["number"] == [0, 1, 3] and kept.features == split.features
+    assert len(PixelTable(kept, image_column="image", size=SIZE, role="unlabeled")) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def paired(decode: str, unlabeled: datasets.Dataset | None, hidden: np.ndarray | None = None) -> PairedDataset:
+    return PairedDataset(
+        mixed_sizes(6),
+        np.array([0, 1, 2, 0, 1, 2]),
+        unlabeled,
+        hidden_labels=hidden,
+        image_column="image",
+        views=VIEWS,
+        settings=SETTINGS,
+        seed=3,
+        decode=decode,
+    )
+
+
+def loader(data: PairedDataset, workers: int, method: str | None = None) -> DataLoader:
+    sampler = PairedBatchSampler(
+        num_labeled=6, num_unlabeled=10 if data.unlabeled else 0, batch_size=2, mu=2, num_batches=4, seed=3
+    )
+    return DataLoader(
+        data,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        collate_fn=_same,
+        num_workers=workers,
+        multiprocessing_context=method,
+    )
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+@pytest.mark.parametrize(("decode", "method"), [("memory", "fork"), ("stream", "fork"), ("memory", "spawn")])
+def test_workers_give_the_batches_that_the_main_process_gives(decode: str, method: str) -> None:
+    data = paired(decode, mixed_sizes(10, first=50), np.arange(10) % 4 - 1)
+    alone, helped = list(loader(data, 0)), list(loader(data, 1 if method == "spawn" else 2, method))
+    assert len(alone) == len(helped) == 4
+    for one, other in zip(alone, helped, strict=True):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("decode", ["memory", "stream"])
+def test_a_batch_holds_the_rows_that_its_index_names(decode: str) -> None:
+    data = paired(decode, mixed_sizes(10, first=50), np.arange(10) % 4 - 1)
+    batch = next(iter(loader(data, 0)))
+    crops = {"memory": [], "stream": [1]}[decode], {"memory": [], "stream": [len(VIEWS)]}[decode]
+    assert batch["labeled_images"].shape == (2, *crops[0], 3, SIZE, SIZE)
+    assert batch["unlabeled_images"].shape == (4, *crops[1], 3, SIZE, SIZE)
+    assert batch["hidden_labels"].tolist() == (batch["unlabeled_index"] % 4 - 1).tolist()
+    assert isinstance(batch["labeled_draws"], np.ndarray) and batch["labels"].dtype == torch.int64
+    if decode == "memory":
+        rows = [reference(picture(50 + i, 20 + i % 5, 18 + i % 7), SIZE) for i in batch["unlabeled_index"].tolist()]
+        assert torch.equal(batch["unlabeled_images"], torch.stack(rows))
+
+
+def test_without_unlabeled_images_a_batch_is_labeled_alone() -> None:
+    assert next(iter(loader(paired("memory", None), 0))).keys() == {"labeled_images", "labels", "labeled_draws"}

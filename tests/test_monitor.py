@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ccssl_hf.algorithms import SSLLoss
+from ccssl_hf.monitor import StepMonitor
+
+NAMES = ["ant", "bee", "cat"]
+
+
+def step(loss_x: float, pseudo_labels: list[int], mask: list[float]) -> SSLLoss:
+    terms = {"loss_x": torch.tensor(loss_x), "loss_u": torch.tensor(2 * loss_x)}
+    return SSLLoss(
+        loss=torch.tensor(3 * loss_x),
+        terms=terms,
+        pseudo_labels=torch.tensor(pseudo_labels),
+        mask=torch.tensor(mask, dtype=torch.float32),
+    )
+
+
+def test_terms_and_mask_are_means_and_the_histogram_counts_what_passed():
+    monitor = StepMonitor(NAMES)
+    monitor.add(step(1.0, [0, 0, 1, 2], [1, 1, 0, 0]), None)
+    monitor.add(step(2.0, [2, 1, 1, 0], [1, 1, 0, 0]), None)
+    logs = monitor.drain()
+    assert logs == pytest.approx(
+        {
+            "loss_x": 1.5,
+            "loss_u": 3.0,
+            "mask_rate": 0.5,
+            "pseudo_labels/ant": 0.5,
+            "pseudo_labels/bee": 0.25,
+            "pseudo_labels/cat": 0.25,
+        }
+    )
+
+
+def test_draining_starts_anew():
+    monitor = StepMonitor(NAMES)
+    monitor.add(step(1.0, [0], [1]), None)
+    monitor.drain()
+    assert monitor.drain() == {}
+    monitor.add(step(5.0, [2], [1]), None)
+    logs = monitor.drain()
+    assert (logs["loss_x"], logs["pseudo_labels/ant"], logs["pseudo_labels/cat"]) == (5.0, 0.0, 1.0)
+
+
+def test_precision_is_over_all_that_passed_and_unknown_images_are_wrong():
+    monitor = StepMonitor(NAMES)
+    monitor.add(step(1.0, [0, 1, 2, 2], [1, 1, 1, 0]), torch.tensor([0, 2, -1, 2]))
+    monitor.add(step(1.0, [0, 0, 0, 1], [0, 0, 0, 1]), torch.tensor([0, 0, 0, 1]))
+    assert monitor.drain()["pseudo_label_precision"] == pytest.approx(2 / 4)
+
+
+def test_nothing_passed_gives_zeros_and_no_precision():
+    monitor = StepMonitor(NAMES)
+    monitor.add(step(1.0, [0, 1], [0, 0]), torch.tensor([0, 1]))
+    logs = monitor.drain()
+    assert "pseudo_label_precision" not in logs
+    assert [logs[f"pseudo_labels/{name}"] for name in NAMES] == [0, 0, 0]
+    assert logs["mask_rate"] == 0
+
+
+def test_weights_between_0_and_1_count_as_passed_and_average_as_they_are():
+    monitor = StepMonitor(NAMES)
+    monitor.add(step(1.0, [0, 1], [0.25, 0.75]), None)
+    logs = monitor.drain()
+    assert logs["mask_rate"] == 0.5
+    assert logs["pseudo_labels/ant"] == logs["pseudo_labels/bee"] == 0.5
+
+
+def test_terms_alone_where_there_are_no_pseudo_labels():
+    monitor = StepMonitor(NAMES)
+    monitor.add(SSLLoss(loss=torch.tensor(1.0), terms={"loss_x": torch.tensor(1.0)}), None)
+    assert monitor.drain() == {"loss_x": 1.0}
+
+
+def test_a_nan_term_is_logged_as_nan():
+    monitor = StepMonitor(NAMES)
+    monitor.add(step(float("nan"), [0], [1]), None)
+    monitor.add(step(1.0, [0], [1]), None)
+    assert torch.tensor(monitor.drain()["loss_x"]).isnan()
+
+
+def test_counting_keeps_no_graph():
+    monitor = StepMonitor(NAMES)
+    weight = torch.ones((), requires_grad=True)
+    result = step(1.0, [0], [1])
+    monitor.add(SSLLoss(result.loss, {"loss_x": 2 * weight}, result.pseudo_labels, None, result.mask * weight), None)
+    assert all(isinstance(value, Tensor) and not value.requires_grad for value in monitor._sums.values())
