@@ -262,6 +262,10 @@ def _pixels(batch: dict[str, list[Any]], rows: list[int], *, column: str, size: 
     return {"pixels": [np.asarray(square).transpose(2, 0, 1).tobytes() for square in squares]}
 
 
+_DECODER = 1
+"""Raise it when `_decode` or `_pixels` changes: tables decoded before then no longer count."""
+
+
 class PixelTable:
     """All images of a split as uint8 `[3, size, size]`: one memory-mapped file, which all processes and workers share.
 
@@ -284,7 +288,9 @@ class PixelTable:
             remove_columns=[image_column],
             features=datasets.Features({"pixels": datasets.Value("binary")}),
             # Named here because a data set that lives in memory would have its pixels kept there, too.
-            cache_file_name=str(cache / f"{Hasher.hash([encoded._fingerprint, size, PIL.__version__])}.arrow"),
+            cache_file_name=str(
+                cache / f"{Hasher.hash([encoded._fingerprint, size, PIL.__version__, _DECODER])}.arrow"
+            ),
             desc=f"Decoding {role} images to {size} px",
         )
         self._open()

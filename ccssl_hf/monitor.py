@@ -76,12 +76,21 @@ class StepMonitor:
         return logs
 
 
+_FEW_BATCHES = 10
+
+
 class ProgressBar(ProgressCallback):
     """The Trainer's bar, with the few numbers that matter beside it instead of a printed dictionary for each log."""
 
     def __init__(self) -> None:
         super().__init__()
         self._shown: dict[str, str] = {}
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if len(eval_dataloader) > _FEW_BATCHES:  # a bar that is over at once only flickers
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:

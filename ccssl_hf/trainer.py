@@ -365,6 +365,8 @@ class CCSSLTrainer(PublishingTrainer):
                     f"{self.args.output_dir} holds no whole checkpoint to go on from: start without "
                     "resume_from_checkpoint."
                 )
+        self._best_step = None
+        self.monitor = StepMonitor(self.class_names)
         set_seed(self.args.seed)  # for dropout, which must not depend on what was drawn since the trainer was made
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 

@@ -23,12 +23,12 @@ from transformers.utils import logging
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.analysis import format_table, plot_confusion_matrix, plot_convergence
-from ccssl_hf.cli import parse_recipe
 from ccssl_hf.metrics import pseudo_label_quality
+from ccssl_hf.recipe import errors_in_one_line, parse_recipe
 
 CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 KNOWN = [str(digit) for digit in range(6)]
-SPLIT_SIZES = {"test": 40, "validation": 25}  # images of each of the ten digits; all else is for training
+SPLIT_SIZES = {"test": 40, "validation": 40}  # images of each of the ten digits; all else is for training
 LABELS_PER_CLASS = 4
 # What each method changes of the settings; None is "not set".
 METHODS = {
@@ -160,8 +160,11 @@ def load_back(folder: Path, picture: Image.Image, label: str) -> None:
 
 
 def main() -> None:
-    demo, args = parse_recipe(DemoArguments, CCSSLTrainingArguments, config=CONFIG, description=__doc__)
+    with errors_in_one_line():
+        demo, args = parse_recipe(DemoArguments, CCSSLTrainingArguments, config=CONFIG, description=__doc__)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # those of loading weights; the runs keep theirs
+    datasets.disable_progress_bars()
     output = Path(args.output_dir)
     methods = demo.methods.split(",")
     rows, curves, kept = [], {TITLES[method]: [] for method in methods}, {}

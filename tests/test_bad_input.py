@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
-from ccssl_hf.cli import RecipeArguments, build_trainer
 from ccssl_hf.data import load_split, read_class_names
+from ccssl_hf.recipe import RecipeArguments, build_trainer
 
 NAMES = ["ant", "bee", "cat"]
 BACKBONE = "wide_resnet10_1_cifar"
@@ -80,7 +80,7 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a column of text as images": (
         {},
         {"image_column": "photo"},
-        r"Column 'photo' of the labeled split holds .*choose another image_column, or cast it with cast_column\('photo', ",
+        r"Column 'photo' of the labeled split holds .*choose another image_column, or cast it with cast_column",
     ),
     "no hidden label column": (
         {},

@@ -319,7 +319,7 @@ def streamed(split: datasets.Dataset, index: np.ndarray, draw: np.ndarray) -> to
 
 def test_streamed_crops_are_pils_and_depend_on_their_draw_alone() -> None:
     images = [picture(i, 20 + i % 5, 18 + i % 7) for i in range(DECODED_AT_ONCE + 3)]
-    split = dataset(images).with_format("numpy")
+    split = dataset(images).with_transform(lambda batch: {"image": ["what a user makes of it"] * len(batch["image"])})
     index = np.array([*range(len(images)), 2, 2])
     draw = np.arange(len(index)) + 100
     crops = streamed(split, index, draw)
@@ -423,6 +423,9 @@ def test_a_batch_holds_the_rows_that_its_index_names(decode: str) -> None:
     if decode == "memory":
         rows = [reference(picture(50 + i, 20 + i % 5, 18 + i % 7), SIZE) for i in batch["unlabeled_index"].tolist()]
         assert torch.equal(batch["unlabeled_images"], torch.stack(rows))
+    else:
+        index, draws = batch["unlabeled_index"].numpy(), batch["unlabeled_draws"]
+        assert torch.equal(batch["unlabeled_images"], streamed(mixed_sizes(10, first=50), index, draws))
 
 
 def test_without_unlabeled_images_a_batch_is_labeled_alone() -> None:

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from ccssl_hf.algorithms.__main__ import with_table
 from sklearn.datasets import load_sample_images
+
+from ccssl_hf.algorithms.__main__ import with_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,7 +40,8 @@ def test_the_first_lines_of_python_run(tmp_path: Path, monkeypatch: pytest.Monke
     photos(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in (tmp_path / "outputs/photos").iterdir()}
+    written = {path.name for path in (tmp_path / "outputs/photos").iterdir()}
+    assert {"config.json", "model.safetensors", "README.md"} <= written
 
 
 def test_the_table_of_algorithms_is_todays() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccssl_hf.algorithms import ALGORITHMS
+from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters
 from ccssl_hf.resume import TRAINING_STATE, is_whole, last_checkpoint
 from tiny_runs import StopAt, different, everything, logs_of_steps, model_of, trainer_of
 
@@ -57,10 +57,11 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, case
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "fixmatch"])
 def test_every_algorithm_resumes_with_its_statistics(tmp_path, algorithm):
-    supervised = algorithm == "supervised"
-    changes = {"algorithm": algorithm, "confidence_threshold": None, "push_threshold": None}
-    if supervised:
-        changes |= {"unlabeled": None, "lambda_contrast": 0}
+    changes = {"algorithm": algorithm}
+    if "confidence_threshold" not in algorithm_hyperparameters(algorithm):
+        changes["confidence_threshold"] = None
+    if algorithm == "supervised":
+        changes |= {"unlabeled": None, "lambda_contrast": 0, "push_threshold": None}
     whole = trainer_of(tmp_path / "whole", **changes)
     whole.train()
     resumed = interrupted(tmp_path / "parts", {}, **changes)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -320,6 +321,27 @@ def test_accumulated_batches_are_averaged(tmp_path):
     trainer.train()
     for entry in logs_of_steps(trainer):
         assert entry["loss"] == pytest.approx(entry["loss_x"] + entry["loss_u"] + entry["loss_contrast"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_network_trains_is_evaluated_and_resumes(tmp_path):
+    changes = {"torch_compile": True, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    whole = trainer_of(tmp_path / "whole", model_of("test_vit"), **changes)
+    whole.train()
+    trainer_of(tmp_path / "parts", model_of("test_vit"), callbacks=[StopAt(2)], **changes).train()
+    resumed = trainer_of(tmp_path / "parts", model_of("test_vit", seed=1), **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert different(everything(whole), everything(resumed)) == []
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, backbone):
+    runs = [trainer_of(tmp_path / str(on), model_of(backbone), gradient_checkpointing=on) for on in (False, True)]
+    for run in runs:
+        run.train()
+    for left, right in zip(*map(logs_of_steps, runs), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
 
 
 def test_bfloat16_trains(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ccssl_hf import CCSSLTrainingArguments
-from ccssl_hf.cli import RecipeArguments, errors_in_one_line, load_splits, parse_recipe
+from ccssl_hf.recipe import RecipeArguments, errors_in_one_line, load_splits, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -119,6 +119,13 @@ def test_a_wrong_flag_is_refused(flags: list[str], sentence: str) -> None:
 def test_a_wrong_file_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         parse(config=written(tmp_path, text))
+
+
+def test_no_file_is_read_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's parser would take flags from a file beside the script."""
+    (tmp_path / "train.args").write_text("--mu 9")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py")])
+    assert parse()[1].mu == 7
 
 
 def test_help_shows_how_to_call_the_recipe_and_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
