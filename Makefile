@@ -31,7 +31,7 @@ demo: $(VENV)/.installed-demo ## Train supervised, FixMatch and FixMatch+CCSSL o
 
 test: $(VENV)/.installed-test ## Check style and types, and run the tests, about 10 minutes on two cores
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed-test ## Run the tests that take longer
 	@$(BIN)/python -m pytest -m slow

@@ -13,6 +13,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import f1_score, roc_auc_score
 from transformers import EvalPrediction
 
@@ -179,7 +180,11 @@ def classification_metrics(logits: Any, labels: Any) -> dict[str, float]:
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """`classification_metrics` as `transformers.Trainer`'s `compute_metrics`; logits are the first output."""
     outputs = prediction.predictions
-    return classification_metrics(outputs[0] if isinstance(outputs, tuple) else outputs, prediction.label_ids)
+    logits, labels = _arrays(outputs[0] if isinstance(outputs, tuple) else outputs, prediction.label_ids)
+    known = labels != OUT_OF_DISTRIBUTION
+    # Exact, where the Trainer's mean of batch means is not: batches hold different numbers of known classes.
+    loss = F.cross_entropy(torch.from_numpy(logits[known]), torch.from_numpy(labels[known])).item()
+    return {**classification_metrics(logits, labels), "loss": loss}
 
 
 def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -> dict[str, float]:

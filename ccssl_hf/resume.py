@@ -35,8 +35,9 @@ def save_training_state(folder: str | Path, modules: Mapping[str, nn.Module], *,
     """
     together = nn.ModuleDict(modules)
     state = together.state_dict()
-    if world_size() > 1:
-        state[_BATCHNORM] = all_gather(read_batchnorm_buffers(together)[None])
+    statistics = read_batchnorm_buffers(together)
+    if world_size() > 1 and len(statistics):
+        state[_BATCHNORM] = all_gather(statistics[None])
     if write:
         save_tensors(Path(folder) / TRAINING_STATE, state)
 
@@ -55,11 +56,12 @@ def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) ->
     together = nn.ModuleDict(modules)
     state = load_tensors(Path(folder) / TRAINING_STATE)
     statistics = state.pop(_BATCHNORM, None)
-    missing = together.state_dict().keys() ^ state.keys()
-    if missing:
+    wanted, found = ({name: value.shape for name, value in s.items()} for s in (together.state_dict(), state))
+    other = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if other:
         raise ValueError(
-            f"{folder} is of a run with another model, algorithm or ema_decay ({len(missing)} entries differ, such as "
-            f"{min(missing)!r}): resume with the arguments that it was written with."
+            f"{folder} is of a run with another model, data set, algorithm or ema_decay ({len(other)} entries differ, "
+            f"such as {other[0]!r}): resume with the arguments that it was written with."
         )
     together.load_state_dict(state)
     if statistics is not None:

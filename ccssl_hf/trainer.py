@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
@@ -121,8 +121,6 @@ class CCSSLTrainer(PublishingTrainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar)
-        else:
-            self.remove_callback(PrinterCallback)
 
     # ----------------------------------------------------------------------------------------------------------- set-up
 
@@ -358,7 +356,7 @@ class CCSSLTrainer(PublishingTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As in `transformers.Trainer`; with True the run goes on from the last checkpoint that is whole."""
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint in (True, "true", "True"):  # the command line knows texts only
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(

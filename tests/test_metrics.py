@@ -113,8 +113,10 @@ def test_tensors_arrays_and_lists_give_the_same(dtype):
 def test_compute_metrics_takes_the_first_output():
     logits, labels = some_predictions()
     expected = m.classification_metrics(logits, labels)
-    assert m.compute_metrics(EvalPrediction(logits, labels)) == expected
-    assert m.compute_metrics(EvalPrediction((logits, np.zeros((200, 64))), labels)) == expected
+    for outputs in (logits, (logits, np.zeros((200, 64)))):
+        metrics = m.compute_metrics(EvalPrediction(outputs, labels))
+        assert metrics.pop("loss") > 0
+        assert metrics == expected
 
 
 @pytest.mark.parametrize(
@@ -223,3 +225,9 @@ def test_metrics_combine():
     expected = m.classification_metrics(logits, labels)
     expected.pop("top5")
     assert combined.compute(predictions=logits, references=labels) == pytest.approx(expected)
+
+
+def test_the_loss_is_exact_over_the_known_classes() -> None:
+    logits, labels = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]], np.float32), np.array([0, 0, -1])
+    expected = np.mean([np.log1p(np.exp(-2.0)), np.log1p(np.exp(1.0))])
+    assert m.compute_metrics(EvalPrediction(logits, labels))["loss"] == pytest.approx(expected)

@@ -157,8 +157,9 @@ def test_save_only_model_leaves_nothing_to_resume_from(tmp_path):
         {"ema_decay": 0.0, "eval_weights": "raw"},
         {"distribution_alignment_window": 4},
         {"algorithm": "freematch", "confidence_threshold": None},
+        {"model": model_of(projection_dim=32)},
     ],
-    ids=["ema", "alignment", "algorithm"],
+    ids=["ema", "alignment", "algorithm", "projection"],
 )
 def test_a_checkpoint_of_other_arguments_is_refused(stopped, tmp_path, changes):
     trainer = trainer_of(tmp_path, **changes)
