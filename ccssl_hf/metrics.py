@@ -149,16 +149,18 @@ def out_of_distribution_auroc(scores: Any, labels: Any) -> float:
     return float(roc_auc_score(known, scores))
 
 
-def classification_metrics(logits: Any, labels: Any) -> dict[str, float]:
+def classification_metrics(logits: Any, labels: Any, *, open_set_scores: Any = None) -> dict[str, float]:
     """Everything the trainer reports about one split.
 
     Args:
         logits: `[N, C]`.
         labels: `[N]`: 0..C-1, or -1 for an image of no known class. Rows of -1 count for `auroc` alone.
+        open_set_scores: `[N]`, higher for images that look more like the known classes, from an algorithm that has such
+            a score of its own.
 
     Returns:
-        `top1`, `top5`, `macro_f1`, `ece` over the rows of known classes, and `auroc` of telling them from the others by
-        the largest softmax probability, where some rows are -1.
+        `top1`, `top5`, `macro_f1`, `ece` over the rows of known classes, and where some rows are -1 `auroc` of telling
+        them apart by the largest softmax probability, and `auroc_open_set` of the same by `open_set_scores`.
 
     Raises:
         ValueError: If no row has a known class, a label lies outside -1..C-1, shapes do not fit, or logits are NaN.
@@ -174,17 +176,23 @@ def classification_metrics(logits: Any, labels: Any) -> dict[str, float]:
     }
     if not known.all():
         metrics["auroc"] = out_of_distribution_auroc(confidences(logits), labels)
+        if open_set_scores is not None:
+            metrics["auroc_open_set"] = out_of_distribution_auroc(open_set_scores, labels)
     return metrics
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`classification_metrics` as `transformers.Trainer`'s `compute_metrics`; logits are the first output."""
+    """`classification_metrics` as `transformers.Trainer`'s `compute_metrics`.
+
+    Logits are the first output; open-set scores are the second, where there is one.
+    """
     outputs = prediction.predictions
-    logits, labels = _arrays(outputs[0] if isinstance(outputs, tuple) else outputs, prediction.label_ids)
+    logits, scores = (*outputs, None)[:2] if isinstance(outputs, tuple) else (outputs, None)
+    logits, labels = _arrays(logits, prediction.label_ids)
     known = labels != OUT_OF_DISTRIBUTION
     # Exact, where the Trainer's mean of batch means is not: batches hold different numbers of known classes.
     loss = F.cross_entropy(torch.from_numpy(logits[known]), torch.from_numpy(labels[known])).item()
-    return {**classification_metrics(logits, labels), "loss": loss}
+    return {**classification_metrics(logits, labels, open_set_scores=scores), "loss": loss}
 
 
 def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -> dict[str, float]:

@@ -36,13 +36,14 @@ METRICS = {
     "macro_f1": ("f1", "Macro F1"),
     "ece": ("expected_calibration_error", "Expected calibration error (lower is better)"),
     "auroc": ("roc_auc", "AUROC, known classes against no known class"),
+    "auroc_open_set": ("roc_auc_open_set", "AUROC of the same by the algorithm's open-set score"),
     "precision": ("pseudo_label_precision", "Precision of the pseudo labels that passed"),
     "coverage": ("pseudo_label_coverage", "Share of the unlabeled images that passed"),
     "ood_share_passed": ("pseudo_label_ood_share_passed", "Share of the images of no known class that passed"),
 }
 """Names of `ccssl_hf.metrics` as the Hub's metadata and as people call them."""
 
-OPEN_SET_METRICS = ("auroc", "precision", "coverage", "ood_share_passed")
+OPEN_SET_METRICS = ("auroc", "auroc_open_set", "precision", "coverage", "ood_share_passed")
 
 
 class Paper(NamedTuple):

@@ -296,11 +296,15 @@ class CCSSLTrainer(PublishingTrainer):
             result = self.algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
             return result.loss
-        logits = model(pixel_values=inputs["pixel_values"]).logits
+        output = model(pixel_values=inputs["pixel_values"])
+        logits = output.logits
         known = (inputs["labels"] != data.UNKNOWN).sum()
         loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.UNKNOWN, reduction="sum")
         loss = loss / known.clamp(min=1)  # a batch without a known class must not make the split's mean NaN
-        return (loss, {"logits": logits}) if return_outputs else loss
+        outputs = {"logits": logits}
+        if self._measures_open_set_score:
+            outputs["open_set_scores"] = self.algorithm.open_set_score(logits.float(), output.heads)
+        return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # upstream's estimate is for tokens
@@ -333,11 +337,19 @@ class CCSSLTrainer(PublishingTrainer):
         ]
         return metrics
 
+    @property
+    def _measures_open_set_score(self) -> bool:
+        """Whether the algorithm has an open-set score besides confidence. Metrics of the user's get logits alone."""
+        own = type(self.algorithm).open_set_score is not Algorithm.open_set_score
+        return own and self.compute_metrics is default_metrics and self.preprocess_logits_for_metrics is None
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         training = self.model.training
         with self._published_weights():
             output = super().evaluation_loop(*args, **kwargs)
         self.model.train(training)  # upstream leaves the model in eval mode
+        if self._measures_open_set_score and isinstance(output.predictions, tuple):  # the scores were for the metrics
+            output = output._replace(predictions=output.predictions[0])
         return output
 
     # ------------------------------------------------------------------------------------------------------ checkpoints

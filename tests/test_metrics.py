@@ -95,6 +95,9 @@ def test_rows_of_no_known_class_count_for_auroc_alone():
     both = m.classification_metrics(np.concatenate([strangers, logits]), np.concatenate([np.full(50, -1), labels]))
     auroc = both.pop("auroc")
     assert both == plain
+    labels = np.concatenate([np.full(50, -1), labels])
+    own = m.classification_metrics(np.concatenate([strangers, logits]), labels, open_set_scores=labels)
+    assert own == {**plain, "auroc": auroc, "auroc_open_set": 1.0}
     scores = np.concatenate([m.confidences(strangers), m.confidences(logits)])
     assert auroc == pytest.approx(roc_auc_score([0] * 50 + [1] * 200, scores))
     assert all(type(value) is float and 0 <= value <= 1 for value in [auroc, *plain.values()])

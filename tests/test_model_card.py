@@ -208,7 +208,7 @@ def test_ccssl_and_the_algorithm_are_cited(algorithm):
 
 def test_every_algorithm_and_metric_has_its_words():
     assert set(ALGORITHMS) - {"supervised"} <= set(ALGORITHM_PAPERS)
-    measured = classification_metrics(np.eye(3), np.array([0, 1, -1]))
+    measured = classification_metrics(np.eye(3), np.array([0, 1, -1]), open_set_scores=np.ones(3))
     quality = pseudo_label_quality(pseudo_labels=[0], mask=[1], hidden_labels=[0])
     assert set(measured) | set(quality) == set(METRICS)
 

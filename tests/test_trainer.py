@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
+from ccssl_hf.metrics import confidences, out_of_distribution_auroc
 from ccssl_hf.optimization import decayed_parameter_names
 from conftest import SHARED, needs_shared
 from tiny_runs import (
@@ -247,13 +248,19 @@ def test_the_average_is_taken_once_for_each_optimizer_step(tmp_path, accumulatio
             assert torch.equal(found[name], tensor)
 
 
-def test_several_splits_and_images_of_no_known_class(tmp_path):
-    strangers = VALIDATION.select(range(10)).remove_columns("label")
+def with_strangers() -> datasets.Dataset:
+    """`VALIDATION`, and ten of its images again under a name that is no class."""
     names = [*LABELS, "a stranger"]
+    strangers = VALIDATION.select(range(10)).remove_columns("label")
     strangers = strangers.add_column("label", [4] * 10).cast_column("label", datasets.ClassLabel(names=names))
-    both = datasets.concatenate_datasets([VALIDATION.cast_column("label", datasets.ClassLabel(names=names)), strangers])
+    return datasets.concatenate_datasets([VALIDATION.cast_column("label", datasets.ClassLabel(names=names)), strangers])
+
+
+def test_several_splits_and_images_of_no_known_class(tmp_path):
     # Rows of no known class fill batches of their own, which have no loss.
-    trainer = trainer_of(tmp_path, validation={"known": VALIDATION, "open": both}, per_device_eval_batch_size=5)
+    trainer = trainer_of(
+        tmp_path, validation={"known": VALIDATION, "open": with_strangers()}, per_device_eval_batch_size=5
+    )
     metrics = trainer.evaluate()
     assert metrics["eval_known_top1"] == metrics["eval_open_top1"]
     assert "eval_open_auroc" in metrics and "eval_known_auroc" not in metrics
@@ -261,6 +268,38 @@ def test_several_splits_and_images_of_no_known_class(tmp_path):
     trainer.train()
     trainer.save_model()
     assert "AUROC" in (tmp_path / "README.md").read_text()
+
+
+def test_an_algorithms_own_open_set_score_is_measured_beside_confidence(tmp_path):
+    trainer = trainer_of(tmp_path, algorithm="iomatch", validation=with_strangers(), per_device_eval_batch_size=5)
+    trainer.train()
+    metrics = trainer.evaluate()
+    predicted = trainer.predict(with_strangers())
+    assert predicted.predictions.shape == (len(VALIDATION) + 10, len(LABELS))  # logits, as of any algorithm
+
+    averaged = trainer.ema.module.eval()
+    pixels = torch.stack([row["pixel_values"] for row in trainer.get_eval_dataloader().dataset])
+    with torch.no_grad():
+        output = averaged(pixel_values=pixels)
+    scores = trainer.algorithm.open_set_score(output.logits, output.heads)
+    assert metrics["eval_auroc_open_set"] == pytest.approx(out_of_distribution_auroc(scores, predicted.label_ids))
+    assert metrics["eval_auroc"] == pytest.approx(
+        out_of_distribution_auroc(confidences(predicted.predictions), predicted.label_ids)
+    )
+    trainer.create_model_card()
+    assert "open-set score | " in (tmp_path / "README.md").read_text()
+
+
+def test_metrics_of_the_users_own_get_logits_from_any_algorithm(tmp_path):
+    trainer = CCSSLTrainer(
+        model_of(),
+        arguments(tmp_path, algorithm="iomatch"),
+        train_dataset=LABELED,
+        unlabeled_dataset=UNLABELED,
+        eval_dataset=with_strangers(),
+        compute_metrics=lambda prediction: {"rows": len(prediction.predictions)},
+    )
+    assert trainer.evaluate()["eval_rows"] == len(VALIDATION) + 10
 
 
 def test_prediction_needs_no_labels(tmp_path):

@@ -1,0 +1,369 @@
+"""Every algorithm, with and without CCSSL, on small real images: the same network, steps, views and labels for all.
+
+    python benchmarks/algorithms.py --data cifar10_mini            # all algorithms, seeds 0, 1 and 2
+    python benchmarks/algorithms.py --data cifar10_mini --choose   # the runs that SETTINGS was chosen with
+
+A finished run is a line in results/algorithms_<data>.jsonl, and is not run again. results/algorithms.md is written from
+these lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import TrainerCallback, set_seed
+from transformers.utils import logging
+
+from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
+from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters
+from ccssl_hf.analysis import format_table
+from ccssl_hf.metrics import pseudo_label_quality
+
+NEW_PAGE = """# Algorithms with and without CCSSL
+
+<!-- tables: written by benchmarks/algorithms.py -->
+<!-- /tables -->
+"""
+TABLES = re.compile(r"(<!-- tables.*?-->\n).*?(<!-- /tables -->)", re.DOTALL)
+COLUMNS = {
+    "top1": "top-1",
+    "auroc": "AUROC by confidence",
+    "auroc_open_set": "AUROC by open-set score",
+    "precision": "pseudo-label precision",
+    "coverage": "pseudo-label coverage",
+    "seconds_per_step": "seconds a step",
+}
+RESULTS = Path(__file__).parent / "results"
+BACKBONE = "wide_resnet10_1_cifar"
+IMAGE_SIZE = 32
+BN_MOMENTUM = 0.1  # the published 0.001 would hardly leave its initial statistics in so few steps
+STEPS = 400
+COMMON = {
+    "per_device_train_batch_size": 8,
+    "mu": 3,
+    "ema_decay": 0.99,
+    "weight_decay": 1e-3,
+    "lambda_contrast": 1.0,
+}
+# Chosen on validation data with FixMatch, from the values below.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cifar10_mini": {"learning_rate": 0.06, "confidence_threshold": 0.95, "push_threshold": 0.9},
+    "butterfly10_mini": {"learning_rate": 0.06, "confidence_threshold": 0.6, "push_threshold": 0.9},
+}
+# What a run of a few hundred steps would not fill, or not move away from where it starts.
+SHORTENED: dict[str, dict[str, Any]] = {
+    "freematch": {"momentum": 0.99},
+    "softmatch": {"momentum": 0.99},
+    "simmatch": {"memory_batches": 8, "distribution_alignment_window": 32},
+    "iomatch": {"distribution_alignment_window": 32},
+}
+CHOSEN = ("learning_rate", "confidence_threshold", "push_threshold")
+# What was tried: learning rate and confidence threshold without CCSSL, then CCSSL's threshold with the best of these.
+LEARNING_RATES = (0.03, 0.06)
+CONFIDENCE_THRESHOLDS = {"cifar10_mini": (0.8, 0.95), "butterfly10_mini": (0.6, 0.95)}
+PUSH_THRESHOLDS = (None, 0.9)
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def _parquet(root: Path, pack: str, split: str) -> datasets.Dataset:
+    path = root / pack / f"{split}.parquet"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: let --root name the folder that holds the image packs.")
+    return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
+
+
+def load_cifar10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.Dataset]]:
+    """Six animals are the classes, with ten labels each; the heap and both evaluation splits hold vehicles, too."""
+    train = _parquet(root, "cifar10_mini", "train")
+    names = train.features["label"].names
+    known = [name for name in names if name not in ("airplane", "automobile", "ship", "truck")]
+    lists = json.loads((root / "cifar10_mini" / "splits.json").read_text(encoding="utf-8"))
+    labels = train["label"][:]
+    taken = {row for key, rows in lists.items() if key.startswith("labeled_100_") for row in rows}
+    free = [row for row in range(len(train)) if row not in taken]
+    validation = [row for c in range(len(names)) for row in [r for r in free if labels[r] == c][:30]]
+    labeled = [row for row in lists[f"labeled_100_seed{seed}"] if names[labels[row]] in known]
+    heap = sorted(set(range(len(train))) - set(labeled) - set(validation))
+    rows = {"labeled": labeled, "unlabeled": heap, "validation": validation}
+    splits = {split: train.select(numbers) for split, numbers in rows.items()}
+    return known, {**splits, "test": _parquet(root, "cifar10_mini", "test")}
+
+
+def load_butterfly10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.Dataset]]:
+    """Ten species with 4 to 13 labels, the same for every seed; the heap holds eight others, and its truth is unknown.
+
+    Known species are told from ten that are in no split, in the test split of the larger pack that this one was cut
+    from: both kinds of images come from there, so that nothing but the species differs.
+    """
+    pack = "butterfly10_mini"
+    splits = {split: _parquet(root, pack, split) for split in ("labeled", "unlabeled", "validation", "test")}
+    known = splits["labeled"].features["label"].names
+    if (root / "butterfly50_semi").is_dir():
+        large = _parquet(root, "butterfly50_semi", "test")
+        names = large.features["label"].names
+        kept = {*known, *[name for name in names if name not in known][:10]}
+        rows = [row for row, label in enumerate(large["label"][:]) if names[label] in kept]
+        splits["test_open"] = large.select(rows)
+    return known, splits
+
+
+DATA = {"cifar10_mini": load_cifar10, "butterfly10_mini": load_butterfly10}
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+class StepTimes(TrainerCallback):
+    """Wall time between the ends of steps, in seconds."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+    def median(self) -> float:
+        pairs = zip(self.ends, self.ends[1:], strict=False)
+        return statistics.median([after - before for before, after in pairs] or [float("nan")])
+
+
+def settings_of(data: str, algorithm: str, ccssl: bool, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """All that a run is given besides data and seed, with names of `CCSSLTrainingArguments`."""
+    wanted = {**COMMON, **SETTINGS[data], **SHORTENED.get(algorithm, {}), **changes}
+    if not ccssl:
+        wanted |= {"lambda_contrast": 0.0, "push_threshold": None}
+    table = algorithm_hyperparameters(algorithm)
+    hyperparameters = {name for each in ALGORITHMS for name in algorithm_hyperparameters(each)}
+    wanted = {name: value for name, value in wanted.items() if name in table or name not in hyperparameters}
+    return {"algorithm": algorithm, "max_steps": steps, **wanted}
+
+
+def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validation_only: bool) -> dict[str, Any]:
+    """Trains once, and measures the averaged weights of the last step."""
+    known, splits = DATA[data](root, seed)
+    set_seed(seed)
+    model = CCSSLForImageClassification.from_timm(
+        BACKBONE, labels=known, image_size=IMAGE_SIZE, bn_momentum=BN_MOMENTUM
+    )
+    reads_unlabeled = settings["algorithm"] != "supervised" or settings["lambda_contrast"] > 0
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        args = CCSSLTrainingArguments(
+            folder,
+            seed=seed,
+            per_device_eval_batch_size=100,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **settings,
+        )
+        trainer = CCSSLTrainer(
+            model,
+            args,
+            train_dataset=splits["labeled"],
+            unlabeled_dataset=splits["unlabeled"] if reads_unlabeled else None,
+            eval_dataset=splits["validation"],
+            callbacks=[times],
+        )
+        trainer.train()
+        row = {"seconds_per_step": round(times.median(), 4)}
+        row["validation_top1"] = trainer.evaluate()["eval_top1"]
+        return row if validation_only else row | measure(trainer, splits, SETTINGS[data]["confidence_threshold"])
+
+
+def measure(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset], threshold: float) -> dict[str, float]:
+    """Test metrics, and how good the pseudo labels are that these weights would give the unlabeled heap."""
+    metrics = trainer.evaluate(splits["test"], metric_key_prefix="test")
+    if "test_open" in splits:
+        apart = trainer.evaluate(splits["test_open"], metric_key_prefix="test")
+        metrics |= {name: value for name, value in apart.items() if name.startswith("test_auroc")}
+    row = {name: metrics[f"test_{name}"] for name in ("top1", "auroc", "auroc_open_set") if f"test_{name}" in metrics}
+    heap = trainer.predict(splits["unlabeled"])
+    confidences, pseudo_labels = torch.from_numpy(heap.predictions).softmax(-1).max(-1)
+    passed = confidences >= threshold
+    row["coverage"] = passed.float().mean().item()
+    if heap.label_ids is not None and passed.any():
+        quality = pseudo_label_quality(pseudo_labels=pseudo_labels, mask=passed, hidden_labels=heap.label_ids)
+        row["precision"] = quality["precision"]
+    return row
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def identity(row: dict[str, Any]) -> str:
+    """What makes two runs the same one."""
+    return json.dumps([row["data"], row["seed"], row["settings"], row["validation_only"]], sort_keys=True)
+
+
+def machine(threads: int) -> str:
+    """What times were measured with."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.is_file() else []
+    threads_text = f"{threads} thread{'s' * (threads > 1)} a run"
+    return f"{len(names)} × {names[0] if names else 'CPU'}, {threads_text}, torch {torch.__version__}"
+
+
+def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The runs that the command line asks for, one seed of everything after the other."""
+    data = options.data
+    if options.choose:
+        jobs: list[tuple[str, bool, dict[str, Any]]] = [
+            ("fixmatch", False, {"learning_rate": rate, "confidence_threshold": threshold})
+            for rate in LEARNING_RATES
+            for threshold in CONFIDENCE_THRESHOLDS[data]
+        ]
+        jobs += [("fixmatch", True, {"push_threshold": threshold}) for threshold in PUSH_THRESHOLDS]
+    else:
+        jobs = [(algorithm, ccssl, {}) for algorithm in options.algorithms for ccssl in (False, True)]
+    for seed in options.seeds:
+        for algorithm, ccssl, changes in jobs:
+            settings = settings_of(data, algorithm, ccssl, options.steps, changes)
+            yield {"data": data, "seed": seed, "settings": settings, "validation_only": options.choose}
+
+
+def results_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each algorithm without and with CCSSL; in its columns one value for each seed."""
+    lines = []
+    for algorithm in ALGORITHMS:
+        mine = [row for row in rows if row["settings"]["algorithm"] == algorithm]
+        without = {row["seed"]: row for row in mine if not row["settings"]["lambda_contrast"]}
+        with_it = {row["seed"]: row for row in mine if row["settings"]["lambda_contrast"]}
+        for name, runs in ((algorithm, without), (f"{algorithm} + CCSSL", with_it)):
+            if runs:
+                first, *_ = measured = list(runs.values())
+                values = {title: [row[key] for row in measured] for key, title in COLUMNS.items() if key in first}
+                lines.append({"algorithm": name, "seeds": len(runs), **values})
+        both = sorted(without.keys() & with_it.keys())
+        if both:
+            lines[-1]["CCSSL adds to top-1"] = [with_it[seed]["top1"] - without[seed]["top1"] for seed in both]
+    order = ("algorithm", "seeds", "top-1", "CCSSL adds to top-1", *COLUMNS.values())
+    return format_table(lines, [t for t in dict.fromkeys(order) if any(t in line for line in lines)], markdown=True)
+
+
+def choice_table(rows: Sequence[dict[str, Any]]) -> str:
+    """What was tried on validation data, with one value for each seed."""
+    tried: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        settings = row["settings"]
+        key = tuple(settings.get(name) for name in (*CHOSEN, "lambda_contrast"))
+        tried.setdefault(key, []).append(row["validation_top1"])
+    lines = [
+        {
+            "method": "fixmatch + CCSSL" if ccssl else "fixmatch",
+            "learning_rate": rate,
+            "confidence_threshold": threshold,
+            "push_threshold": f"{push or 'none'}" if ccssl else "",
+            "validation top-1": values,
+        }
+        for (rate, threshold, push, ccssl), values in tried.items()
+    ]
+    return format_table(lines, list(lines[0]), digits=3, markdown=True)
+
+
+def section(data: str, rows: Sequence[dict[str, Any]], steps: int) -> str:
+    """All that is said of one data set: what it is, settings, the table, and how settings were chosen."""
+
+    def current(row: dict[str, Any]) -> bool:
+        settings = row["settings"]
+        wanted = settings_of(data, settings["algorithm"], bool(settings["lambda_contrast"]), steps, {})
+        return not row["validation_only"] and settings == wanted
+
+    final = [row for row in rows if current(row)]
+    tried = [row for row in rows if row["validation_only"] and row["settings"]["max_steps"] == steps]
+    if not final:
+        return ""
+    settings = {**COMMON, **SETTINGS[data]}
+    shortened = [f"{name}: {_words(changes)}" for name, changes in SHORTENED.items()]
+    parts = [
+        f"## {data}",
+        inspect.getdoc(DATA[data]),
+        f"`{BACKBONE}` from random weights at {IMAGE_SIZE} px with BatchNorm momentum {BN_MOMENTUM}, {steps} steps; "
+        f"{_words(settings)}. Lengths that so short a run would not fill: {'; '.join(shortened)}. All else: defaults.",
+        f"Test split, EMA weights, last step; mean ± standard deviation over seeds. Pseudo labels: what these weights say "
+        f"of the unlabeled heap with confidence {SETTINGS[data]['confidence_threshold']}. Times with two runs side by "
+        f"side on {final[-1]['machine']}.",
+        results_table(final),
+    ]
+    if tried:
+        parts += [
+            "Chosen by top-1 of known classes on the validation split (EMA weights, last step):",
+            choice_table(tried),
+        ]
+    return "\n\n".join(parts)
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}` {value}" for name, value in settings.items())
+
+
+def write_page(folder: Path, steps: int) -> None:
+    """Puts today's tables between the two comments of algorithms.md; what else stands there is left alone."""
+    page = folder / "algorithms.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else NEW_PAGE
+    sections = [section(data, read_rows(folder / f"algorithms_{data}.jsonl"), steps) for data in DATA]
+    tables = "\n\n".join(filter(None, sections))
+    page.write_text(TABLES.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text), encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            algorithm_hyperparameters(name)  # raises, and says what there is
+        return chosen
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, required=True)
+    parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="folder that holds the image packs")
+    parser.add_argument("--algorithms", type=names, default=list(ALGORITHMS), help="with commas between; default: all")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--choose", action="store_true", help="do the runs that settings are chosen with instead")
+    parser.add_argument("--shard", default="0/1", help="i/n: this process does every n-th run, from the i-th on")
+    parser.add_argument("--threads", type=int, default=1, help="threads of this process")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write to")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / f"algorithms_{options.data}.jsonl"
+    first, shards = map(int, options.shard.split("/"))
+    for job in list(planned(options))[first::shards]:
+        if identity(job) in map(identity, read_rows(file)):
+            continue
+        started = time.perf_counter()
+        measured = run(options.data, options.root, job["seed"], job["settings"], validation_only=options.choose)
+        row = {**job, **measured, "seconds": round(time.perf_counter() - started, 1)}
+        row["machine"] = machine(options.threads)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        shown = {name: row[name] for name in ("validation_top1", "top1", "seconds") if name in row}
+        print(options.data, job["seed"], job["settings"], shown, flush=True)
+    write_page(options.output, options.steps)
+
+
+if __name__ == "__main__":
+    main()
