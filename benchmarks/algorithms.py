@@ -91,10 +91,10 @@ def load_cifar10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.D
     known = [name for name in names if name not in ("airplane", "automobile", "ship", "truck")]
     lists = json.loads((root / "cifar10_mini" / "splits.json").read_text(encoding="utf-8"))
     labels = train["label"][:]
-    taken = {row for key, rows in lists.items() if key.startswith("labeled_100_") for row in rows}
+    taken = {row for key, rows in lists.items() if key.startswith("labeled_400_") for row in rows}
     free = [row for row in range(len(train)) if row not in taken]
     validation = [row for c in range(len(names)) for row in [r for r in free if labels[r] == c][:30]]
-    labeled = [row for row in lists[f"labeled_100_seed{seed}"] if names[labels[row]] in known]
+    labeled = [row for row in lists[f"labeled_400_seed{seed}"] if names[labels[row]] in known]
     heap = sorted(set(range(len(train))) - set(labeled) - set(validation))
     rows = {"labeled": labeled, "unlabeled": heap, "validation": validation}
     splits = {split: train.select(numbers) for split, numbers in rows.items()}
@@ -184,7 +184,7 @@ def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validatio
         return row if validation_only else row | measure(trainer, splits, SETTINGS[data]["confidence_threshold"])
 
 
-def measure(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset], threshold: float) -> dict[str, float]:
+def measure(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset], threshold: float) -> dict[str, float | None]:
     """Test metrics, and how good the pseudo labels are that these weights would give the unlabeled heap."""
     metrics = trainer.evaluate(splits["test"], metric_key_prefix="test")
     if "test_open" in splits:
@@ -195,9 +195,9 @@ def measure(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset], threshol
     confidences, pseudo_labels = torch.from_numpy(heap.predictions).softmax(-1).max(-1)
     passed = confidences >= threshold
     row["coverage"] = passed.float().mean().item()
-    if heap.label_ids is not None and passed.any():
+    if heap.label_ids is not None:
         quality = pseudo_label_quality(pseudo_labels=pseudo_labels, mask=passed, hidden_labels=heap.label_ids)
-        row["precision"] = quality["precision"]
+        row["precision"] = quality["precision"] if passed.any() else None
     return row
 
 
@@ -294,7 +294,7 @@ def section(data: str, rows: Sequence[dict[str, Any]], steps: int) -> str:
     shortened = [f"{name}: {_words(changes)}" for name, changes in SHORTENED.items()]
     parts = [
         f"## {data}",
-        inspect.getdoc(DATA[data]),
+        inspect.getdoc(DATA[data]) or "",
         f"`{BACKBONE}` from random weights at {IMAGE_SIZE} px with BatchNorm momentum {BN_MOMENTUM}, {steps} steps; "
         f"{_words(settings)}. Lengths that so short a run would not fill: {'; '.join(shortened)}. All else: defaults.",
         f"Test split, EMA weights, last step; mean ± standard deviation over seeds. Pseudo labels: what these weights say "

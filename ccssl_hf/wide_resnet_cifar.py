@@ -26,18 +26,25 @@ class WideBlock(nn.Module):
     A block that changes the width (or the resolution) differs from the printed one, as in the code that published
     results come from: in the first stage the shortcut starts behind the first activation, and in later stages neither
     branch passes `bn1`. There `bn1` takes no part; it stays, frozen, so that weights of that code load key by key.
+
+    Args:
+        in_chs: Channels of the input.
+        out_chs: Channels of the output.
+        stride: Stride of the first convolution.
+        preactivate: Whether `bn1` takes part in a block that changes the width; in others it always does.
+        conv_bias: Whether the convolutions have biases.
     """
 
-    def __init__(self, in_chs: int, out_chs: int, *, stride: int, first_stage: bool) -> None:
+    def __init__(self, in_chs: int, out_chs: int, *, stride: int, preactivate: bool, conv_bias: bool = False) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_chs, momentum=BATCH_NORM_MOMENTUM)
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=conv_bias)
         self.bn2 = nn.BatchNorm2d(out_chs, momentum=BATCH_NORM_MOMENTUM)
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=conv_bias)
         self.act = nn.LeakyReLU(LEAKY_RELU_SLOPE, inplace=True)
         changes = stride != 1 or in_chs != out_chs
-        self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False) if changes else None
-        self.uses_bn1 = first_stage or not changes
+        self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=conv_bias) if changes else None
+        self.uses_bn1 = preactivate or not changes
         # A parameter that never gets a gradient stops DistributedDataParallel, so it must not ask for one.
         self.bn1.requires_grad_(self.uses_bn1)
 
@@ -70,6 +77,13 @@ class WideResNetCifar(nn.Module):
         global_pool: timm's name of the pooling before the classifier.
         bn_momentum: Share of a batch in BatchNorm's running statistics. The published 0.001 needs thousands of steps to
             forget the initial ones; a run of hundreds wants 0.1.
+        bn_eps: BatchNorm's epsilon.
+        last_bn_eps: That of the last BatchNorm; the same where None.
+        stem_bias: Whether the first convolution has a bias.
+        conv_bias: Whether those in the blocks have biases.
+        preactivate_all: Whether a block that changes the width starts both branches behind its first activation in
+            every stage; otherwise in the first stage only. From `bn_eps` on, the arguments are for weights of USB and
+            TorchSSL, whose networks differ in these points.
     """
 
     def __init__(
@@ -82,13 +96,18 @@ class WideResNetCifar(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         bn_momentum: float = BATCH_NORM_MOMENTUM,
+        bn_eps: float = 1e-5,
+        last_bn_eps: float | None = None,
+        stem_bias: bool = False,
+        conv_bias: bool = False,
+        preactivate_all: bool = False,
     ) -> None:
         super().__init__()
         blocks, remainder = divmod(depth - 1 - stages, 2 * stages)
         if remainder or blocks < 1:
             raise ValueError(f"depth {depth} does not fit {stages} stages: use {stages} * (2 * blocks + 1) + 1.")
         self.num_classes, self.in_chans = num_classes, in_chans
-        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=stem_bias)
         chs, reduction, layers = 16, 1, []
         self.feature_info: list[dict[str, Any]] = []
         for stage in range(stages):
@@ -97,7 +116,11 @@ class WideResNetCifar(nn.Module):
                 nn.Sequential(
                     *(
                         WideBlock(
-                            out_chs if block else chs, out_chs, stride=1 if block else stride, first_stage=stage == 0
+                            out_chs if block else chs,
+                            out_chs,
+                            stride=1 if block else stride,
+                            preactivate=preactivate_all or stage == 0,
+                            conv_bias=conv_bias,
                         )
                         for block in range(blocks)
                     )
@@ -113,7 +136,8 @@ class WideResNetCifar(nn.Module):
         self.apply(init_weights)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = bn_momentum
+                module.momentum, module.eps = bn_momentum, bn_eps
+        self.bn1.eps = bn_eps if last_bn_eps is None else last_bn_eps
 
     def get_classifier(self) -> nn.Module:
         return self.fc
@@ -172,7 +196,7 @@ def wide_resnet37_2_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNet
     """Wide ResNet 37-2 (6 million parameters), the field's network for STL-10 (96 px).
 
     28-2 with a fourth stage, and stride 2 from the first stage on, so 16 pixels become one feature. The blocks are
-    those of the other networks here; the one in USB has biases in its convolutions and BatchNorm epsilon 0.001.
+    those of the other networks here; with `stem_bias`, `conv_bias` and `bn_eps=0.001` it is the one in TorchSSL.
     """
     return _create("wide_resnet37_2_cifar", pretrained, kwargs, depth=37, width=2, stages=4, first_stride=2)
 

@@ -1,0 +1,418 @@
+"""Checkpoints of other code to plain folders: the CCSSL authors' (SemiCLS), MoCo v2's, and USB's Wide ResNets.
+
+What these codes save: SemiCLS a `.pth.tar` with `state_dict` and `ema_state_dict`; MoCo one with `state_dict`, both
+encoders in it; USB and TorchSSL a `.pth` with `model` and `ema_model`. Files are read with `weights_only=True`, so no
+code in them runs, and every key is accounted for in the report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .backbones import authors_key
+from .checkpoint import is_own_backbone
+from .modeling import CCSSLForImageClassification
+
+Weights = Literal["ema", "raw"]
+
+_SEMICLS_STATE = r"epoch|acc|best_acc|optimizer|scheduler|queue_(feats|probs|ptr)"
+_MOCO_STATE = r"epoch|arch|optimizer"
+_USB_STATE = (
+    r"optimizer|scheduler|loss_scaler|it|epoch|best_it|best_eval_acc|p_(model|target)(_ptr)?|time_p|label_hist"
+    r"|classwise_acc|selected_label|prob_max_(mu|var)_t|queue_(feats|probs|size|ptr)|(mem|labels)_bank"
+    r"|rho(_init|_update_cnt)?|warmup_stage"
+)
+
+# How the authors' configurations show images to these networks: resnet18 for STL-10, resnet50 for Semi-iNat 2021.
+_SEMICLS_INPUT: dict[str, dict[str, Any]] = {
+    "resnet18": dict(image_size=96, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616)),
+    "resnet50": dict(
+        image_size=224,
+        mean=(0.4732, 0.4828, 0.3779),
+        std=(0.2348, 0.2243, 0.2408),
+        crop_pct=0.875,
+        interpolation="bilinear",
+    ),
+}
+_IMAGENET_INPUT: dict[str, Any] = dict(
+    image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, interpolation="bilinear"
+)
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of a checkpoint. `str()` of it is for people.
+
+    Attributes:
+        folder: The folder that was written.
+        architecture: timm's name of the backbone.
+        source: The entry of the checkpoint that the weights were taken from.
+        mapped: Key in the checkpoint to key in `CCSSLForImageClassification`.
+        left_out: Reason to the keys that were left out for it.
+        unknown: Keys that were left out because nothing is known of them.
+        fresh: Keys of the model that the checkpoint does not hold, so that they were initialised at random.
+    """
+
+    folder: Path
+    architecture: str
+    source: str
+    mapped: dict[str, str]
+    left_out: dict[str, tuple[str, ...]]
+    unknown: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {len(self.mapped)} tensors of '{self.source}' as {self.architecture}"]
+        lines += [f"left out, {reason}: {_name(keys)}" for reason, keys in self.left_out.items()]
+        lines += [f"left out, unknown: {', '.join(self.unknown)}"] if self.unknown else []
+        lines += [f"not in the checkpoint, fresh: {_name(self.fresh)}"] if self.fresh else []
+        return "\n".join(lines)
+
+
+def convert_semicls(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    labels: Sequence[str],
+    backbone: str,
+    weights: Weights = "ema",
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    with_head: bool = True,
+    allow_unknown: bool = False,
+) -> ConversionReport:
+    """Makes a plain folder of a `.pth.tar` of the CCSSL authors' code.
+
+    Args:
+        checkpoint: The file.
+        out: The folder, made where it is missing.
+        labels: The class names, in the order of the label numbers.
+        backbone: "wide_resnet28_2_cifar", "wide_resnet28_8_cifar", "resnet18" or "resnet50".
+        weights: Which of the two sets of weights.
+        image_size: Side of the images in pixels; that of the authors' configuration where None.
+        mean: Per channel, what images are normalised with; where None, that of the authors' configuration for the
+            backbone (CIFAR-10, STL-10, Semi-iNat). Weights of CIFAR-100 want (0.5071, 0.4867, 0.4408).
+        std: Likewise; weights of CIFAR-100 want (0.2675, 0.2565, 0.2761).
+        with_head: Whether to write the projection head, too, where the checkpoint has one.
+        allow_unknown: Whether to leave out keys that nothing is known of.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or holds more than weights; a key is unknown, missing or of another shape.
+    """
+    entry, other = _choose(weights, ema="ema_state_dict", raw="state_dict")
+    wide = is_own_backbone(backbone)
+    source = _Source(
+        checkpoint,
+        entry,
+        other,
+        training_state=_SEMICLS_STATE,
+        name=authors_key if wide else _semicls_resnet_key,
+        known={} if wide else {r"fc\.(weight|bias)": "a projection that takes no part, as the network has no proj"},
+    )
+    content = _read(checkpoint)
+    state = _weights(content, source)
+    model = _build(
+        backbone,
+        labels,
+        _SEMICLS_INPUT.get(backbone, {}),
+        dict(image_size=image_size, mean=mean, std=std),
+        projection_dim=len(state["fc2.weight"]) if "fc2.weight" in state else 64,
+    )
+    return _convert(content, source, model, out, with_head=with_head, allow_unknown=allow_unknown)
+
+
+def convert_moco(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    labels: Sequence[str],
+    backbone: str = "resnet50",
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    allow_unknown: bool = False,
+) -> ConversionReport:
+    """Makes a plain folder of the query encoder of a MoCo v2 checkpoint, with a fresh classifier: a start for training.
+
+    Args:
+        checkpoint: The file.
+        out: The folder, made where it is missing.
+        labels: The class names, in the order of the label numbers.
+        backbone: A ResNet of torchvision's, by the same name.
+        image_size: Side of the images in pixels; 224 where None.
+        mean: Per channel, what images are normalised with; ImageNet's where None, as MoCo does it.
+        std: Likewise.
+        allow_unknown: Whether to leave out keys that nothing is known of.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or holds more than weights; a key is unknown, missing or of another shape.
+    """
+    source = _Source(
+        checkpoint,
+        "state_dict",
+        training_state=_MOCO_STATE,
+        name=lambda key: re.sub(r"^encoder_q\.", "backbone.", key),
+        known={
+            r"encoder_q\.fc\..*": "the query encoder's head for MoCo's own loss",
+            r"encoder_k\..*": "the key encoder, a moving average of the query encoder",
+            r"queue(_ptr)?": "the queue of negatives",
+        },
+        may_lack=("projection.", "backbone.fc."),
+    )
+    content = _read(checkpoint)
+    if not any(key.startswith("encoder_q.") for key in _weights(content, source)):
+        raise ValueError(f"'{checkpoint}' has no query encoder (encoder_q.conv1.weight, ...): pass one of MoCo v2.")
+    model = _build(backbone, labels, _IMAGENET_INPUT, dict(image_size=image_size, mean=mean, std=std))
+    return _convert(content, source, model, out, with_head=False, allow_unknown=allow_unknown)
+
+
+def convert_usb(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    labels: Sequence[str],
+    backbone: str,
+    weights: Weights = "ema",
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    allow_unknown: bool = False,
+) -> ConversionReport:
+    """Makes a plain folder of a Wide ResNet of USB (semilearn) or TorchSSL, which gives the same logits.
+
+    Their versions differ in biases, BatchNorm's epsilon and the order of activations, of which only the biases show in
+    the keys. With biases in the blocks, every epsilon is 0.001; without, only the last one. Where a block that changes
+    the width does without its first BatchNorm, that has never had a gradient, so its bias is exactly zero.
+
+    Args:
+        checkpoint: The file.
+        out: The folder, made where it is missing.
+        labels: The class names, in the order of the label numbers.
+        backbone: "wide_resnet28_2_cifar", "wide_resnet28_8_cifar" or "wide_resnet37_2_cifar".
+        weights: Which of the two sets of weights.
+        image_size: Side of the images in pixels; 32 where None.
+        mean: Per channel, what images are normalised with; CIFAR-10's where None.
+        std: Likewise.
+        allow_unknown: Whether to leave out keys that nothing is known of.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or holds more than weights; a key is unknown, missing or of another shape.
+    """
+    if not is_own_backbone(backbone):
+        raise ValueError(f"'{backbone}' is not a Wide ResNet of USB: use wide_resnet28_2_cifar, 28_8 or 37_2.")
+    entry, other = _choose(weights, ema="ema_model", raw="model")
+    source = _Source(
+        checkpoint,
+        entry,
+        other,
+        training_state=_USB_STATE,
+        name=_usb_key,
+        known={
+            r"rot_classifier\..*": "ReMixMatch's rotation classifier",
+            r"mlp_proj\..*": "a projection head with ReLU, where these networks have LeakyReLU here",
+        },
+    )
+    content = _read(checkpoint)
+    arguments = _usb_arguments(_weights(content, source), checkpoint)
+    model = _build(backbone, labels, {}, dict(image_size=image_size, mean=mean, std=std), **arguments)
+    return _convert(content, source, model, out, with_head=False, allow_unknown=allow_unknown)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is known of a checkpoint.
+
+    Attributes:
+        path: The file.
+        entry: Key of the weights in it.
+        other: Key of the other set of weights.
+        training_state: Pattern of the keys of what is not weights.
+        name: A key of the weights, without wrappers' prefix, to that of `CCSSLForImageClassification`.
+        known: Pattern of keys of the weights that are left out, to the reason.
+        may_lack: Prefixes of the model's keys that the weights may lack, as a whole.
+    """
+
+    path: str | Path
+    entry: str
+    other: str | None = None
+    training_state: str = ""
+    name: Callable[[str], str] = str
+    known: Mapping[str, str] = field(default_factory=dict)
+    may_lack: Sequence[str] = ("projection.",)
+
+
+def _choose(weights: Weights, *, ema: str, raw: str) -> tuple[str, str]:
+    """The keys of the weights that are wanted, and of the others."""
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights is '{weights}': use 'ema' or 'raw'.")
+    return (ema, raw) if weights == "ema" else (raw, ema)
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    """The checkpoint on the CPU; nothing but tensors and plain Python values is ever unpickled."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file '{path}': pass the checkpoint's path.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # which one depends on where the file breaks off
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"'{path}' holds more than weights ({unsafe[1]}), which could run code and is not loaded: where you "
+                "trust the file, load it in the code that wrote it and torch.save its state dicts alone, under the "
+                "same names, to a new file."
+            ) from None
+        raise ValueError(f"'{path}' is no checkpoint of torch.save, or is damaged: get the file again.") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}: pass a checkpoint, which is a dict.")
+    return content
+
+
+def _weights(content: Mapping[str, Any], source: _Source) -> dict[str, Tensor]:
+    """The weights that are wanted, under their keys without wrappers' prefix."""
+    state = content.get(source.entry)
+    if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
+        return {_strip(key): value for key, value in state.items()}
+    hint = f"take those under '{source.other}'" if source.other in content else "pass another checkpoint"
+    raise ValueError(
+        f"'{source.path}' has no weights under '{source.entry}' (it has {', '.join(map(str, content))}): {hint}."
+    )
+
+
+def _strip(key: str) -> str:
+    """The key without the prefix of DataParallel and DistributedDataParallel."""
+    return key.removeprefix("module.")
+
+
+def _semicls_resnet_key(key: str) -> str:
+    """The authors' ResNets have torchvision's names, but for `classifier` and the projection (fc1, fc2)."""
+    return authors_key(re.sub(r"^classifier\.", "fc.", key))
+
+
+def _usb_key(key: str) -> str:
+    """USB has the authors' names, but for `classifier` in later versions, and wraps some networks (`backbone.`)."""
+    return authors_key(re.sub(r"^classifier\.", "fc.", key.removeprefix("backbone.")))
+
+
+def _usb_arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """The arguments of `WideResNetCifar` that make it the network of the checkpoint."""
+    state = {key.removeprefix("backbone."): value for key, value in state.items()}
+    if "conv1.bias" not in state:
+        raise ValueError(
+            f"'{path}' has no bias in its first convolution, so it is not of USB: read SemiCLS with convert_semicls."
+        )
+    arguments: dict[str, Any] = dict(stem_bias=True)
+    arguments |= dict(conv_bias=True, bn_eps=1e-3) if "block1.layer.0.conv1.bias" in state else dict(last_bn_eps=1e-3)
+    widening = re.compile(r"block[2-9]\.layer\.0\.bn1\.bias")
+    if any(bool(value.any()) for key, value in state.items() if widening.fullmatch(key)):
+        arguments["preactivate_all"] = True
+    return arguments
+
+
+def _build(
+    backbone: str,
+    labels: Sequence[str],
+    default: Mapping[str, Any],
+    given: Mapping[str, Any],
+    **arguments: Any,
+) -> CCSSLForImageClassification:
+    """A fresh model whose images enter as `given` says, and as `default` says where that is None."""
+    overlay = {**default, **{key: value for key, value in given.items() if value is not None}}
+    size = overlay.pop("image_size", None)
+    if overlay:
+        arguments["pretrained_cfg_overlay"] = overlay
+    return CCSSLForImageClassification.from_timm(backbone, labels=labels, image_size=size, **arguments)
+
+
+def _convert(
+    content: Mapping[str, Any],
+    source: _Source,
+    model: CCSSLForImageClassification,
+    out: str | Path,
+    *,
+    with_head: bool,
+    allow_unknown: bool,
+) -> ConversionReport:
+    """Loads the weights into the model and writes its folder, after every check."""
+    own = model.state_dict()
+    mapped, left_out, unknown = _sort(content, source, own)
+    architecture = model.config.architecture
+    if unknown and not allow_unknown:
+        raise ValueError(
+            f"'{source.path}' has {len(unknown)} keys that a {architecture} does not ({', '.join(unknown)}): choose "
+            "the backbone that it was trained with, or leave them out by allow_unknown."
+        )
+    new = {target: content[source.entry][key] for key, target in mapped.items()}
+    absent = tuple(prefix for prefix in source.may_lack if not any(key.startswith(prefix) for key in new))
+    fresh = tuple(key for key in own if key not in new)
+    if missing := [key for key in fresh if not key.startswith(absent)]:
+        raise ValueError(
+            f"'{source.path}' lacks {len(missing)} tensors of a {architecture}, such as '{missing[0]}': choose the "
+            "backbone that it was trained with."
+        )
+    _check_shapes(new, model, source.path)
+    model.load_state_dict({**own, **new})
+    model.save_pretrained(out, with_head=with_head and "projection." not in absent)
+    return ConversionReport(Path(out), architecture, source.entry, mapped, left_out, unknown, fresh)
+
+
+def _sort(
+    content: Mapping[str, Any], source: _Source, own: Mapping[str, Tensor]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Every key of the checkpoint, as mapped to one in `own`, left out for a reason, or unknown."""
+    mapped: dict[str, str] = {}
+    left_out: dict[str, tuple[str, ...]] = {}
+    unknown: list[str] = []
+
+    def leave_out(key: str, reason: str) -> None:
+        left_out[reason] = (*left_out.get(reason, ()), key)
+
+    for key in map(str, content):
+        if key == source.other:
+            leave_out(key, "the other set of weights")
+        elif re.fullmatch(source.training_state, key):
+            leave_out(key, "training state, not weights")
+        elif key != source.entry:
+            unknown.append(key)
+    for key in content[source.entry]:
+        target = source.name(_strip(key))
+        reason = next((reason for pattern, reason in source.known.items() if re.fullmatch(pattern, _strip(key))), None)
+        if reason:
+            leave_out(key, reason)
+        elif target in own and target not in mapped.values():
+            mapped[key] = target
+        else:
+            unknown.append(key)
+    return mapped, left_out, tuple(unknown)
+
+
+def _check_shapes(new: Mapping[str, Tensor], model: CCSSLForImageClassification, path: str | Path) -> None:
+    """Raises ValueError where a tensor has not the shape of the model's."""
+    own, labels = model.state_dict(), model.config.num_labels
+    classifier = new.get(f"backbone.{model.backbone.pretrained_cfg['classifier']}.weight")
+    if classifier is not None and len(classifier) != labels:
+        raise ValueError(
+            f"'{path}' tells {len(classifier)} classes apart, but {labels} labels were given: name every class, in the "
+            "order of the label numbers."
+        )
+    for key, value in new.items():
+        if value.shape != own[key].shape:
+            raise ValueError(
+                f"'{path}' has {list(value.shape)} for '{key}', where a {model.config.architecture} has "
+                f"{list(own[key].shape)}: choose the backbone that it was trained with."
+            )
+
+
+def _name(keys: Sequence[str]) -> str:
+    """A few keys by name, many by the first and their number."""
+    return ", ".join(keys) if len(keys) <= 12 else f"{keys[0]} and {len(keys) - 1} more like it"
