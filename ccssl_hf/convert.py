@@ -57,7 +57,7 @@ class ConversionReport:
         mapped: Key in the checkpoint to key in `CCSSLForImageClassification`.
         left_out: Reason to the keys that were left out for it.
         unknown: Keys that were left out because nothing is known of them.
-        fresh: Keys of the model that the checkpoint does not hold, so that they were initialised at random.
+        fresh: What the folder holds that the checkpoint does not, initialised at random.
     """
 
     folder: Path
@@ -109,25 +109,29 @@ def convert_semicls(
         ValueError: The file is damaged or holds more than weights; a key is unknown, missing or of another shape.
     """
     entry, other = _choose(weights, ema="ema_state_dict", raw="state_dict")
-    wide = is_own_backbone(backbone)
+    architecture = backbone.partition(".")[0]
+    wide = is_own_backbone(architecture)
+    known = {} if wide else {r"fc\.(weight|bias)": "a projection that takes no part, as the network has no proj"}
+    if not with_head:
+        known[r"fc[12]\.(weight|bias)"] = "the projection head, which was not asked for"
     source = _Source(
         checkpoint,
         entry,
         other,
         training_state=_SEMICLS_STATE,
         name=authors_key if wide else _semicls_resnet_key,
-        known={} if wide else {r"fc\.(weight|bias)": "a projection that takes no part, as the network has no proj"},
+        known=known,
     )
     content = _read(checkpoint)
     state = _weights(content, source)
     model = _build(
         backbone,
         labels,
-        _SEMICLS_INPUT.get(backbone, {}),
+        _SEMICLS_INPUT.get(architecture, {}),
         dict(image_size=image_size, mean=mean, std=std),
         projection_dim=len(state["fc2.weight"]) if "fc2.weight" in state else 64,
     )
-    return _convert(content, source, model, out, with_head=with_head, allow_unknown=allow_unknown)
+    return _convert(content, source, model, out, allow_unknown=allow_unknown)
 
 
 def convert_moco(
@@ -173,7 +177,7 @@ def convert_moco(
     if not any(key.startswith("encoder_q.") for key in _weights(content, source)):
         raise ValueError(f"'{checkpoint}' has no query encoder (encoder_q.conv1.weight, ...): pass one of MoCo v2.")
     model = _build(backbone, labels, _IMAGENET_INPUT, dict(image_size=image_size, mean=mean, std=std))
-    return _convert(content, source, model, out, with_head=False, allow_unknown=allow_unknown)
+    return _convert(content, source, model, out, allow_unknown=allow_unknown)
 
 
 def convert_usb(
@@ -226,7 +230,7 @@ def convert_usb(
     content = _read(checkpoint)
     arguments = _usb_arguments(_weights(content, source), checkpoint)
     model = _build(backbone, labels, {}, dict(image_size=image_size, mean=mean, std=std), **arguments)
-    return _convert(content, source, model, out, with_head=False, allow_unknown=allow_unknown)
+    return _convert(content, source, model, out, allow_unknown=allow_unknown)
 
 
 @dataclass(frozen=True)
@@ -283,7 +287,8 @@ def _weights(content: Mapping[str, Any], source: _Source) -> dict[str, Tensor]:
     state = content.get(source.entry)
     if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
         return {_strip(key): value for key, value in state.items()}
-    hint = f"take those under '{source.other}'" if source.other in content else "pass another checkpoint"
+    choice = "raw" if source.entry.startswith("ema") else "ema"
+    hint = f"take '{source.other}' by weights='{choice}'" if source.other in content else "pass another checkpoint"
     raise ValueError(
         f"'{source.path}' has no weights under '{source.entry}' (it has {', '.join(map(str, content))}): {hint}."
     )
@@ -340,10 +345,9 @@ def _convert(
     model: CCSSLForImageClassification,
     out: str | Path,
     *,
-    with_head: bool,
     allow_unknown: bool,
 ) -> ConversionReport:
-    """Loads the weights into the model and writes its folder, after every check."""
+    """Loads the weights into the model and writes its folder, after every check; no head that would be fresh."""
     own = model.state_dict()
     mapped, left_out, unknown = _sort(content, source, own)
     architecture = model.config.architecture
@@ -354,15 +358,15 @@ def _convert(
         )
     new = {target: content[source.entry][key] for key, target in mapped.items()}
     absent = tuple(prefix for prefix in source.may_lack if not any(key.startswith(prefix) for key in new))
-    fresh = tuple(key for key in own if key not in new)
-    if missing := [key for key in fresh if not key.startswith(absent)]:
+    if missing := [key for key in own if key not in new and not key.startswith(absent)]:
         raise ValueError(
             f"'{source.path}' lacks {len(missing)} tensors of a {architecture}, such as '{missing[0]}': choose the "
             "backbone that it was trained with."
         )
     _check_shapes(new, model, source.path)
     model.load_state_dict({**own, **new})
-    model.save_pretrained(out, with_head=with_head and "projection." not in absent)
+    model.save_pretrained(out, with_head="projection." not in absent)
+    fresh = tuple(key for key in own if key not in new and key.startswith("backbone."))
     return ConversionReport(Path(out), architecture, source.entry, mapped, left_out, unknown, fresh)
 
 

@@ -356,10 +356,13 @@ class CCSSLTrainer(PublishingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The plain folder, with the weights that are evaluated. No `training_args.bin`: it holds the Hub token."""
-        folder = output_dir or self.args.output_dir
-        with self._published_weights():
-            if self.args.should_save:
-                self.model.save_pretrained(folder, state_dict=state_dict)
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`, and the card beside it. Call it in every process: all have a part in it."""
+        with self._published_weights():  # not in _save, which transformers 5.0 calls on one process only
+            super().save_model(output_dir, _internal_call)
 
     def train(
         self,
