@@ -1,7 +1,7 @@
 """Every algorithm, with and without CCSSL, on small real images: the same network, steps, views and labels for all.
 
     python benchmarks/algorithms.py --data cifar10_mini            # all algorithms, seeds 0, 1 and 2
-    python benchmarks/algorithms.py --data cifar10_mini --choose   # the runs that SETTINGS was chosen with
+    python benchmarks/algorithms.py --data cifar10_mini --choose pseudo_labels
 
 A finished run is a line in results/algorithms_<data>.jsonl, and is not run again. results/algorithms.md is written from
 these lines.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import json
 import re
 import statistics
@@ -46,9 +47,8 @@ COLUMNS = {
 }
 RESULTS = Path(__file__).parent / "results"
 BACKBONE = "wide_resnet10_1_cifar"
-IMAGE_SIZE = 32
 BN_MOMENTUM = 0.1  # the published 0.001 would hardly leave its initial statistics in so few steps
-STEPS = 400
+IMAGE_SIZES = {"cifar10_mini": 16, "butterfly10_mini": 24}
 COMMON = {
     "per_device_train_batch_size": 8,
     "mu": 3,
@@ -56,10 +56,22 @@ COMMON = {
     "weight_decay": 1e-3,
     "lambda_contrast": 1.0,
 }
-# Chosen on validation data with FixMatch, from the values below.
+# The last three were chosen on validation data with FixMatch, from the values below.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "cifar10_mini": {"learning_rate": 0.06, "confidence_threshold": 0.95, "push_threshold": 0.9},
-    "butterfly10_mini": {"learning_rate": 0.06, "confidence_threshold": 0.6, "push_threshold": 0.9},
+    "cifar10_mini": {
+        "max_steps": 900,
+        "cutout_size": 8,
+        "learning_rate": 0.06,
+        "confidence_threshold": 0.95,
+        "push_threshold": 0.9,
+    },
+    "butterfly10_mini": {
+        "max_steps": 500,
+        "cutout_size": 12,
+        "learning_rate": 0.06,
+        "confidence_threshold": 0.6,
+        "push_threshold": 0.9,
+    },
 }
 # What a run of a few hundred steps would not fill, or not move away from where it starts.
 SHORTENED: dict[str, dict[str, Any]] = {
@@ -85,7 +97,7 @@ def _parquet(root: Path, pack: str, split: str) -> datasets.Dataset:
 
 
 def load_cifar10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.Dataset]]:
-    """Six animals are the classes, with ten labels each; the heap and both evaluation splits hold vehicles, too."""
+    """Six animals are the classes, with 40 labels each; the heap and both evaluation splits hold vehicles, too."""
     train = _parquet(root, "cifar10_mini", "train")
     names = train.features["label"].names
     known = [name for name in names if name not in ("airplane", "automobile", "ship", "truck")]
@@ -138,7 +150,7 @@ class StepTimes(TrainerCallback):
         return statistics.median([after - before for before, after in pairs] or [float("nan")])
 
 
-def settings_of(data: str, algorithm: str, ccssl: bool, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
+def settings_of(data: str, algorithm: str, ccssl: bool, changes: dict[str, Any]) -> dict[str, Any]:
     """All that a run is given besides data and seed, with names of `CCSSLTrainingArguments`."""
     wanted = {**COMMON, **SETTINGS[data], **SHORTENED.get(algorithm, {}), **changes}
     if not ccssl:
@@ -146,7 +158,7 @@ def settings_of(data: str, algorithm: str, ccssl: bool, steps: int, changes: dic
     table = algorithm_hyperparameters(algorithm)
     hyperparameters = {name for each in ALGORITHMS for name in algorithm_hyperparameters(each)}
     wanted = {name: value for name, value in wanted.items() if name in table or name not in hyperparameters}
-    return {"algorithm": algorithm, "max_steps": steps, **wanted}
+    return {"algorithm": algorithm, **wanted}
 
 
 def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validation_only: bool) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validatio
     known, splits = DATA[data](root, seed)
     set_seed(seed)
     model = CCSSLForImageClassification.from_timm(
-        BACKBONE, labels=known, image_size=IMAGE_SIZE, bn_momentum=BN_MOMENTUM
+        BACKBONE, labels=known, image_size=IMAGE_SIZES[data], bn_momentum=BN_MOMENTUM
     )
     reads_unlabeled = settings["algorithm"] != "supervised" or settings["lambda_contrast"] > 0
     times = StepTimes()
@@ -179,7 +191,7 @@ def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validatio
             callbacks=[times],
         )
         trainer.train()
-        row = {"seconds_per_step": round(times.median(), 4)}
+        row: dict[str, float | None] = {"seconds_per_step": round(times.median(), 4)}
         row["validation_top1"] = trainer.evaluate()["eval_top1"]
         return row if validation_only else row | measure(trainer, splits, SETTINGS[data]["confidence_threshold"])
 
@@ -190,7 +202,8 @@ def measure(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset], threshol
     if "test_open" in splits:
         apart = trainer.evaluate(splits["test_open"], metric_key_prefix="test")
         metrics |= {name: value for name, value in apart.items() if name.startswith("test_auroc")}
-    row = {name: metrics[f"test_{name}"] for name in ("top1", "auroc", "auroc_open_set") if f"test_{name}" in metrics}
+    names = ("top1", "auroc", "auroc_open_set")
+    row: dict[str, float | None] = {name: metrics[f"test_{name}"] for name in names if f"test_{name}" in metrics}
     heap = trainer.predict(splits["unlabeled"])
     confidences, pseudo_labels = torch.from_numpy(heap.predictions).softmax(-1).max(-1)
     passed = confidences >= threshold
@@ -224,19 +237,20 @@ def machine(threads: int) -> str:
 def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The runs that the command line asks for, one seed of everything after the other."""
     data = options.data
-    if options.choose:
-        jobs: list[tuple[str, bool, dict[str, Any]]] = [
-            ("fixmatch", False, {"learning_rate": rate, "confidence_threshold": threshold})
-            for rate in LEARNING_RATES
-            for threshold in CONFIDENCE_THRESHOLDS[data]
-        ]
-        jobs += [("fixmatch", True, {"push_threshold": threshold}) for threshold in PUSH_THRESHOLDS]
+    jobs: list[tuple[str, bool, dict[str, Any]]]
+    if options.choose == "pseudo_labels":
+        grid = itertools.product(LEARNING_RATES, CONFIDENCE_THRESHOLDS[data])
+        jobs = [("fixmatch", False, dict(zip(CHOSEN, values, strict=False))) for values in grid]
+    elif options.choose == "contrast":
+        jobs = [("fixmatch", True, {"push_threshold": threshold}) for threshold in PUSH_THRESHOLDS]
     else:
         jobs = [(algorithm, ccssl, {}) for algorithm in options.algorithms for ccssl in (False, True)]
     for seed in options.seeds:
         for algorithm, ccssl, changes in jobs:
-            settings = settings_of(data, algorithm, ccssl, options.steps, changes)
-            yield {"data": data, "seed": seed, "settings": settings, "validation_only": options.choose}
+            if options.steps:
+                changes = {**changes, "max_steps": options.steps}
+            settings = settings_of(data, algorithm, ccssl, changes)
+            yield {"data": data, "seed": seed, "settings": settings, "validation_only": bool(options.choose)}
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -278,28 +292,29 @@ def choice_table(rows: Sequence[dict[str, Any]]) -> str:
     return format_table(lines, list(lines[0]), digits=3, markdown=True)
 
 
-def section(data: str, rows: Sequence[dict[str, Any]], steps: int) -> str:
+def section(data: str, rows: Sequence[dict[str, Any]], steps: int | None) -> str:
     """All that is said of one data set: what it is, settings, the table, and how settings were chosen."""
+
+    changes = {"max_steps": steps} if steps else {}
 
     def current(row: dict[str, Any]) -> bool:
         settings = row["settings"]
-        wanted = settings_of(data, settings["algorithm"], bool(settings["lambda_contrast"]), steps, {})
+        wanted = settings_of(data, settings["algorithm"], bool(settings["lambda_contrast"]), changes)
         return not row["validation_only"] and settings == wanted
 
-    final = [row for row in rows if current(row)]
-    tried = [row for row in rows if row["validation_only"] and row["settings"]["max_steps"] == steps]
+    final, tried = [row for row in rows if current(row)], [row for row in rows if row["validation_only"]]
     if not final:
         return ""
-    settings = {**COMMON, **SETTINGS[data]}
+    settings = {**COMMON, **SETTINGS[data], **changes}
     shortened = [f"{name}: {_words(changes)}" for name, changes in SHORTENED.items()]
     parts = [
         f"## {data}",
         inspect.getdoc(DATA[data]) or "",
-        f"`{BACKBONE}` from random weights at {IMAGE_SIZE} px with BatchNorm momentum {BN_MOMENTUM}, {steps} steps; "
+        f"`{BACKBONE}` from random weights at {IMAGE_SIZES[data]} px with BatchNorm momentum {BN_MOMENTUM}; "
         f"{_words(settings)}. Lengths that so short a run would not fill: {'; '.join(shortened)}. All else: defaults.",
-        f"Test split, EMA weights, last step; mean ± standard deviation over seeds. Pseudo labels: what these weights say "
-        f"of the unlabeled heap with confidence {SETTINGS[data]['confidence_threshold']}. Times with two runs side by "
-        f"side on {final[-1]['machine']}.",
+        "Test split, EMA weights, last step; mean ± standard deviation over seeds. Pseudo labels: what these weights "
+        f"say of the unlabeled heap with confidence {settings['confidence_threshold']} or more; one for an image of no "
+        f"known class counts as wrong. Times with two runs side by side on {final[-1]['machine']}.",
         results_table(final),
     ]
     if tried:
@@ -314,7 +329,7 @@ def _words(settings: dict[str, Any]) -> str:
     return ", ".join(f"`{name}` {value}" for name, value in settings.items())
 
 
-def write_page(folder: Path, steps: int) -> None:
+def write_page(folder: Path, steps: int | None) -> None:
     """Puts today's tables between the two comments of algorithms.md; what else stands there is left alone."""
     page = folder / "algorithms.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else NEW_PAGE
@@ -335,8 +350,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="folder that holds the image packs")
     parser.add_argument("--algorithms", type=names, default=list(ALGORITHMS), help="with commas between; default: all")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--choose", action="store_true", help="do the runs that settings are chosen with instead")
+    parser.add_argument("--steps", type=int, help="default: what SETTINGS says")
+    parser.add_argument(
+        "--choose",
+        choices=("pseudo_labels", "contrast"),
+        help="try settings on validation data instead: first those of FixMatch, then those that CCSSL adds to it",
+    )
     parser.add_argument("--shard", default="0/1", help="i/n: this process does every n-th run, from the i-th on")
     parser.add_argument("--threads", type=int, default=1, help="threads of this process")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write to")
@@ -355,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if identity(job) in map(identity, read_rows(file)):
             continue
         started = time.perf_counter()
-        measured = run(options.data, options.root, job["seed"], job["settings"], validation_only=options.choose)
+        measured = run(options.data, options.root, job["seed"], job["settings"], validation_only=job["validation_only"])
         row = {**job, **measured, "seconds": round(time.perf_counter() - started, 1)}
         row["machine"] = machine(options.threads)
         with file.open("a", encoding="utf-8") as lines:

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'this' or 'that'?` for a misspelt name, with the leading space; nothing where none is like it."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the program with exit code 2 and the sentence of an error in what a user gave.
+
+    For what comes before training: an error within training needs its traceback.
+    """
+    try:
+        yield
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        if os.environ.get("RANK", "0") == "0":  # one line, not one for each process
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,20 +43,6 @@ class RecipeArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; default: the backbone's."}
     )
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Ends the program with exit code 2 and the sentence of a ValueError or TypeError, which names the fix.
-
-    For what comes before training: an error within training needs its traceback.
-    """
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one for each process
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.analysis import format_table, plot_confusion_matrix, plot_convergence
+from ccssl_hf.errors import errors_in_one_line
 from ccssl_hf.metrics import pseudo_label_quality
-from ccssl_hf.recipe import errors_in_one_line, parse_recipe
+from ccssl_hf.recipe import parse_recipe
 
 CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 KNOWN = [str(digit) for digit in range(6)]

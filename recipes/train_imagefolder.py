@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ccssl_hf import CCSSLTrainingArguments
-from ccssl_hf.recipe import ROLES, RecipeArguments, build_trainer, errors_in_one_line, parse_recipe, train
+from ccssl_hf.errors import errors_in_one_line
+from ccssl_hf.recipe import ROLES, RecipeArguments, build_trainer, parse_recipe, train
 
 CONFIG = Path(__file__).parent / "configs" / "imagefolder.yaml"
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from ccssl_hf import CCSSLTrainingArguments
-from ccssl_hf.recipe import RecipeArguments, errors_in_one_line, load_splits, parse_recipe
+from ccssl_hf.errors import errors_in_one_line
+from ccssl_hf.recipe import RecipeArguments, load_splits, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 

@@ -1,0 +1,137 @@
+"""`ccssl-hf`: the package on the command line."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import errors_in_one_line
+
+app = typer.Typer(
+    name="ccssl-hf", no_args_is_help=True, help="Semi-supervised image classification for the Hugging Face ecosystem."
+)
+convert = typer.Typer(no_args_is_help=True, help="Turn a checkpoint of other code into a plain folder.")
+app.add_typer(convert, name="convert")
+
+
+@app.callback()
+def main() -> None:
+    """Keeps `convert` a verb: an app of one verb alone would take its place."""
+
+
+class Weights(str, Enum):
+    """Which of the two sets of weights of a checkpoint."""
+
+    ema = "ema"
+    raw = "raw"
+
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The file.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
+Labels = Annotated[
+    str, typer.Option(help="Class names in the order of the label numbers: `a,b,c`, or a text file with one a line.")
+]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels; default: the source's own.")]
+Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="Per channel, what images are normalised with.")]
+Std = Annotated[tuple[float, float, float] | None, typer.Option(help="Likewise.")]
+AllowUnknown = Annotated[bool, typer.Option(help="Leave out keys that nothing is known of; they are listed.")]
+WhichWeights = Annotated[Weights, typer.Option(help="Averaged or raw weights.")]
+
+
+def _names(labels: str) -> list[str]:
+    path = Path(labels)
+    text = path.read_text(encoding="utf-8").splitlines() if path.is_file() else labels.split(",")
+    return [name.strip() for name in text if name.strip()]
+
+
+@convert.command()
+def semicls(
+    checkpoint: Checkpoint,
+    out: Out,
+    labels: Labels,
+    backbone: Annotated[str, typer.Option(help="timm name, such as wide_resnet28_2_cifar or resnet50.")],
+    weights: WhichWeights = Weights.ema,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    with_head: Annotated[bool, typer.Option(help="Keep the projection head, for training on.")] = True,
+    allow_unknown: AllowUnknown = False,
+) -> None:
+    """A `.pth.tar` of the CCSSL authors' code."""
+    with errors_in_one_line():
+        from .convert import convert_semicls
+
+        report = convert_semicls(
+            checkpoint,
+            out,
+            labels=_names(labels),
+            backbone=backbone,
+            weights=weights.value,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            with_head=with_head,
+            allow_unknown=allow_unknown,
+        )
+    typer.echo(report)
+
+
+@convert.command()
+def moco(
+    checkpoint: Checkpoint,
+    out: Out,
+    labels: Labels,
+    backbone: Annotated[str, typer.Option(help="timm name.")] = "resnet50",
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    allow_unknown: AllowUnknown = False,
+) -> None:
+    """The query encoder of a MoCo v2 checkpoint, with a fresh classifier to train on from."""
+    with errors_in_one_line():
+        from .convert import convert_moco
+
+        report = convert_moco(
+            checkpoint,
+            out,
+            labels=_names(labels),
+            backbone=backbone,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            allow_unknown=allow_unknown,
+        )
+    typer.echo(report)
+
+
+@convert.command()
+def usb(
+    checkpoint: Checkpoint,
+    out: Out,
+    labels: Labels,
+    backbone: Annotated[str, typer.Option(help="timm name, such as wide_resnet28_2_cifar.")],
+    weights: WhichWeights = Weights.ema,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    allow_unknown: AllowUnknown = False,
+) -> None:
+    """A Wide ResNet of USB or TorchSSL."""
+    with errors_in_one_line():
+        from .convert import convert_usb
+
+        report = convert_usb(
+            checkpoint,
+            out,
+            labels=_names(labels),
+            backbone=backbone,
+            weights=weights.value,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            allow_unknown=allow_unknown,
+        )
+    typer.echo(report)
