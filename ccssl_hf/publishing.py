@@ -85,7 +85,9 @@ class PublishingTrainer(Trainer):
             **card: Arguments of `create_model_card`.
         """
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:
+                self.args.hub_private_repo = private
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None

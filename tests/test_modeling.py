@@ -129,10 +129,10 @@ def test_timm_arguments_reach_the_backbone():
 def test_the_trainers_hooks():
     model = CCSSLForImageClassification.from_timm("test_vit", labels=LABELS, image_size=32)
     assert model.accepts_loss_kwargs is False and model.main_input_name == "pixel_values"
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     assert model.backbone.grad_checkpointing
     model(torch.randn(2, 3, 32, 32)).logits.sum().backward()
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     assert not model.backbone.grad_checkpointing
 
 
