@@ -43,7 +43,7 @@ COLUMNS = {
     "auroc_open_set": "AUROC by open-set score",
     "precision": "pseudo-label precision",
     "coverage": "pseudo-label coverage",
-    "seconds_per_step": "seconds a step",
+    "seconds_per_step": "CPU seconds a step",
 }
 RESULTS = Path(__file__).parent / "results"
 BACKBONE = "wide_resnet10_1_cifar"
@@ -61,7 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cifar10_mini": {
         "max_steps": 900,
         "cutout_size": 8,
-        "learning_rate": 0.06,
+        "learning_rate": 0.03,
         "confidence_threshold": 0.95,
         "push_threshold": 0.9,
     },
@@ -69,7 +69,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_steps": 500,
         "cutout_size": 12,
         "learning_rate": 0.06,
-        "confidence_threshold": 0.6,
+        "confidence_threshold": 0.95,
         "push_threshold": 0.9,
     },
 }
@@ -137,13 +137,13 @@ DATA = {"cifar10_mini": load_cifar10, "butterfly10_mini": load_butterfly10}
 
 
 class StepTimes(TrainerCallback):
-    """Wall time between the ends of steps, in seconds."""
+    """Processor time between the ends of steps, in seconds: what else the machine does hardly shows in it."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.process_time())
 
     def median(self) -> float:
         pairs = zip(self.ends, self.ends[1:], strict=False)
@@ -314,7 +314,7 @@ def section(data: str, rows: Sequence[dict[str, Any]], steps: int | None) -> str
         f"{_words(settings)}. Lengths that so short a run would not fill: {'; '.join(shortened)}. All else: defaults.",
         "Test split, EMA weights, last step; mean ± standard deviation over seeds. Pseudo labels: what these weights "
         f"say of the unlabeled heap with confidence {settings['confidence_threshold']} or more; one for an image of no "
-        f"known class counts as wrong. Times with two runs side by side on {final[-1]['machine']}.",
+        f"known class counts as wrong. Processor times of {final[-1]['machine']}.",
         results_table(final),
     ]
     if tried:
