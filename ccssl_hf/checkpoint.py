@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,11 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from . import wide_resnet_cifar
-
-if TYPE_CHECKING:
-    from .modeling import CCSSLForImageClassification
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -78,7 +76,7 @@ def _save_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def plain_config(model: CCSSLForImageClassification) -> dict[str, Any]:
+def plain_config(model: PreTrainedModel) -> dict[str, Any]:
     """What `config.json` says: the keys that both transformers' timm wrapper and timm read, and no others.
 
     `model_args` is never null (timm fails) and never holds `num_classes` (transformers fails); the labels are always
@@ -113,7 +111,7 @@ def is_own_backbone(architecture: str) -> bool:
 
 
 def save_checkpoint(
-    model: CCSSLForImageClassification,
+    model: PreTrainedModel,
     folder: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,

@@ -10,23 +10,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from importlib import metadata, resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import datasets
-import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-
-from .checkpoint import is_own_backbone
-from .data import name_of
-
-if TYPE_CHECKING:
-    from .trainer import CCSSLTrainer
 
 TAGS = ("image-classification", "semi-supervised-learning", "ccssl", "timm")
 
@@ -253,46 +244,6 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
-
-
-def facts_of_run(trainer: CCSSLTrainer, model_name: str) -> CardFacts:
-    """What a trainer knows about its run."""
-    args, config = trainer.args, trainer.model.config
-    splits = {
-        "labeled": trainer.train_dataset,
-        "unlabeled": trainer.unlabeled_dataset,
-        "validation": trainer.eval_dataset,
-    }
-    splits = {role: split for role, split in splits.items() if isinstance(split, datasets.Dataset)}
-    counts = np.bincount(trainer.labels, minlength=len(trainer.class_names)).tolist()
-    chosen = ("learning_rate", "weight_decay", "ema_decay", "weak_forward", "schedule", "warmup_steps", "optim")
-    return CardFacts(
-        model_name=model_name,
-        backbone=config.architecture,
-        labels=trainer.class_names,
-        algorithm=args.algorithm,
-        hyperparameters={**trainer.algorithm.hyperparameters, **{name: _plain(getattr(args, name)) for name in chosen}},
-        datasets={role: name_of(split) for role, split in splits.items()} | trainer.dataset_names,
-        base_model=trainer.base_model,
-        image_size=trainer.settings.image_size,
-        steps=trainer.state.global_step,
-        batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        mu=args.mu,
-        seed=args.seed,
-        labeled_per_class=dict(zip(trainer.class_names, counts, strict=True)),
-        num_unlabeled=None if trainer.unlabeled_dataset is None else len(trainer.unlabeled_dataset),
-        split_fingerprints={role: split._fingerprint for role, split in splits.items()},
-        versions=library_versions(),
-        device=args.device.type,
-        num_processes=args.world_size,
-        run_time=next((h["train_runtime"] for h in trainer.state.log_history if "train_runtime" in h), None),
-        results=[result for results in trainer.results.values() for result in results],
-        remote_code=is_own_backbone(config.architecture),
-    )
 
 
 def _is_path(text: str) -> bool:

@@ -361,7 +361,7 @@ class CCSSLTrainer(PublishingTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `transformers.Trainer`, and the card beside it. Call it in every process: all have a part in it."""
-        with self._published_weights():  # not in _save, which transformers 5.0 calls on one process only
+        with self._published_weights():  # not in _save, which some releases call on one process only
             super().save_model(output_dir, _internal_call)
 
     def train(

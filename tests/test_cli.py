@@ -28,7 +28,8 @@ def test_convert_writes_a_folder_to_train_on_from_and_says_what_became_of_the_ke
     names.write_text("moth\nbutterfly\n")
     checkpoint = moco_checkpoint(tmp_path / "moco.pth.tar")
     out = str(tmp_path / "out")
-    result = RUN.invoke(app, ["convert", "moco", str(checkpoint), out, "--labels", str(names), "--backbone", "resnet18"])
+    options = ["--labels", str(names), "--backbone", "resnet18"]
+    result = RUN.invoke(app, ["convert", "moco", str(checkpoint), out, *options])
     assert result.exit_code == 0, result.output
     assert "resnet18" in result.output and "fresh" in result.output
     assert CCSSLForImageClassification.from_pretrained(out).config.labels == ["moth", "butterfly"]
