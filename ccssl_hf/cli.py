@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,6 +47,14 @@ def _names(labels: str) -> list[str]:
     return [name.strip() for name in text if name.strip()]
 
 
+def _convert(source: str, checkpoint: Path, out: Path, labels: str, **options: Any) -> None:
+    with errors_in_one_line():
+        from . import convert as functions
+
+        report = getattr(functions, f"convert_{source}")(checkpoint, out, labels=_names(labels), **options)
+    typer.echo(report)
+
+
 @convert.command()
 def semicls(
     checkpoint: Checkpoint,
@@ -61,22 +69,8 @@ def semicls(
     allow_unknown: AllowUnknown = False,
 ) -> None:
     """A `.pth.tar` of the CCSSL authors' code."""
-    with errors_in_one_line():
-        from .convert import convert_semicls
-
-        report = convert_semicls(
-            checkpoint,
-            out,
-            labels=_names(labels),
-            backbone=backbone,
-            weights=weights.value,
-            image_size=image_size,
-            mean=mean,
-            std=std,
-            with_head=with_head,
-            allow_unknown=allow_unknown,
-        )
-    typer.echo(report)
+    given = dict(image_size=image_size, mean=mean, std=std, with_head=with_head, allow_unknown=allow_unknown)
+    _convert("semicls", checkpoint, out, labels, backbone=backbone, weights=weights.value, **given)
 
 
 @convert.command()
@@ -91,20 +85,8 @@ def moco(
     allow_unknown: AllowUnknown = False,
 ) -> None:
     """The query encoder of a MoCo v2 checkpoint, with a fresh classifier to train on from."""
-    with errors_in_one_line():
-        from .convert import convert_moco
-
-        report = convert_moco(
-            checkpoint,
-            out,
-            labels=_names(labels),
-            backbone=backbone,
-            image_size=image_size,
-            mean=mean,
-            std=std,
-            allow_unknown=allow_unknown,
-        )
-    typer.echo(report)
+    given = dict(image_size=image_size, mean=mean, std=std, allow_unknown=allow_unknown)
+    _convert("moco", checkpoint, out, labels, backbone=backbone, **given)
 
 
 @convert.command()
@@ -120,18 +102,5 @@ def usb(
     allow_unknown: AllowUnknown = False,
 ) -> None:
     """A Wide ResNet of USB or TorchSSL."""
-    with errors_in_one_line():
-        from .convert import convert_usb
-
-        report = convert_usb(
-            checkpoint,
-            out,
-            labels=_names(labels),
-            backbone=backbone,
-            weights=weights.value,
-            image_size=image_size,
-            mean=mean,
-            std=std,
-            allow_unknown=allow_unknown,
-        )
-    typer.echo(report)
+    given = dict(image_size=image_size, mean=mean, std=std, allow_unknown=allow_unknown)
+    _convert("usb", checkpoint, out, labels, backbone=backbone, weights=weights.value, **given)
