@@ -29,7 +29,8 @@ demo: $(VENV)/.installed-demo ## Train supervised, FixMatch and FixMatch+CCSSL o
 	@PATH="$(abspath $(BIN)):$$PATH" accelerate launch --config_file recipes/accelerate_configs/single_process.yaml \
 	  recipes/train_digits.py --config recipes/configs/digits.yaml
 
-test: $(VENV)/.installed-test ## Check style and types, and run the tests, about 10 minutes on two cores
+test: $(VENV)/.installed-test ## Check style and types, and run the tests, a few minutes on two cores
+	@echo "Checking style and types, then running the tests"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 

@@ -120,8 +120,8 @@ def _load_from_hub(source: str, role: str) -> datasets.Dataset:
 
 
 def name_of(dataset: datasets.Dataset) -> str:
-    """What the data set calls itself, where it does."""
-    return dataset.info.dataset_name or dataset.info.builder_name or "in-memory"
+    """What a card can call a data set of which only the object is known: in words, for it is no id of the Hub."""
+    return f"{dataset.info.dataset_name or dataset.info.builder_name or 'in-memory'} data set"
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
