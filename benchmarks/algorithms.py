@@ -97,7 +97,7 @@ def _parquet(root: Path, pack: str, split: str) -> datasets.Dataset:
 
 
 def load_cifar10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.Dataset]]:
-    """Six animals are the classes, with 40 labels each; the heap and both evaluation splits hold vehicles, too."""
+    """Six animals are the classes, with 40 labels each, drawn by seed. Heap and test split hold vehicles, too."""
     train = _parquet(root, "cifar10_mini", "train")
     names = train.features["label"].names
     known = [name for name in names if name not in ("airplane", "automobile", "ship", "truck")]
@@ -114,10 +114,10 @@ def load_cifar10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.D
 
 
 def load_butterfly10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.Dataset]]:
-    """Ten species with 4 to 13 labels, the same for every seed; the heap holds eight others, and its truth is unknown.
+    """Ten species with 4 to 13 labels, the same images for every seed. The heap holds eight further species.
 
-    Known species are told from ten that are in no split, in the test split of the larger pack that this one was cut
-    from: both kinds of images come from there, so that nothing but the species differs.
+    Which images these are is not told. AUROC is therefore of the known species against ten that are in no split, both
+    from the test split of the larger pack that this one was cut from, so that nothing but the species differs.
     """
     pack = "butterfly10_mini"
     splits = {split: _parquet(root, pack, split) for split in ("labeled", "unlabeled", "validation", "test")}
