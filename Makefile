@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow bench lint format clean
 
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(VENV)/.installed-test ## Check style and types, and run the tests, a few
 
 test-slow: $(VENV)/.installed-test ## Run the tests that take longer
 	@$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.installed-test ## Time ours against baselines, some minutes on two quiet cores
+	@$(BIN)/python benchmarks/run.py
 
 lint: $(VENV)/.installed-test ## Check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
