@@ -1,7 +1,7 @@
 """All speed benchmarks, one after the other, each in a process of its own: one table at the end.
 
-    python benchmarks/run.py                  # all, as `make bench` does
-    python benchmarks/run.py step ema         # some
+python benchmarks/run.py                  # all, as `make bench` does
+python benchmarks/run.py step ema         # some
 """
 
 from __future__ import annotations

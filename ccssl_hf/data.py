@@ -355,6 +355,14 @@ class ImageFiles:
 # ------------------------------------------------------------------------------------------------------------- datasets
 
 
+def default_workers(device: torch.device) -> int:
+    """Processes that decode images for a network on `device`: none where they would take its cores from it."""
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Labeled and unlabeled images of one batch at a time; its index is a `PairedIndices`.
 

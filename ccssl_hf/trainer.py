@@ -233,12 +233,21 @@ class CCSSLTrainer(PublishingTrainer):
             dataset,
             batch_sampler=sampler,  # type: ignore[arg-type]  # torch's stub knows lists only; any index will do
             collate_fn=_already_a_batch,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            **self._loading(decodes=self._cropped),
         )
         return self.accelerator.prepare(loader)
+
+    def _loading(self, *, decodes: bool) -> dict[str, Any]:
+        """The flags of a loader, `decodes`: of one whose batches take decoding."""
+        args, workers = self.args, self.args.dataloader_num_workers
+        if workers == -1:
+            workers = data.default_workers(args.device) if decodes else 0
+        return {
+            "num_workers": workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
+            "persistent_workers": args.dataloader_persistent_workers and workers > 0,
+            "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+        }
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         name = eval_dataset if isinstance(eval_dataset, str) else "evaluation"
@@ -267,8 +276,8 @@ class CCSSLTrainer(PublishingTrainer):
         loader = DataLoader(
             dataset,
             batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),  # else each evaluation draws a number that dropout in training would have had
+            **self._loading(decodes=True),
         )
         return self.accelerator.prepare(loader)
 

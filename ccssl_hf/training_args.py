@@ -128,6 +128,14 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
         },
     )
 
+    dataloader_num_workers: int = field(
+        default=-1,
+        metadata={
+            "help": "Processes that load batches; results do not depend on it. -1: where images are decoded for an "
+            "accelerator, one for each core of a training process, up to 8; otherwise 0, the training process itself."
+        },
+    )
+
     # Views. Sizes in pixels at the model's input size, which images are trained and evaluated at.
     weak_crop: Literal["auto", "pad", "resized"] = field(
         default="auto",
@@ -164,6 +172,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
         for name in ("mu", "per_device_train_batch_size", "max_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more.")
+        if self.dataloader_num_workers < -1:
+            raise ValueError(f"dataloader_num_workers is {self.dataloader_num_workers}: set it to -1 (chosen) or more.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: choose a value from 0 (no averaging) to below 1.")
         for name, hint in get_type_hints(type(self)).items():

@@ -24,6 +24,7 @@ from ccssl_hf.data import (
     ImageFiles,
     PairedDataset,
     PixelTable,
+    default_workers,
     drop_unreadable,
     load_split,
     read_class_names,
@@ -426,6 +427,18 @@ def test_a_batch_holds_the_rows_that_its_index_names(decode: str) -> None:
     else:
         index, draws = batch["unlabeled_index"].numpy(), batch["unlabeled_draws"]
         assert torch.equal(batch["unlabeled_images"], streamed(mixed_sizes(10, first=50), index, draws))
+
+
+def test_an_accelerator_gets_a_worker_for_each_core_and_a_cpu_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_workers(torch.device("cpu")) == 0
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)), raising=False)
+    workers = []
+    for processes in ("1", "2", "8"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)  # as torchrun and accelerate set it
+        workers.append(default_workers(torch.device("cuda")))
+    assert workers == [6, 3, 1]
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)), raising=False)
+    assert default_workers(torch.device("cuda", 1)) == 8
 
 
 def test_without_unlabeled_images_a_batch_is_labeled_alone() -> None:

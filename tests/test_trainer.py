@@ -312,6 +312,21 @@ def test_prediction_needs_no_labels(tmp_path):
         assert (other.predictions == labeled.predictions).all()
 
 
+@pytest.mark.parametrize(("decode", "training"), [("stream", 1), ("memory", 0)])
+def test_an_accelerator_need_not_wait_for_decoding(tmp_path, monkeypatch, decode, training):
+    def workers(**changes):
+        weak_crop = "resized" if decode == "stream" else "auto"
+        trainer = trainer_of(tmp_path, model_of(), decode=decode, weak_crop=weak_crop, **changes)
+        loaders = (trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_test_dataloader(LABELED))
+        return [loader.num_workers for loader in loaders]
+
+    assert workers() == [0, 0, 0]
+    monkeypatch.setattr("ccssl_hf.data.default_workers", lambda device: 1)  # there may be no accelerator here
+    assert workers() == [training, 1, 1]
+    assert workers(dataloader_num_workers=0) == [0, 0, 0]
+    assert workers(dataloader_num_workers=2, dataloader_prefetch_factor=4) == [2, 2, 2]
+
+
 def test_without_an_evaluation_split_the_error_names_the_fix(tmp_path):
     with pytest.raises(ValueError, match="pass eval_dataset to CCSSLTrainer or to evaluate"):
         trainer_of(tmp_path, validation=None).evaluate()

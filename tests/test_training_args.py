@@ -75,6 +75,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"mu": 0}, "mu is 0: set it to 1 or more"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0: set it to 1 or more"),
     ({"max_steps": -1}, "max_steps is -1: set it to 1 or more"),
+    ({"dataloader_num_workers": -2}, "dataloader_num_workers is -2: set it to -1"),
     ({"num_train_epochs": 10}, "num_train_epochs=10 .*set max_steps alone"),
     ({"ema_decay": 1.0}, "ema_decay is 1.0: choose"),
     ({"ema_decay": 0.0}, "eval_weights='ema' with ema_decay=0.*set eval_weights='raw'"),
