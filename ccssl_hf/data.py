@@ -225,12 +225,12 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 
-def _encoded(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+def encoded_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     """The images alone and undecoded, whatever format the user has set."""
     return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format(None)
 
 
-def _decode(encoded: dict[str, Any], row: int, role: str) -> Image.Image:
+def decode_image(encoded: dict[str, Any], row: int, role: str) -> Image.Image:
     """An upright RGB image from what `datasets.Image(decode=False)` gives."""
     try:
         image = datasets.Image().decode_example(encoded)
@@ -247,23 +247,23 @@ def _decode(encoded: dict[str, Any], row: int, role: str) -> Image.Image:
 def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> datasets.Dataset:
     """The rows of `dataset` whose images decode. Reads every image once, with a progress bar."""
 
-    images, kept = _encoded(dataset, image_column), []
+    images, kept = encoded_images(dataset, image_column), []
     for row in datasets.utils.tqdm(range(len(images)), desc="Checking images"):
         with suppress(ValueError):
-            _decode(images[row][image_column], row, "")
+            decode_image(images[row][image_column], row, "")
             kept.append(row)
     return dataset.select(kept)
 
 
 def _pixels(batch: dict[str, list[Any]], rows: list[int], *, column: str, size: int, role: str) -> dict[str, Any]:
     """Shorter side to `size`, then the middle square; the image itself where it already has that size."""
-    images = (_decode(encoded, row, role) for row, encoded in zip(rows, batch[column], strict=True))
+    images = (decode_image(encoded, row, role) for row, encoded in zip(rows, batch[column], strict=True))
     squares = (ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for image in images)
     return {"pixels": [np.asarray(square).transpose(2, 0, 1).tobytes() for square in squares]}
 
 
 _DECODER = 1
-"""Raise it when `_decode` or `_pixels` changes: tables decoded before then no longer count."""
+"""Raise it when `decode_image` or `_pixels` changes: tables decoded before then no longer count."""
 
 
 class PixelTable:
@@ -274,7 +274,7 @@ class PixelTable:
 
     def __init__(self, dataset: datasets.Dataset, *, image_column: str, size: int, role: str) -> None:
         self.size = size
-        encoded = _encoded(dataset, image_column)
+        encoded = encoded_images(dataset, image_column)
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf"
         cache.mkdir(parents=True, exist_ok=True)
         rows = max(1, CHUNK_BYTES // (3 * size * size))
@@ -330,7 +330,7 @@ class ImageFiles:
     def __init__(
         self, dataset: datasets.Dataset, *, image_column: str, role: str, settings: ViewSettings, seed: int, stream: int
     ) -> None:
-        self._dataset, self._column, self._role = _encoded(dataset, image_column), image_column, role
+        self._dataset, self._column, self._role = encoded_images(dataset, image_column), image_column, role
         self._settings, self._seed, self._stream = settings, seed, stream
 
     def __len__(self) -> int:
@@ -341,7 +341,7 @@ class ImageFiles:
         size = self._settings.image_size
         out = np.empty((len(index), len(views), 3, size, size), np.uint8)
         for part in (slice(i, i + DECODED_AT_ONCE) for i in range(0, len(index), DECODED_AT_ONCE)):
-            images = [_decode(self._dataset[row][self._column], row, self._role) for row in index[part].tolist()]
+            images = [decode_image(self._dataset[row][self._column], row, self._role) for row in index[part].tolist()]
             widths, heights = torch.tensor([image.size for image in images]).unbind(1)
             known: dict[str, Any] = {"draws": torch.from_numpy(draw[part]), "heights": heights, "widths": widths}
             for v, view in enumerate(views):
@@ -434,14 +434,14 @@ class EvaluationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(
         self, dataset: datasets.Dataset, labels: np.ndarray | None, *, image_column: str, transform: Any, role: str
     ) -> None:
-        self._dataset = _encoded(dataset, image_column)
+        self._dataset = encoded_images(dataset, image_column)
         self._column, self._labels, self._transform, self._role = image_column, labels, transform, role
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        item = {"pixel_values": self._transform(_decode(self._dataset[row][self._column], row, self._role))}
+        item = {"pixel_values": self._transform(decode_image(self._dataset[row][self._column], row, self._role))}
         return item if self._labels is None else {**item, "labels": int(self._labels[row])}
 
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 import torchvision
+from PIL import Image
 from typer.testing import CliRunner
 
 from ccssl_hf import CCSSLForImageClassification
@@ -43,3 +45,43 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
     assert run.returncode == 2
     [line] = [line for line in run.stderr.splitlines() if line.strip()]
     assert line.startswith("error: ") and "none.pth" in line
+
+
+def model_and_images(folder: Path) -> tuple[str, Path]:
+    model = CCSSLForImageClassification.from_timm("test_resnet", labels=["moth", "fly"], image_size=32)
+    model.save_pretrained(folder / "model")
+    images = folder / "images"
+    images.mkdir()
+    for grey in (0, 128):
+        Image.new("RGB", (40, 30), (grey, 0, 0)).save(images / f"{grey}.png")
+    return str(folder / "model"), images
+
+
+def test_predict_writes_a_row_for_each_image_and_says_how_many(tmp_path: Path) -> None:
+    model, images = model_and_images(tmp_path)
+    (images / "broken.jpg").write_bytes(b"no image")
+    out = tmp_path / "made" / "out.parquet"
+    given = [model, str(images), str(out)]
+    result = RUN.invoke(app, ["predict", *given, "--embedding", "--batch-size", "1", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("3 images (1 could not be read, see column error) at ")
+    assert result.stdout.endswith(f" a second, written to {out}.\n")
+    table = pq.read_table(out)
+    assert table.column_names == ["path", "label", "confidence", "embedding", "error"]
+    assert [Path(path).name for path in table["path"].to_pylist()] == ["0.png", "128.png", "broken.jpg"]
+    assert [len(row or []) for row in table["embedding"].to_pylist()] == [64, 64, 0]
+
+
+def test_predict_ends_with_one_line_and_writes_nothing_where_it_must_stop(tmp_path: Path) -> None:
+    model, images = model_and_images(tmp_path)
+    out = tmp_path / "out.parquet"
+    (images / "broken.jpg").write_bytes(b"no image")
+    for arguments, words in (
+        ([model, str(images), str(out), "--strict"], "broken.jpg can't be read"),
+        ([model, str(tmp_path / "model"), str(out)], "no image files"),
+        ([str(images), str(images), str(out)], "config.json"),
+    ):
+        result = RUN.invoke(app, ["predict", *arguments, "--device", "cpu"])
+        assert result.exit_code == 2 and not out.exists()
+        [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert words in line

@@ -1,0 +1,284 @@
+"""Predictions against transformers' pipeline, against the model itself, and what a parquet file of them holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+from ccssl_hf import CCSSLForImageClassification, inference
+from ccssl_hf.inference import Classifier, open_images, predict_to_parquet
+
+LABELS = ["moth", "butterfly", "beetle", "fly"]
+DATA = np.random.default_rng(0)
+
+
+def published(folder: Path, backbone: str, size: int, *, with_head: bool = True) -> Path:
+    """A folder whose model tells images apart: BatchNorms as after training, and a classifier that is sure."""
+    torch.manual_seed(0)
+    model = CCSSLForImageClassification.from_timm(backbone, labels=LABELS, image_size=size).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    classifier = model.backbone.get_classifier()
+    with torch.no_grad():
+        logits = model(torch.randn(32, 3, 1, 1) + 0.3 * torch.randn(32, 3, size, size)).logits - classifier.bias
+        scale = 2 / logits.std(dim=0)
+        classifier.weight *= scale[:, None]
+        classifier.bias.copy_(-scale * logits.mean(dim=0))
+    model.save_pretrained(folder, with_head=with_head)
+    return folder
+
+
+def picture(width: int, height: int) -> Image.Image:
+    small = Image.fromarray(DATA.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_pictures(folder: Path) -> list[str]:
+    """Images of many kinds, in folders of folders; the names in the order of their paths."""
+    (folder / "more" / "still more").mkdir(parents=True)
+    picture(60, 40).save(folder / "a.jpg")
+    picture(40, 60).convert("L").save(folder / "b_grey.png")
+    picture(33, 47).convert("CMYK").save(folder / "c_cmyk.jpg")
+    translucent = picture(50, 50)
+    translucent.putalpha(Image.linear_gradient("L").resize((50, 50)))
+    translucent.save(folder / "d_rgba.png")
+    picture(70, 30).quantize(16).save(folder / "e_palette.gif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(64, 32).save(folder / "more" / "f_turned.JPG", exif=exif)
+    picture(31, 90).convert("1").save(folder / "more" / "g_bits.png")
+    picture(3, 2).save(folder / "more" / "h_tiny.bmp")
+    picture(20, 20).save(folder / "more" / "still more" / "i.webp")
+    return sorted(str(path) for path in folder.rglob("*.*"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("pictures")
+    return folder, write_pictures(folder)
+
+
+@pytest.fixture(scope="module")
+def wide_resnet(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
+    folder = published(tmp_path_factory.mktemp("wide_resnet"), "wide_resnet10_1_cifar", 16)
+    return Classifier.from_pretrained(folder, device="cpu")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist()
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [("test_resnet", 96), ("wide_resnet10_1_cifar", 32), ("test_vit", 64), ("test_efficientnet", 128)],
+)
+def test_labels_and_scores_are_those_of_the_pipeline(backbone, size, with_head, pictures, tmp_path):
+    model = published(tmp_path / "model", backbone, size, with_head=with_head)
+    folder, files = pictures
+    pipeline = transformers.pipeline("image-classification", model=str(model), device="cpu")
+    expected = [pipeline(file) for file in files]
+    assert len({answer[0]["label"] for answer in expected}) > 1  # else equal labels would say little
+    classifier = Classifier.from_pretrained(model, device="cpu")
+    assert predict_to_parquet(classifier, folder, tmp_path / "out.parquet").images == len(files)
+    rows = rows_of(tmp_path / "out.parquet")
+    assert [row["path"] for row in rows] == files and all(row["error"] is None for row in rows)
+    assert [row["label"] for row in rows] == [answer[0]["label"] for answer in expected]
+    np.testing.assert_allclose(
+        [row["confidence"] for row in rows], [answer[0]["score"] for answer in expected], rtol=0, atol=1e-5
+    )
+    said = classifier.predict([Image.open(file) for file in files if "turned" not in file])
+    for probabilities, answer in zip(
+        said.probabilities, [a for a, file in zip(expected, files, strict=True) if "turned" not in file], strict=True
+    ):
+        scores = {entry["label"]: entry["score"] for entry in answer}
+        np.testing.assert_allclose(probabilities, [scores[label] for label in LABELS], rtol=0, atol=1e-5)
+
+
+def test_folded_convolutions_leave_no_batch_norm(tmp_path):
+    classifier = Classifier.from_pretrained(published(tmp_path, "test_resnet", 64), device="cpu")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in classifier._network.modules())
+
+
+def test_a_folder_that_timm_saved(pictures, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=len(LABELS)).eval()
+    config = {"label_names": LABELS}
+    timm.models.save_for_hf(network, tmp_path / "model", model_config=config, safe_serialization=True)
+    classifier = Classifier.from_pretrained(tmp_path / "model", device="cpu")
+    images = [Image.open(file).convert("RGB") for file in pictures[1]]
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    with torch.no_grad():
+        expected = network(torch.stack([transform(image) for image in images])).softmax(dim=1)
+    torch.testing.assert_close(classifier.predict(images).probabilities, expected, rtol=0, atol=1e-5)
+    assert classifier.labels == LABELS and classifier.embedding == "pre_logits"
+
+
+@pytest.mark.parametrize(("with_head", "kind"), [(True, "projection"), (False, "pre_logits")])
+@pytest.mark.parametrize("backbone", ["test_resnet", "wide_resnet10_1_cifar"])
+def test_embeddings_are_the_models_and_the_file_says_which(backbone, with_head, kind, pictures, tmp_path):
+    folder = published(tmp_path / "model", backbone, 32)
+    model = CCSSLForImageClassification.from_pretrained(folder)
+    if not with_head:
+        (folder / "ccssl_head.safetensors").unlink()
+    classifier = Classifier.from_pretrained(folder, device="cpu")
+    paths = [file for file in pictures[1] if "turned" not in file]
+    out = tmp_path / "out.parquet"
+    predict_to_parquet(classifier, paths, out, embedding=True, batch_size=3)
+    embeddings = torch.tensor([row["embedding"] for row in rows_of(out)])
+    data_config = timm.data.resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
+    transform = timm.data.create_transform(**data_config)
+    batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    with torch.no_grad():
+        if with_head:
+            expected = model(batch, return_embeddings=True).embeddings
+            torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(paths)))
+        else:
+            expected = model.backbone.forward_head(model.backbone.forward_features(batch), pre_logits=True)
+    torch.testing.assert_close(embeddings, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(classifier.predict(batch).embeddings, expected, rtol=1e-4, atol=1e-5)
+    metadata = pq.read_schema(out).metadata
+    assert metadata[b"embedding"].decode() == kind and metadata[b"model"].decode() == str(folder)
+
+
+def test_a_broken_image_is_a_row_and_other_files_are_passed_over(wide_resnet, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture(40, 40).save(folder / "a.png")
+    (folder / "b.jpg").write_bytes(b"no image")
+    whole = tmp_path / "whole.jpg"
+    picture(90, 90).save(whole)
+    (folder / "c.jpg").write_bytes(whole.read_bytes()[:700])
+    (folder / "d.png").write_bytes(b"")
+    picture(40, 40).save(folder / "e.png")
+    (folder / "notes.txt").write_text("no image, and named so")
+    out = tmp_path / "out.parquet"
+    written = predict_to_parquet(wide_resnet, folder, out, embedding=True, batch_size=2)
+    rows = rows_of(out)
+    assert (written.images, written.unreadable) == (5, 3)
+    assert [Path(row["path"]).name for row in rows] == ["a.png", "b.jpg", "c.jpg", "d.png", "e.png"]
+    for row in rows[1:4]:
+        assert row["label"] is row["confidence"] is row["embedding"] is None and "rror: " in row["error"]
+    assert all(row["label"] in LABELS and row["error"] is None for row in (rows[0], rows[4]))
+
+
+def test_a_run_that_ends_early_leaves_the_old_file_and_its_rows(wide_resnet, tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "out.parquet"
+    folder.mkdir()
+    for number in range(40):
+        picture(16, 16).save(folder / f"{number:02}.png")
+    (folder / "99.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"99\.png can't be read .*: mend or remove"):
+        predict_to_parquet(wide_resnet, folder, out, strict=True, batch_size=4)
+    assert not out.exists()
+    assert [Path(row["path"]).stem for row in rows_of(tmp_path / "_out.parquet.partial")] == [
+        f"{number:02}" for number in range(40)
+    ]
+    predict_to_parquet(wide_resnet, folder, out)
+    before = out.read_bytes()
+    assert not (tmp_path / "_out.parquet.partial").exists()
+    with pytest.raises(ValueError, match="99"):
+        predict_to_parquet(wide_resnet, folder, out, strict=True)
+    assert out.read_bytes() == before
+
+
+def test_every_kind_of_source_gives_the_same_rows(wide_resnet, pictures, tmp_path, monkeypatch):
+    folder, files = pictures
+    out = tmp_path / "out.parquet"
+
+    def predicted(source: Any) -> list[tuple[str, float]]:
+        predict_to_parquet(wide_resnet, source, out, batch_size=2)
+        return [(row["label"], pytest.approx(row["confidence"], abs=1e-6)) for row in rows_of(out)]
+
+    expected = predicted(folder)
+    assert predicted(str(folder)) == predicted(f"{folder}/**/*") == predicted(files) == expected
+    assert predicted(files[0]) == expected[:1]
+    dataset = datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
+    assert predicted(dataset) == expected
+    embedded = [{"bytes": Path(file).read_bytes(), "path": None} for file in files]
+    dataset = datasets.Dataset.from_dict({"image": embedded}, features=dataset.features)
+    dataset.to_parquet(tmp_path / "images.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert predicted(tmp_path / "images.parquet") == expected
+    assert [row["path"] for row in rows_of(out)] == [str(number) for number in range(len(files))]
+
+
+def test_rows_keep_their_order_on_any_number_of_threads_and_torch_its_own(wide_resnet, pictures, tmp_path):
+    files = pictures[1] * 12
+    threads = torch.get_num_threads()
+    tables = []
+    for workers in (1, 3):
+        out = tmp_path / f"{workers}.parquet"
+        predict_to_parquet(wide_resnet, files, out, batch_size=5, num_workers=workers)
+        tables.append(rows_of(out))
+    assert [row["path"] for row in tables[0]] == files
+    assert [(row["path"], row["label"]) for row in tables[0]] == [(row["path"], row["label"]) for row in tables[1]]
+    assert torch.get_num_threads() == threads
+
+
+def test_rows_are_written_in_groups(wide_resnet, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "ROW_GROUP", 40)
+    predict_to_parquet(wide_resnet, pictures[1] * 10, tmp_path / "out.parquet", batch_size=4)
+    metadata = pq.read_metadata(tmp_path / "out.parquet")
+    assert [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)] == [40, 40, 10]
+
+
+def test_uint8_pixels_and_normalised_tensors_say_the_same(wide_resnet):
+    pixels = torch.stack([wide_resnet.pixels(picture(30, 40)) for _ in range(3)])
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 3, 16, 16)
+    floats = (pixels / 255 - wide_resnet._mean) / wide_resnet._std
+    torch.testing.assert_close(
+        wide_resnet.predict(pixels).probabilities, wide_resnet.predict(floats).probabilities, rtol=0, atol=1e-6
+    )
+
+
+def test_half_precision_answers_in_float32(pictures, tmp_path):
+    folder = published(tmp_path, "test_vit", 32)
+    said = Classifier.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).predict([Image.open(pictures[1][0])])
+    assert said.probabilities.dtype == said.embeddings.dtype == torch.float32
+    assert said.probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_classes_that_do_not_exclude_each_other_have_their_own_probabilities(pictures, tmp_path):
+    folder = published(tmp_path, "test_resnet", 32)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    pipeline = transformers.pipeline("image-classification", model=str(folder), device="cpu")
+    image = Image.open(pictures[1][0])
+    scores = {entry["label"]: entry["score"] for entry in pipeline(image)}
+    said = Classifier.from_pretrained(folder, device="cpu").predict([image])
+    np.testing.assert_allclose(said.probabilities[0], [scores[label] for label in LABELS], rtol=0, atol=1e-5)
+
+
+def test_what_a_user_can_get_wrong(wide_resnet, pictures, tmp_path):
+    folder, files = pictures
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image files; name a folder"):
+        open_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="list of images is empty"):
+        open_images([])
+    with pytest.raises(ValueError, match=r"^nowhere\.parquet: no such parquet file"):
+        open_images("nowhere.parquet")
+    with pytest.raises(ValueError, match="is a folder: name the parquet file"):
+        predict_to_parquet(wide_resnet, folder, tmp_path)
+    with pytest.raises(ValueError, match="is what is read"):
+        predict_to_parquet(wide_resnet, files[0], files[0])
+    with pytest.raises(ValueError, match="no device 'gpu' here"):
+        Classifier.from_pretrained(tmp_path, device="gpu")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        Classifier.from_pretrained(tmp_path / "empty", device="cpu")
