@@ -167,6 +167,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
         self.label_names = ["labels"]
         self.ddp_find_unused_parameters = False  # one forward reaches every parameter that is trained
         self.ddp_broadcast_buffers = False  # BatchNorm statistics are averaged before they are read instead
+        if self.device.type == "cuda":  # or the processor would wait for each batch's copy behind the step before
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def _check_ranges(self) -> None:
         for name in ("mu", "per_device_train_batch_size", "max_steps"):

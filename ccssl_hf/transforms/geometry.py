@@ -63,14 +63,14 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 def flip(images: Tensor, mirror: Tensor) -> Tensor:
     """Mirrors the images left to right where `mirror` (bool `[N]`) is set."""
-    index = mirror.cpu().nonzero().flatten().to(images.device)
+    index = mirror.cpu().nonzero().flatten().to(images.device, non_blocking=True)
     return images.index_copy(0, index, images.index_select(0, index).flip(3))
 
 
 def _select(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Rows `[N, h]` and columns `[N, w]` of each image: uint8 `[N, 3, h, w]`."""
     number, channels, height, width = images.shape
-    rows, columns = rows.to(images.device), columns.to(images.device)
+    rows, columns = (index.to(images.device, non_blocking=True) for index in (rows, columns))
     start = torch.arange(number * channels, device=images.device).view(number, channels, 1) * height
     picked = images.reshape(-1, width).index_select(0, (start + rows[:, None]).flatten())
     picked = picked.view(number, channels, -1, width)
@@ -174,7 +174,7 @@ def cutout(images: Tensor, top: Tensor, left: Tensor, *, size: int, value: int =
     """
 
     def covered(start: Tensor, side: int) -> Tensor:
-        offset = torch.arange(side, device=images.device) - start.to(images.device)[:, None]
+        offset = torch.arange(side, device=images.device) - start.to(images.device, non_blocking=True)[:, None]
         return (offset >= 0) & (offset < size)
 
     square = covered(top, images.shape[2])[:, None, :, None] & covered(left, images.shape[3])[:, None, None]
