@@ -329,13 +329,27 @@ def _words(settings: dict[str, Any]) -> str:
     return ", ".join(f"`{name}` {value}" for name, value in settings.items())
 
 
-def write_page(folder: Path, steps: int | None) -> None:
-    """Puts today's tables between the two comments of algorithms.md; what else stands there is left alone."""
-    page = folder / "algorithms.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else NEW_PAGE
-    sections = [section(data, read_rows(folder / f"algorithms_{data}.jsonl"), steps) for data in DATA]
-    tables = "\n\n".join(filter(None, sections))
+def write_tables(page: Path, tables: str, *, new_page: str) -> None:
+    """Puts tables between the two comments of a page; what else stands there is left alone."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else new_page
     page.write_text(TABLES.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text), encoding="utf-8")
+
+
+def write_page(folder: Path, steps: int | None) -> None:
+    sections = [section(data, read_rows(folder / f"algorithms_{data}.jsonl"), steps) for data in DATA]
+    write_tables(folder / "algorithms.md", "\n\n".join(filter(None, sections)), new_page=NEW_PAGE)
+
+
+def parser_of_runs(description: str | None) -> argparse.ArgumentParser:
+    """Flags of every benchmark whose runs are lines of a file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, required=True)
+    parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="folder that holds the image packs")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="default: what SETTINGS says")
+    parser.add_argument("--threads", type=int, default=1, help="threads of this process")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write to")
+    return parser
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -345,42 +359,48 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             algorithm_hyperparameters(name)  # raises, and says what there is
         return chosen
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=DATA, required=True)
-    parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="folder that holds the image packs")
+    parser = parser_of_runs(__doc__)
     parser.add_argument("--algorithms", type=names, default=list(ALGORITHMS), help="with commas between; default: all")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="default: what SETTINGS says")
     parser.add_argument(
         "--choose",
         choices=("pseudo_labels", "contrast"),
         help="try settings on validation data instead: first those of FixMatch, then those that CCSSL adds to it",
     )
     parser.add_argument("--shard", default="0/1", help="i/n: this process does every n-th run, from the i-th on")
-    parser.add_argument("--threads", type=int, default=1, help="threads of this process")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write to")
     return parser.parse_args(arguments)
+
+
+def run_missing(jobs: Sequence[dict[str, Any]], file: Path, *, root: Path, threads: int) -> None:
+    """Runs the jobs that have no line in `file` yet, and appends theirs.
+
+    Args:
+        jobs: What `identity` reads.
+        file: Where the lines are; its folder is made.
+        root: Folder that holds the image packs.
+        threads: Threads of this process.
+    """
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        if identity(job) in map(identity, read_rows(file)):
+            continue
+        started = time.perf_counter()
+        measured = run(job["data"], root, job["seed"], job["settings"], validation_only=job["validation_only"])
+        row = {**job, **measured, "seconds": round(time.perf_counter() - started, 1)}
+        row["machine"] = machine(threads)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        shown = {name: row[name] for name in ("validation_top1", "top1", "seconds") if name in row}
+        print(job["data"], job["seed"], job["settings"], shown, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / f"algorithms_{options.data}.jsonl"
     first, shards = map(int, options.shard.split("/"))
-    for job in list(planned(options))[first::shards]:
-        if identity(job) in map(identity, read_rows(file)):
-            continue
-        started = time.perf_counter()
-        measured = run(options.data, options.root, job["seed"], job["settings"], validation_only=job["validation_only"])
-        row = {**job, **measured, "seconds": round(time.perf_counter() - started, 1)}
-        row["machine"] = machine(options.threads)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
-        shown = {name: row[name] for name in ("validation_top1", "top1", "seconds") if name in row}
-        print(options.data, job["seed"], job["settings"], shown, flush=True)
+    file = options.output / f"algorithms_{options.data}.jsonl"
+    run_missing(list(planned(options))[first::shards], file, root=options.root, threads=options.threads)
     write_page(options.output, options.steps)
 
 
