@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+import torch
 import yaml
 from timm.models import get_pretrained_cfg
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, TrainerCallback, set_seed
 
 from .data import load_split, read_class_names
+from .distributed import all_reduce_mean
 from .errors import near_misses
 from .modeling import CCSSLForImageClassification
 from .trainer import CCSSLTrainer
 from .training_args import CCSSLTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
 
@@ -43,6 +49,35 @@ class RecipeArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; default: the backbone's."}
     )
+
+
+class TimeLimit(TrainerCallback):
+    """Ends training with a checkpoint, from which it can go on, at the first log after `minutes` of wall time.
+
+    Which images a step sees and which learning rate it has still follow from its number alone: a run that is cut short
+    is the beginning of the whole one. Looked at on steps that are logged, as these wait for the device anyway.
+
+    Args:
+        minutes: Counted from here on.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        if minutes <= 0:
+            raise ValueError(f"time_limit is {minutes}: give minutes above 0, or none for no limit.")
+        self.minutes, self._end = minutes, time.monotonic() + 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not control.should_log or state.global_step >= state.max_steps:
+            return
+        late = torch.tensor(float(time.monotonic() >= self._end), device=args.device)
+        if all_reduce_mean(late).item() > 0:  # processes have clocks of their own, and must stop at one step
+            control.should_save = control.should_training_stop = True
+            logger.warning(
+                "Stopped after %d of %d steps by time_limit (%g minutes): resume_from_checkpoint goes on from here.",
+                state.global_step,
+                state.max_steps,
+                self.minutes,
+            )
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -183,7 +218,7 @@ def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
         splits: Likewise; the published weights are evaluated on `validation` and `test`, where there are such.
     """
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_metrics("train", result.metrics)
+    trainer.save_metrics("train", {**result.metrics, "train_steps": result.global_step})
     for role in ("validation", "test"):
         if role in splits:
             metrics = trainer.evaluate(splits[role], metric_key_prefix=role)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -232,6 +233,118 @@ def test_the_papers_settings_build_the_papers_run(tmp_path: Path) -> None:
     chosen = trainer.algorithm.hyperparameters
     assert (chosen["confidence_threshold"], chosen["push_threshold"], chosen["lambda_contrast"]) == (0.6, 0.9, 2)
     assert (args.max_steps, args.learning_rate, args.weight_decay, args.mu) == (512 * 1024, 0.03, 1e-3, 7)
+
+
+# ------------------------------------------------------------------------------------------------------------- CIFAR-10
+
+CIFAR10 = ["plane", "car", "bird"]
+
+
+@pytest.fixture(scope="module")
+def cifar10(place: Path) -> Path:
+    """A folder of CIFAR-10's form: 90 training images of three classes, 12 test images."""
+    folder = place / "cifar10"
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CIFAR10)})
+    for split, count in (("train", 90), ("test", 12)):
+        pixels = np.random.RandomState(count).randint(0, 256, (count, 32, 32, 3), np.uint8)
+        columns = {"image": [Image.fromarray(image) for image in pixels], "label": [i % 3 for i in range(count)]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def cifar10_run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, **flags: str) -> dict[str, Any]:
+    """Runs one of the README's commands on the small folder; gives its metrics."""
+    small = {name: value for name, value in SMALL.items() if name not in ("pretrained", "backbone")}
+    small |= {"backbone": "wide_resnet10_1_cifar", "data": "cifar10", "num_labels": "6", **flags}
+    if "cifar10_speed.yaml" in " ".join(words):
+        del small["confidence_threshold"]  # its algorithm has none
+    run_here(place, [*words, *(f"--{name}={value}" for name, value in small.items())], monkeypatch)
+    return results(place / flags["output_dir"])
+
+
+@pytest.fixture
+def cifar10_recipe() -> dict[str, Any]:
+    """The names that the script defines."""
+    return runpy.run_path(str(ROOT / "recipes" / "train_cifar10.py"))
+
+
+def test_cifar10_learns_from_all_training_images_and_is_tested_once(
+    place: Path, cifar10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = command("train_cifar10", "--split_seed")
+    metrics = cifar10_run(words, place, monkeypatch, output_dir="outputs/cifar10")
+    assert 0 <= metrics["test_top1"] <= 1 and metrics["train_steps"] == 3 and "validation_top1" not in metrics
+    card = assert_is_published(place / "outputs" / "cifar10", CIFAR10)
+    assert "(local)" in card and str(place) not in card
+    history = json.loads((place / "outputs" / "cifar10" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert any("loss_contrast" in entry for entry in history["log_history"])
+
+
+def test_the_speed_run_trains_compiled_in_bf16(place: Path, cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler only traces here: to make code for a CPU would take minutes."""
+    words = command("cifar10_speed")
+    output = "outputs/cifar10_speed"
+    metrics = cifar10_run(words, place, monkeypatch, output_dir=output, torch_compile_backend="eager")
+    assert 0 <= metrics["test_top1"] <= 1 and metrics["train_steps"] == 3
+    assert not list((place / output).glob("checkpoint-*"))
+    network = AutoModelForImageClassification.from_pretrained(place / output).timm_model
+    assert {module.momentum for name, module in network.named_modules() if "bn" in name} == {0.01}
+
+
+def test_a_run_out_of_time_stops_with_a_checkpoint_and_goes_on(
+    place: Path, cifar10: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = command("cifar10_speed")
+    once = {"bf16": "false", "torch_compile": "false", "max_steps": "6", "logging_steps": "2", "save_strategy": "no"}
+    whole = cifar10_run(words, place, monkeypatch, output_dir="outputs/whole", **once)
+    with caplog.at_level("WARNING", logger="ccssl_hf.recipe"):
+        cut = cifar10_run(words, place, monkeypatch, output_dir="outputs/cut", time_limit="1e-9", **once)
+    assert "Stopped after 2 of 6 steps by time_limit" in caplog.text
+    assert (whole["train_steps"], cut["train_steps"]) == (6, 2) and 0 <= cut["test_top1"] <= 1
+    resumed = {"resume_from_checkpoint": "true", "output_dir": "outputs/cut", "time_limit": "none"}
+    assert cifar10_run(words, place, monkeypatch, **once, **resumed)["train_steps"] == 6
+    first, second = (load_file(place / "outputs" / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(first[key].equal(second[key]) for key in first)
+
+
+def test_labeled_images_are_listed_or_drawn_by_the_split_seed(tmp_path: Path, cifar10_recipe: dict[str, Any]) -> None:
+    def rows(**changes: Any) -> list[int]:
+        recipe = cifar10_recipe["Cifar10Arguments"](**{"data": str(tmp_path), "num_labels": 6, **changes})
+        return cifar10_recipe["labeled_rows"](recipe, labels, 3).tolist()
+
+    labels = np.arange(90) % 3
+    drawn = rows()
+    assert np.bincount(labels[drawn]).tolist() == [2, 2, 2]
+    assert drawn == rows() and drawn != rows(split_seed=1)
+    for wrong in (7, 0, 93):
+        with pytest.raises(ValueError, match="choose a multiple of the 3 classes"):
+            rows(num_labels=wrong)
+    np.savez(tmp_path / "ssl_splits.npz", labeled_6_seed0=np.array([3, 1, 2], np.uint16))
+    assert rows() == [3, 1, 2]
+    with pytest.raises(ValueError, match=r"has no labeled_6_seed1: choose .* labeled_6_seed0"):
+        rows(split_seed=1)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_speed"])
+def test_cifar10s_settings_are_the_papers_but_where_the_file_says_otherwise(
+    name: str, tmp_path: Path, cifar10_recipe: dict[str, Any]
+) -> None:
+    recipe, args = parse_recipe(
+        cifar10_recipe["Cifar10Arguments"],
+        CCSSLTrainingArguments,
+        config=ROOT / "recipes" / "configs" / f"{name}.yaml",
+        arguments=["--use_cpu", "true", f"--output_dir={tmp_path}"],
+    )
+    assert (recipe.backbone, args.per_device_train_batch_size, args.mu) == ("wide_resnet28_2_cifar", 64, 7)
+    assert (args.weight_decay, args.ema_decay, args.cutout_size) == (1e-3, 0.999, 16)
+    if name == "cifar10":
+        chosen = args.hyperparameters()
+        assert (args.algorithm, args.learning_rate, args.max_steps) == ("fixmatch", 0.03, 512 * 1024)
+        assert (chosen["confidence_threshold"], chosen["lambda_contrast"]) == (0.95, 1)
+        assert "push_threshold" not in chosen and recipe.time_limit is None
+    else:
+        assert args.bf16 and args.torch_compile and args.weak_forward == "separate" and recipe.time_limit < 10
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
