@@ -144,9 +144,12 @@ def test_help_shows_how_to_call_the_recipe_and_every_flag(capsys: pytest.Capture
     assert "Temperature of the class-aware contrastive loss" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+FILES = sorted(file for file in (RECIPES / "configs").glob("*.yaml") if not file.stem.startswith("cifar10"))
+
+
+@pytest.mark.parametrize("config", FILES, ids=lambda file: file.stem)
 def test_every_recipe_s_file_is_read(config: Path) -> None:
-    """The keys that all files have are of these two; a recipe's own flags are tested with the recipe."""
+    """The keys of these are of two dataclasses; CIFAR-10's recipe has flags of its own, and is tested with them."""
     recipe, args = parse(config=config)
     for key, value in yaml.safe_load(config.read_text()).items():
         read = getattr(recipe if hasattr(recipe, key) else args, key)

@@ -330,12 +330,16 @@ def test_labeled_images_are_listed_or_drawn_by_the_split_seed(tmp_path: Path, ci
 def test_cifar10s_settings_are_the_papers_but_where_the_file_says_otherwise(
     name: str, tmp_path: Path, cifar10_recipe: dict[str, Any]
 ) -> None:
+    config = ROOT / "recipes" / "configs" / f"{name}.yaml"
     recipe, args = parse_recipe(
         cifar10_recipe["Cifar10Arguments"],
         CCSSLTrainingArguments,
-        config=ROOT / "recipes" / "configs" / f"{name}.yaml",
+        config=config,
         arguments=["--use_cpu", "true", f"--output_dir={tmp_path}"],
     )
+    for key, value in yaml.safe_load(config.read_text(encoding="utf-8")).items():
+        if key not in ("output_dir", "report_to"):  # given above; none is read as an empty list
+            assert getattr(recipe if hasattr(recipe, key) else args, key) == value, key
     assert (recipe.backbone, args.per_device_train_batch_size, args.mu) == ("wide_resnet28_2_cifar", 64, 7)
     assert (args.weight_decay, args.ema_decay, args.cutout_size) == (1e-3, 0.999, 16)
     if name == "cifar10":
