@@ -76,6 +76,8 @@ def in_turn(
         clock: `time.perf_counter`, or `time.process_time` for processor time.
     """
     seconds: list[list[float]] = [[] for _ in ways]
+    gc.collect()
+    gc.freeze()  # the libraries' own objects need no look in each round
     for number in range(warmup + rounds):
         for way, taken in zip(ways, seconds, strict=True):
             gc.collect()
@@ -85,6 +87,7 @@ def in_turn(
                 torch.cuda.synchronize()
             if number >= warmup:
                 taken.append(clock() - started)
+    gc.unfreeze()
     return seconds
 
 

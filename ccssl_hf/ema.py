@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
-from timm.utils import ModelEmaV3
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .distributed import average_batchnorm_buffers
 
 
-def make_ema(model: nn.Module, decay: float) -> ModelEmaV3:
-    """timm's exponential moving average of parameters; BatchNorm buffers are copied, not averaged, as in FixMatch."""
-    ema = ModelEmaV3(model, decay=decay, exclude_buffers=True)
-    return ema.requires_grad_(False)
+class WeightAverage:
+    """Exponential moving average of a model's parameters; BatchNorm buffers are copied, not averaged, as in FixMatch.
+
+    timm's `ModelEmaV3` gives the same bits, but walks through all modules of both models in every step, which takes
+    longer than the arithmetic: here that is done once.
+
+    Args:
+        model: What is averaged, in the memory format and on the device where it is trained.
+        decay: Share of the average that stays in each step, in [0, 1).
+
+    Attributes:
+        module: The average: a copy of the model in eval mode, without gradients.
+
+    Raises:
+        ValueError: Weights are in half precision, in which the average would stand still.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if any(weight.is_floating_point() and weight.itemsize < 4 for weight in model.parameters()):
+            raise ValueError(
+                "The weights are in half precision, which is too coarse for their average: keep them in float32, and "
+                "set bf16=True to compute in half precision."
+            )
+        self.decay = decay
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._averages: list[Tensor] = list(self.module.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
+        # By owner and name, because `.to(dtype)` keeps parameters but replaces buffers.
+        self._buffers = [
+            (average, own, name)
+            for average, own in zip(self.module.modules(), model.modules(), strict=True)
+            for name, _ in own.named_buffers(recurse=False)
+        ]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the average towards the model's present weights."""
+        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
+        copies = [getattr(average, name) for average, _, name in self._buffers]
+        if copies:
+            torch._foreach_copy_(copies, [getattr(own, name) for _, own, name in self._buffers])
 
 
 @contextlib.contextmanager
-def published_weights(model: PreTrainedModel, ema: ModelEmaV3 | None) -> Iterator[None]:
+def published_weights(model: PreTrainedModel, average: WeightAverage | None) -> Iterator[None]:
     """What is evaluated and saved: `model` holds it inside the block, and its own weights, bit for bit, after it.
 
     That is the averaged weights, where there are any, with BatchNorm statistics of all processes together. Every
@@ -27,8 +65,8 @@ def published_weights(model: PreTrainedModel, ema: ModelEmaV3 | None) -> Iterato
     """
     own, dtype = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.dtype
     try:
-        if ema is not None:
-            model.load_state_dict(ema.module.state_dict())
+        if average is not None:
+            model.load_state_dict(average.module.state_dict())
         average_batchnorm_buffers(model)
         yield
     finally:

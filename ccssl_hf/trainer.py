@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import create_transform, resolve_data_config
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
@@ -21,7 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from . import data
 from .algorithms import Algorithm, build_algorithm
 from .distributed import copy_from_main_process
-from .ema import make_ema, published_weights
+from .ema import WeightAverage, published_weights
 from .metrics import compute_metrics as default_metrics
 from .model_card import METRICS, Result
 from .modeling import CCSSLForImageClassification
@@ -111,7 +110,7 @@ class CCSSLTrainer(PublishingTrainer):
         self.algorithm.to(args.device)
         self.model.to(args.device)  # upstream waits with it under bf16_full_eval, but the average starts as a copy
         copy_from_main_process(self.model)  # DDP does so too late for that
-        self.ema: ModelEmaV3 | None = make_ema(self.model, args.ema_decay) if args.ema_decay else None
+        self.ema = WeightAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names)
         self.results: dict[str, list[Result]] = {}
         self.dataset_names: dict[str, str] = {}  # what the card calls the splits, where their own name is not it
@@ -421,7 +420,7 @@ class _UpdateEma(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
-            self.trainer.ema.update(self.trainer.model)
+            self.trainer.ema.update()
 
 
 def _already_a_batch(batch: Any) -> Any:
