@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -163,6 +166,7 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
         self._check_ranges()
         self._check_contradictions()
         super().__post_init__()
+        self._check_compiler()
         self.remove_unused_columns = False  # the image column is no argument of forward, and must not be dropped
         self.label_names = ["labels"]
         self.ddp_find_unused_parameters = False  # one forward reaches every parameter that is trained
@@ -217,6 +221,17 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
                 )
         if self.hidden_label_column == self.image_column:
             raise ValueError("hidden_label_column and image_column name the same column: name a column of labels.")
+
+    def _check_compiler(self) -> None:
+        if not (self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"):
+            return
+        # What torch._inductor.config.cpp.cxx names. Without it the first step would fail, after all the decoding.
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        if shutil.which(shlex.split(compiler)[0]) is None:
+            raise ValueError(
+                f"torch_compile needs a C++ compiler on a CPU, and {compiler!r} is not found: install g++, set CXX to "
+                "another compiler, or leave out torch_compile."
+            )
 
     def _default(self, name: str) -> Any:
         return next(f.default for f in fields(self) if f.name == name)

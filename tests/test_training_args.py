@@ -119,3 +119,15 @@ def test_accelerates_launcher_is_asked_too(name: str, tmp_path: Path, monkeypatc
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ValueError, match="not supported yet"):
         arguments(tmp_path)
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # the arguments set it for good
+    monkeypatch.setenv("CXX", "g++-of-another-machine -O2")
+    with pytest.raises(ValueError, match=r"g\+\+-of-another-machine -O2' is not found: install g\+\+, set CXX"):
+        arguments(tmp_path, torch_compile=True)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="torch_compile needs a C\\+\\+ compiler on a CPU"):
+        arguments(tmp_path, torch_compile=True)
+    assert arguments(tmp_path, torch_compile_backend="aot_eager").torch_compile  # makes no C++
