@@ -18,10 +18,15 @@ def _per_image(values: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(images.device, dtype, non_blocking=True)[:, None, None, None]
 
 
+def _truncate(values: Tensor) -> Tensor:
+    """Floats in 0..255 to uint8. By way of int16, for which a CPU has instructions: three times as fast."""
+    return values.to(torch.int16).to(torch.uint8)
+
+
 def _blend(degenerate: Tensor | float, images: Tensor, factor: Tensor) -> Tensor:
     """`Image.blend`: degenerate + factor * (images - degenerate) in float32, clipped and truncated."""
     blended = images.to(torch.float32).sub_(degenerate).mul_(_per_image(factor, images, torch.float32))
-    return blended.add_(degenerate).clamp_(0, 255).to(torch.uint8)
+    return _truncate(blended.add_(degenerate).clamp_(0, 255))
 
 
 def _lookup(images: Tensor, table: Tensor) -> Tensor:
@@ -33,7 +38,7 @@ def luma(images: Tensor) -> Tensor:
     """`convert("L")`: ITU-R 601 luma in 16-bit fixed point, uint8 `[N, 1, H, W]`."""
     red, green, blue = images.to(torch.float32).split(1, dim=1)
     # Sums stay below 2**24, so float32 is exact here.
-    return (red * 19595).add_(green * 38470).add_(blue * 7471).add_(0x8000).mul_(2.0**-16).to(torch.uint8)
+    return _truncate(red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(0x8000).mul_(2.0**-16))
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -76,7 +81,8 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """`ImageOps.solarize`: inverts the values from `threshold` (0 to 256) on."""
-    return torch.where(images.to(torch.int16) < _per_image(threshold, images, torch.int16), images, 255 - images)
+    reached = (_per_image(threshold - 1, images, torch.int16) - images) >> 15  # all bits set from the threshold on
+    return images ^ reached.to(torch.uint8)
 
 
 def autocontrast(images: Tensor) -> Tensor:
@@ -134,19 +140,24 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     chroma = (value - torch.minimum(torch.minimum(red, green), blue)).to(torch.int32)
     hue_table, saturation_table = _hsv_tables(images.device)
 
+    # Masks and products, because torch.where is a slow loop on a CPU.
+    is_red = (red == value).to(torch.int16)
+    is_green = (green == value).to(torch.int16).mul_(1 - is_red)
     wide_red, wide_green, wide_blue = images.to(torch.int16).unbind(1)
-    entry = torch.where(green == value, wide_blue - wide_red + 512, wide_red - wide_green + 1024)
-    entry = torch.where(red == value, wide_green - wide_blue, entry).add_(256).to(torch.int32).mul_(256).add_(chroma)
+    entry = (wide_red - wide_green).add_(1024 + 256)
+    entry.add_((wide_green - wide_blue + 256).sub_(entry).mul_(is_red))
+    entry.add_((wide_blue - wide_red + 512 + 256).sub_(entry).mul_(is_green))
+    entry = entry.to(torch.int32).mul_(256).add_(chroma)
     angle = hue_table.index_select(0, entry.flatten()).view_as(value)
-    angle = (angle + _per_image(shift & 255, images, torch.uint8)[:, 0]).to(torch.float32).mul_(2)  # bytes wrap round
+    angle = (angle + _per_image(shift & 255, images, torch.uint8)[:, 0]).to(torch.int16).mul_(2)  # bytes wrap round
     saturation = saturation_table.index_select(0, chroma.mul_(256).add_(value).flatten()).view_as(value)
 
     # Back: on a circle of 510 units a channel is full within 85 of its own hue (0, 170, 340), then falls off over 85:
     # round(value * (1 - saturation / 255 * fall / 85)). Whole numbers below 2**24, and never a tie: float32 is exact.
-    saturation, full = saturation.to(torch.float32), value.to(torch.float32)
+    full = value.to(torch.float32)
     result = torch.empty_like(images)
     falls = ((angle - 255).abs_().neg_().add_(170), (angle - 170).abs_().sub_(85), (angle - 340).abs_().sub_(85))
     for channel, fall in enumerate(falls):
-        share = fall.clamp_(0, 85).mul_(saturation).neg_().add_(255 * 85).mul_(full)
-        result[:, channel] = share.add_(255 * 85 / 2).mul_(1 / (255 * 85))
+        share = fall.clamp_(0, 85).mul_(saturation).neg_().add_(255 * 85).to(torch.float32).mul_(full)
+        result[:, channel] = share.add_(255 * 85 / 2).mul_(1 / (255 * 85)).to(torch.int16)
     return result

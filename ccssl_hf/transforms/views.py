@@ -119,7 +119,10 @@ def _apply(images: Tensor, chosen: Tensor, op: Callable[..., Tensor], *parameter
         index = indices[part]
         there = index.to(images.device, non_blocking=True)
         result = op(images.index_select(0, there), *(parameter[index] for parameter in parameters))
-        images.index_copy_(0, there, result)
+        if images.device.type == "cpu":
+            images.numpy()[index.numpy()] = result.numpy()  # whole rows; index_copy_ goes byte by byte
+        else:
+            images.index_copy_(0, there, result)
 
 
 def _affine_matrices(names: dict[str, Tensor], magnitude: Tensor, sign: Tensor, size: int) -> Tensor:
