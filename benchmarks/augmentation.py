@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import Bar, Row, in_turn, main, median, ratio
-from pil_views import pil_transform
 from PIL import Image
+from pil_views import pil_transform
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -76,7 +76,14 @@ def measure(quick: bool) -> list[Row]:
             details = {"baseline_seconds": pil, "our_seconds": ours}
             whole = len(views) > 1
             rows.append(
-                Row(f"{name} {what}", *speeds, ratio(pil, ours), "times as fast", Bar("≥", 5) if whole else None, details)
+                Row(
+                    f"{name} {what}",
+                    *speeds,
+                    ratio(pil, ours),
+                    "times as fast",
+                    Bar("≥", 5) if whole else None,
+                    details,
+                )
             )
             if whole:
                 speed = len(views) * number / statistics.median(ours)

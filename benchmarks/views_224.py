@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 import torch
 from harness import Bar, Row, in_turn, main, median, ratio
-from pil_views import pil_transform
 from PIL import Image
+from pil_views import pil_transform
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -41,9 +41,7 @@ def measure(quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         files = write_photos(Path(folder), number)
         split = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
-        reader = ImageFiles(
-            split, image_column="image", role="unlabeled", settings=SETTINGS, seed=0, stream=UNLABELED
-        )
+        reader = ImageFiles(split, image_column="image", role="unlabeled", settings=SETTINGS, seed=0, stream=UNLABELED)
         begins = [iter(range(0, 10**9, batch)) for _ in range(2)]  # each way takes the files in turn
 
         def one_by_one() -> list[Tensor]:
