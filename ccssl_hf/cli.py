@@ -117,7 +117,6 @@ def predict(
     device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: an accelerator, or the CPU.")] = None,
     image_column: Annotated[str, typer.Option(help="Of parquet files and data sets.")] = "image",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at an image that can't be read.")] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first (takes a minute).")] = False,
 ) -> None:
     """Labels, confidences and embeddings of images, as a parquet file with a row for each."""
     with errors_in_one_line():
@@ -125,7 +124,7 @@ def predict(
 
         images = open_images(source, image_column=image_column)
         check_output(out, source)
-        classifier = Classifier.from_pretrained(model, device=device, compile=compile)
+        classifier = Classifier.from_pretrained(model, device=device)
         settings: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers, image_column=image_column)
         done = predict_to_parquet(classifier, images, out, embedding=embedding, strict=strict, **settings)
     unreadable = f" ({done.unreadable} could not be read, see column error)" if done.unreadable else ""

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -116,7 +116,6 @@ class Classifier:
         with_head: bool,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        compile: bool = False,
     ) -> None:
         data_config = resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
         # timm's evaluation transform up to uint8: what follows is done with a batch at a time, on the device.
@@ -130,8 +129,7 @@ class Classifier:
         network = _Network(model.backbone, model.projection if with_head else None).eval()
         size = data_config["input_size"]
         folded = _folded(network, torch.linspace(-1, 1, math.prod(size)).view(1, *size))
-        folded = folded.to(device, dtype).to(memory_format=torch.channels_last)
-        self._network: Any = torch.compile(folded) if compile else folded
+        self._network = folded.to(device, dtype).to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(
@@ -140,7 +138,6 @@ class Classifier:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-        compile: bool = False,
         **hub_kwargs: Any,
     ) -> Classifier:
         """The model from a folder or Hub repository. Never runs code from there; our own Wide ResNets need none.
@@ -149,7 +146,6 @@ class Classifier:
             name: A plain folder, with or without the projection head, or a Hub id.
             device: Such as "cuda"; an accelerator where there is one, if None.
             dtype: Of the network; probabilities and embeddings are float32 in any case.
-            compile: Whether to compile the network, which pays after some thousand images.
             **hub_kwargs: `revision`, `token`, `cache_dir` and `local_files_only`.
 
         Raises:
@@ -168,11 +164,11 @@ class Classifier:
             warnings.filterwarnings("ignore", message=".*has no projection head")  # of no use here
             model = CCSSLForImageClassification.from_pretrained(folder)
         with_head = (folder / HEAD_FILE).is_file()
-        return cls(model, name=str(name), with_head=with_head, device=place, dtype=dtype, compile=compile)
+        return cls(model, name=str(name), with_head=with_head, device=place, dtype=dtype)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """An image of any size and mode, resized and cropped as the published processor does it: uint8 `[3, H, W]`."""
-        return self._transform(image.convert("RGB"))
+        return self._transform(ImageOps.exif_transpose(image).convert("RGB"))
 
     @torch.inference_mode()
     def predict(self, images: Sequence[Image.Image] | Tensor) -> Predictions:
