@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from ccssl_hf import CCSSLForImageClassification, inference
@@ -119,7 +119,7 @@ def test_a_folder_that_timm_saved(pictures, tmp_path):
     config = {"label_names": LABELS}
     timm.models.save_for_hf(network, tmp_path / "model", model_config=config, safe_serialization=True)
     classifier = Classifier.from_pretrained(tmp_path / "model", device="cpu")
-    images = [Image.open(file).convert("RGB") for file in pictures[1]]
+    images = [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in pictures[1]]
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
     with torch.no_grad():
         expected = network(torch.stack([transform(image) for image in images])).softmax(dim=1)
