@@ -144,9 +144,13 @@ def main(script: str, measure: Callable[[bool], list[Row]]) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     given = parser.parse_args()
-    name = Path(script).stem
-    rows = [asdict(row) for row in measure(given.quick)]
-    given.output.mkdir(parents=True, exist_ok=True)
-    content = {"benchmark": name, "quick": given.quick, "machine": machine(), "rows": rows}
-    (given.output / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    publish(script, measure(given.quick), quick=given.quick, output=given.output)
+
+
+def publish(script: str, measured: Sequence[Row], *, quick: bool, output: Path) -> None:
+    """Prints the table and writes `<output>/<name of the script>.json`."""
+    name, rows = Path(script).stem, [asdict(row) for row in measured]
+    output.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": name, "quick": quick, "machine": machine(), "rows": rows}
+    (output / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     print(table(rows))
