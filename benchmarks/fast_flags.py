@@ -60,6 +60,8 @@ def section(data: str, rows: Sequence[dict[str, Any]], steps: int | None) -> str
     default = runs["defaults"]
     lines = []
     for name, mine in runs.items():
+        if not mine:  # not run yet
+            continue
         pairs = [(row, default[seed]) for seed, row in mine.items() if seed in default and name != "defaults"]
         lines.append(
             {
