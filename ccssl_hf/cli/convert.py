@@ -1,4 +1,4 @@
-"""`ccssl-hf`: the package on the command line."""
+"""`ccssl-hf convert`: checkpoints of other code become plain folders."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import errors_in_one_line
+from ..errors import errors_in_one_line
 
-app = typer.Typer(
-    name="ccssl-hf", no_args_is_help=True, help="Semi-supervised image classification for the Hugging Face ecosystem."
-)
-convert = typer.Typer(no_args_is_help=True, help="Turn a checkpoint of other code into a plain folder.")
-app.add_typer(convert, name="convert")
+app = typer.Typer(no_args_is_help=True, help="Turn a checkpoint of other code into a plain folder.")
 
 
 class Weights(str, Enum):
@@ -44,13 +40,13 @@ def _names(labels: str) -> list[str]:
 
 def _convert(source: str, checkpoint: Path, out: Path, labels: str, **options: Any) -> None:
     with errors_in_one_line():
-        from . import convert as functions
+        from .. import convert as functions
 
         report = getattr(functions, f"convert_{source}")(checkpoint, out, labels=_names(labels), **options)
     typer.echo(report)
 
 
-@convert.command()
+@app.command()
 def semicls(
     checkpoint: Checkpoint,
     out: Out,
@@ -68,7 +64,7 @@ def semicls(
     _convert("semicls", checkpoint, out, labels, backbone=backbone, weights=weights.value, **given)
 
 
-@convert.command()
+@app.command()
 def moco(
     checkpoint: Checkpoint,
     out: Out,
@@ -84,7 +80,7 @@ def moco(
     _convert("moco", checkpoint, out, labels, backbone=backbone, **given)
 
 
-@convert.command()
+@app.command()
 def usb(
     checkpoint: Checkpoint,
     out: Out,
@@ -99,33 +95,3 @@ def usb(
     """A Wide ResNet of USB or TorchSSL."""
     given = dict(image_size=image_size, mean=mean, std=std, allow_unknown=allow_unknown)
     _convert("usb", checkpoint, out, labels, backbone=backbone, weights=weights.value, **given)
-
-
-@app.command()
-def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A published folder or Hub id.")],
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A folder of images, an image, a glob, parquet files or a Hub data set."),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The parquet file to write.")],
-    embedding: Annotated[bool, typer.Option("--embedding", help="Write embeddings, too.")] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 16 on a CPU, 64 on an accelerator.")] = None,
-    num_workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode and predict; default: one a core, at most 8.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: an accelerator, or the CPU.")] = None,
-    image_column: Annotated[str, typer.Option(help="Of parquet files and data sets.")] = "image",
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at an image that can't be read.")] = False,
-) -> None:
-    """Labels, confidences and embeddings of images, as a parquet file with a row for each."""
-    with errors_in_one_line():
-        from .inference import Classifier, check_output, open_images, predict_to_parquet
-
-        images = open_images(source, image_column=image_column)
-        check_output(out, source)
-        classifier = Classifier.from_pretrained(model, device=device)
-        settings: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers, image_column=image_column)
-        done = predict_to_parquet(classifier, images, out, embedding=embedding, strict=strict, **settings)
-    unreadable = f" ({done.unreadable} could not be read, see column error)" if done.unreadable else ""
-    typer.echo(f"{done.images:,} images{unreadable} at {done.images / done.seconds:,.1f} a second, written to {out}.")
