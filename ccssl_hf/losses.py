@@ -17,8 +17,11 @@ from .distributed import all_gather, all_gather_with_gradient, rank
 OwnPairWeight = Literal["one", "squared"]
 """How the two views of one image are weighted: by 1, or by the square of the image's confidence."""
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Similarities held at once (16 MiB in float32): 2 x 448 views make a single chunk."""
+_CHUNK_ELEMENTS = 1 << 21
+"""Similarities held at once (8 MiB in float32, which caches hold): 2 x 448 views make a single chunk."""
+
+_LEAST_ROWS = 64
+"""Rows of similarities held at once at least: with fewer, matrix products take longer."""
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -185,12 +188,13 @@ class _WeightedLogPartition(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchors: Tensor, keys: Tensor, weights: Tensor, first: int, chunk_elements: int = _CHUNK_ELEMENTS
+        ctx: Any, anchors: Tensor, keys: Tensor, weights: Tensor, first: int, chunk_rows: int | None = None
     ) -> Tensor:
-        rows = max(1, min(len(anchors), chunk_elements // len(keys)))
+        rows = min(len(anchors), chunk_rows or max(_LEAST_ROWS, _CHUNK_ELEMENTS // len(keys)))
         buffer = anchors.new_empty(rows, len(keys))
         log_sums = torch.empty_like(weights)
-        grads = (torch.empty_like(anchors), torch.zeros_like(keys)) if any(ctx.needs_input_grad) else None
+        # The keys' gradient is kept transposed: so its product runs along the rows of a chunk.
+        grads = (torch.empty_like(anchors), keys.new_zeros(keys.shape[::-1])) if any(ctx.needs_input_grad) else None
         for start in range(0, len(anchors), rows):
             chunk = slice(start, start + rows)
             x = anchors[chunk]
@@ -200,10 +204,10 @@ class _WeightedLogPartition(torch.autograd.Function):
             exponentials = similarities.sub_(largest).exp_()
             sums = exponentials.sum(1, keepdim=True)
             log_sums[chunk] = (largest + sums.log()).squeeze(1)
-            if grads is not None:
-                softmax = exponentials.mul_(weights[chunk, None] / sums)
-                torch.mm(softmax, keys, out=grads[0][chunk])
-                grads[1].addmm_(softmax.T, x)
+            if grads is not None:  # weights and sums scale what is D wide, not the similarities
+                scale = weights[chunk, None] / sums
+                torch.mm(exponentials, keys, out=grads[0][chunk]).mul_(scale)
+                grads[1].addmm_((x * scale).T, exponentials)
         ctx.save_for_backward(*(grads or ()))
         return weights @ log_sums
 
@@ -211,4 +215,4 @@ class _WeightedLogPartition(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_anchors, grad_keys = ctx.saved_tensors
-        return grad * grad_anchors, grad * grad_keys, None, None, None
+        return grad * grad_anchors, (grad * grad_keys).T, None, None, None
