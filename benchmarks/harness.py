@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -25,6 +28,8 @@ from ccssl_hf.analysis import format_table
 from ccssl_hf.model_card import library_versions
 
 RESULTS = Path(__file__).parent / "results"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,32 @@ def in_turn(
     return seconds
 
 
+def in_child(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)` in a fresh process, forked from one that has imported the package and done nothing else.
+
+    The function has to stand at the top of the script, and what it takes and returns has to pickle.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ccssl_hf"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def resident(peak: bool = False) -> float:
+    """This process's resident memory in MiB, now or at its highest: the pages of mapped files count. Linux alone."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", status)[0]) / 1024
+
+
+def rise_of_memory(call: Callable[[], Any]) -> float:
+    """How far `call()` raises the resident memory at its highest, in MiB. Best in a fresh process, warmed up."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far, that of imports
+    before = resident()
+    call()
+    return resident(peak=True) - before
+
+
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """The median of the ratios round by round: both of a round met the same machine."""
     return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
@@ -138,13 +169,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return format_table(lines, list(lines[0]))
 
 
-def main(script: str, measure: Callable[[bool], list[Row]]) -> None:
-    """The command line of a benchmark: measures, prints the table, writes the file."""
+def main(
+    script: str, measure: Callable[[bool], list[Row]], draw: Callable[[list[Row], Path], None] | None = None
+) -> None:
+    """The command line of a benchmark: measures, prints the table, writes the file, draws into its folder."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     given = parser.parse_args()
-    publish(script, measure(given.quick), quick=given.quick, output=given.output)
+    measured = measure(given.quick)
+    publish(script, measured, quick=given.quick, output=given.output)
+    if draw is not None:
+        draw(measured, given.output)
 
 
 def publish(script: str, measured: Sequence[Row], *, quick: bool, output: Path) -> None:

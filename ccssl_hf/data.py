@@ -171,7 +171,7 @@ def read_labels(
     _check_column(dataset, column, role=role, argument=argument)
     feature = dataset.features[column]
     kind = str(getattr(feature, "dtype", ""))
-    values = dataset.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    values = dataset.data.column(column).combine_chunks()
     if isinstance(feature, datasets.ClassLabel):
         names, numbers = feature.names, values
     elif kind in _TEXT:
@@ -183,6 +183,8 @@ def read_labels(
         raise ValueError(f"Column {column!r} of the {role} split holds {feature}, not labels: set {argument}.")
 
     numbers = numbers.cast("int64").fill_null(UNKNOWN).to_numpy(zero_copy_only=False)
+    if dataset._indices is not None:  # shuffled or selected; `datasets` itself would take the rows one by one
+        numbers = numbers[dataset._indices.column(0).to_numpy()]
     position = {name: index for index, name in enumerate(class_names)}
     meaning = np.array([*(position.get(name, UNKNOWN) for name in names), UNKNOWN], np.int64)  # the last one: of -1
     outside = (numbers < UNKNOWN) | (numbers >= len(names))

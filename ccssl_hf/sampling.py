@@ -22,6 +22,9 @@ LABELED, UNLABELED = 0, 1
 _SHUFFLE = 1 << 8
 """Offset that keeps the keys of shuffles apart from those of augmentations, which use small stream numbers."""
 
+_AT_ONCE = 1 << 16
+"""Draws whose shuffling bits are made at once: the arithmetic has temporaries of their size."""
+
 
 def _signed(value: int) -> int:
     """The 64-bit pattern of `value` as the signed integer that torch's int64 arithmetic expects."""
@@ -90,8 +93,8 @@ class _Stream:
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             draws = torch.arange(self.num_images) + epoch * self.num_images
-            bits = counter_bits(self.seed, _SHUFFLE + self.number, draws, 1)[:, 0]
-            self._epoch, self._order = epoch, torch.argsort(bits, stable=True).numpy()
+            parts = [counter_bits(self.seed, _SHUFFLE + self.number, part, 1)[:, 0] for part in draws.split(_AT_ONCE)]
+            self._epoch, self._order = epoch, np.argsort(torch.cat(parts).numpy(), kind="stable")
         return self._order
 
     def take(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:

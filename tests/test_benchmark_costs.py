@@ -1,0 +1,65 @@
+"""The benchmarks of the contrastive loss, of start-up and of cost against work, at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def quick(name: str, output: Path) -> list[dict[str, Any]]:
+    """The rows of a quick run of benchmark `name`."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--output", str(output)]
+    subprocess.run(command, check=True)
+    rows = json.loads((output / f"{name}.json").read_text())["rows"]
+    assert all(row["figure"] is not None for row in rows)
+    return rows
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc, which is Linux's")
+
+
+@linux
+def test_the_loss_has_its_bars(tmp_path: Path) -> None:
+    bars = [(row["unit"], row["bar"]["relation"], row["bar"]["value"]) for row in quick("contrastive", tmp_path)]
+    assert bars == [
+        ("times as fast", "≥", 5),
+        ("x the baseline's time", "≤", 1),
+        ("MiB", "≤", 200),
+        ("MiB", "≤", 1024),
+    ]
+
+
+def test_both_ways_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("contrastive")
+    for size in (1, 2, 40):
+        inputs = benchmark.make(size)
+        results = []
+        for loss in (benchmark.dense, benchmark.ours):
+            benchmark.step(loss, inputs)
+            results.append((loss(**inputs).detach(), inputs["embeddings"].grad))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+@linux
+def test_start_up_has_a_row_for_time_and_memory_of_both_ways_of_decoding(tmp_path: Path) -> None:
+    rows = quick("start", tmp_path)
+    assert [(row["unit"], row["bar"]["value"]) for row in rows] == [("s more", 2), ("MiB more", 100)] * 2
+    assert [decode in row["what"] for decode in ("memory", "stream") for row in rows].count(True) >= 4
+
+
+@linux
+def test_cost_draws_its_figure_and_fits_lines(tmp_path: Path) -> None:
+    rows = quick("cost", tmp_path)
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    assert [row["unit"] for row in rows[-4:]] == ["R² of a line"] * 2 + ["slope of logarithms"] * 2
+    assert [row["bar"] for row in rows if row["bar"]] == [{"relation": "≤", "value": 1.1}]
