@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -28,14 +30,15 @@ from .training_args import CCSSLTrainingArguments
 logger = logging.getLogger(__name__)
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
+OWN_IMAGES = Path(__file__).parent / "configs" / "imagefolder.yaml"
+"""Settings to start from with images of one's own."""
 
 
 @dataclass
 class RecipeArguments:
-    """What a recipe reads and which network it trains.
-
-    Each split is an image folder (`<class>/<image>`, or any depth for the unlabeled one), a folder, file or glob of
-    parquet, or a data set on the Hub, as `user/name` or `user/name:split`.
+    """What a recipe reads and which network it trains. Each split is an image folder (`<class>/<image>`, or any depth
+    for the unlabeled one), a folder, file or glob of parquet, or a data set on the Hub, as `user/name` or
+    `user/name:split`.
     """
 
     labeled: str | None = field(default=None, metadata={"help": "Labeled training images."})
@@ -49,6 +52,29 @@ class RecipeArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; default: the backbone's."}
     )
+
+
+@dataclass
+class FolderArguments(RecipeArguments):
+    """A root folder stands for the splits in it: `labeled/<class>/*`, `unlabeled/**`, `validation/<class>/*` and
+    `test/<class>/*`, of which only the first must be there. A split elsewhere is named by its own flag.
+    """
+
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with labeled/, unlabeled/, validation/ and test/."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.data_dir is None:
+            return
+        for role in ROLES:
+            folder = Path(self.data_dir) / role
+            if getattr(self, role) is None and folder.is_dir():
+                setattr(self, role, str(folder))
+        if self.labeled is None:
+            raise ValueError(
+                f"--data_dir {self.data_dir}: no folder labeled/ in it; make labeled/<class>/ with some images."
+            )
 
 
 class TimeLimit(TrainerCallback):
@@ -80,8 +106,32 @@ class TimeLimit(TrainerCallback):
             )
 
 
+def flags_by_class(*types: type) -> dict[type, list[dataclasses.Field[Any]]]:
+    """The fields of dataclasses that become flags, under the class that defines each: special ones before general."""
+    return {
+        cls: [f for f in fields(t) if f.init and _owner(t, f.name) is cls]
+        for t in types
+        for cls in t.__mro__
+        if dataclasses.is_dataclass(cls)
+    }
+
+
+def _owner(cls: type, name: str) -> type:
+    return next(each for each in cls.__mro__ if name in inspect.get_annotations(each))
+
+
+def first_paragraph(cls: type) -> str:
+    """What a class says of itself, in one line."""
+    return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults are shown, and the lines of the description stay as they are."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """The flag once, though `--with-hyphens` will do, too."""
+        flag = next(option for option in action.option_strings if option.startswith("--"))
+        return f"{flag} {self._format_args(action, 'VALUE')}".rstrip()
 
 
 class _Parser(HfArgumentParser):
@@ -93,6 +143,22 @@ class _Parser(HfArgumentParser):
             if "choices" in settings:
                 settings["choices"] = [*settings["choices"], None]
         return super().add_argument(*flags, **settings)
+
+    def format_help(self) -> str:
+        """Every flag beside those of its class; in upstream's list 200 of them follow one another."""
+        formatter = self._get_formatter()
+        actions = {
+            action.dest: action for action in reversed(self._actions)
+        }  # of --nesterov and --no_nesterov the first
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        formatter.add_arguments([actions["help"], actions["config"]])
+        for cls, members in flags_by_class(*self.dataclass_types).items():
+            formatter.start_section(cls.__name__)
+            formatter.add_text(textwrap.fill(first_paragraph(cls), 100))
+            formatter.add_arguments([actions[f.name] for f in members])
+            formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}.")
@@ -111,6 +177,7 @@ def parse_recipe(
     config: str | Path | None = None,
     arguments: Sequence[str] | None = None,
     description: str | None = None,
+    prog: str | None = None,
 ) -> tuple[Any, ...]:
     """Fill dataclasses from a YAML file and the command line; a flag overrides the file.
 
@@ -119,6 +186,7 @@ def parse_recipe(
         config: The YAML file to read where `--config` names none: one `name: value` a line, as on the command line.
         arguments: The command line; default `sys.argv[1:]`.
         description: What `--help` says first.
+        prog: What it calls the command; default: the script.
 
     Raises:
         ValueError: The file can't be read, a key or flag is unknown, or a value is none of its type.
@@ -126,12 +194,20 @@ def parse_recipe(
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default=config, help="YAML file with defaults for all flags")
     chosen, flags = early.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
-    parser = _Parser(types, parents=[early], description=description, formatter_class=_Help, allow_abbrev=False)
+    parser = _Parser(
+        types,
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
+        description=description,
+        parents=[early],
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
     known = [f.name for t in types for f in fields(t) if f.init]
     if chosen.config is not None:
-        written, structured = _read_yaml(Path(chosen.config), known)
-        parser.set_defaults(**structured)
-        flags = [*written, *flags]
+        plain, structured = _read_yaml(Path(chosen.config), known)
+        parser.set_defaults(**plain, **structured)
+        flags = [*(f"--{name}={word}" for name, word in plain.items()), *flags]  # read and checked as flags are
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         args=flags, return_remaining_strings=True, look_for_args_file=False
     )
@@ -141,8 +217,8 @@ def parse_recipe(
     return tuple(parsed)
 
 
-def _read_yaml(path: Path, known: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The settings of a file: plain ones as flags, so that the same rules read both; lists and dictionaries as such."""
+def _read_yaml(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The settings of a file: plain ones as the words of a flag; lists and dictionaries as such."""
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text) or {}
@@ -155,8 +231,8 @@ def _read_yaml(path: Path, known: Sequence[str]) -> tuple[list[str], dict[str, A
         if key not in known:
             raise ValueError(f"--config {path}: unknown key {key!r}.{near_misses(str(key), known)}")
     structured = {key: value for key, value in values.items() if isinstance(value, (list, dict))}
-    plain = [key for key, value in values.items() if value is not None and key not in structured]
-    return [f"--{key}={words[key]}" for key in plain], structured
+    plain = {key: words[key] for key, value in values.items() if value is not None and key not in structured}
+    return plain, structured
 
 
 def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
@@ -225,3 +301,5 @@ def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
             trainer.log_metrics(role, metrics)
             trainer.save_metrics(role, metrics)
     trainer.save_model()  # with its card, and to the Hub with push_to_hub
+    if trainer.is_world_process_zero():
+        print(f"Step {trainer.state.global_step}: model, card and metrics are in {trainer.args.output_dir}.")

@@ -11,7 +11,7 @@ import yaml
 
 from ccssl_hf import CCSSLTrainingArguments
 from ccssl_hf.errors import errors_in_one_line
-from ccssl_hf.recipe import RecipeArguments, load_splits, parse_recipe
+from ccssl_hf.recipe import OWN_IMAGES, RecipeArguments, load_splits, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -144,7 +144,7 @@ def test_help_shows_how_to_call_the_recipe_and_every_flag(capsys: pytest.Capture
     assert "Temperature of the class-aware contrastive loss" in " ".join(text.split())
 
 
-FILES = sorted(file for file in (RECIPES / "configs").glob("*.yaml") if not file.stem.startswith("cifar10"))
+FILES = [OWN_IMAGES, *(file for file in (RECIPES / "configs").glob("*.yaml") if not file.stem.startswith("cifar10"))]
 
 
 @pytest.mark.parametrize("config", FILES, ids=lambda file: file.stem)

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from . import convert
 from .predict import predict
+from .train import PASS_ON, train
 
 app = typer.Typer(
     name="ccssl-hf", no_args_is_help=True, help="Semi-supervised image classification for the Hugging Face ecosystem."
 )
-app.add_typer(convert.app, name="convert")
-app.command()(predict)
+RUNS, PUBLISHING = "Train and look at the result", "Publish and serve"
+
+app.command(rich_help_panel=RUNS, context_settings=PASS_ON, add_help_option=False)(train)
+app.command(rich_help_panel=RUNS)(predict)
+app.add_typer(convert.app, name="convert", rich_help_panel=PUBLISHING)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ccssl-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
