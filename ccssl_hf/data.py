@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import PIL
 import torch
+import torch.nn.functional as F
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -37,7 +38,7 @@ _TEXT = ("string", "large_string")
 CHUNK_BYTES = 1 << 24
 """Decoded pixels that are held and written at a time: far below the 2 GiB that an Arrow column of bytes can address."""
 
-DECODED_AT_ONCE = 8
+DECODED_AT_ONCE = 16
 """Whole images that a worker holds: enough to share the cost of drawing their boxes."""
 
 
@@ -238,7 +239,7 @@ def decode_image(encoded: dict[str, Any], row: int, role: str) -> Image.Image:
         image = datasets.Image().decode_example(encoded)
         if image.mode.startswith("I;16"):  # PIL would clip the 16 bits, and leave a white image
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which copies
     except Exception as error:  # PIL raises nearly anything for a broken file
         raise ValueError(
             f"Image {row} of the {role} split can't be decoded ({type(error).__name__}: {error}): drop such rows first "
@@ -339,19 +340,26 @@ class ImageFiles:
         return len(self._dataset)
 
     def read(self, index: np.ndarray, draw: np.ndarray, views: Sequence[View]) -> Tensor:
-        """One crop for each of `views` of rows `index`, uint8 `[n, len(views), 3, size, size]`."""
+        """One crop for each of `views` of rows `index`, uint8 `[n, len(views), 3, size, size]`.
+
+        Resized by torch, in a third of Pillow's time: its antialiased bilinear to within two grey levels (one for each of
+        the two passes; on photographs 0.1 % of the values differ at all, by one).
+        """
         size = self._settings.image_size
-        out = np.empty((len(index), len(views), 3, size, size), np.uint8)
+        out = torch.empty((len(index), len(views), 3, size, size), dtype=torch.uint8)
         for part in (slice(i, i + DECODED_AT_ONCE) for i in range(0, len(index), DECODED_AT_ONCE)):
-            images = [decode_image(self._dataset[row][self._column], row, self._role) for row in index[part].tolist()]
+            rows = index[part].tolist()
+            encoded = self._dataset[rows][self._column]
+            images = [decode_image(item, row, self._role) for item, row in zip(encoded, rows, strict=True)]
+            pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in images]
             widths, heights = torch.tensor([image.size for image in images]).unbind(1)
             known: dict[str, Any] = {"draws": torch.from_numpy(draw[part]), "heights": heights, "widths": widths}
             for v, view in enumerate(views):
                 boxes = crop_boxes(view, self._settings, seed=self._seed, stream=self._stream, **known).tolist()
-                for crop, image, (top, left, height, width) in zip(out[part, v], images, boxes, strict=True):
-                    cut = image.crop((left, top, left + width, top + height))
-                    crop[:] = np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-        return torch.from_numpy(out)
+                for crop, image, (top, left, height, width) in zip(out[part, v], pixels, boxes, strict=True):
+                    cut = image[:, :, top : top + height, left : left + width]
+                    crop.copy_(F.interpolate(cut, (size, size), mode="bilinear", antialias=True)[0])
+        return out
 
 
 # ------------------------------------------------------------------------------------------------------------- datasets

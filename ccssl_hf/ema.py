@@ -14,17 +14,14 @@ from .distributed import average_batchnorm_buffers
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters; BatchNorm buffers are copied, not averaged, as in FixMatch.
+    """Exponential moving average of a model's parameters; BatchNorm buffers are the model's own, as in FixMatch.
 
     timm's `ModelEmaV3` gives the same bits, but walks through all modules of both models in every step, which takes
-    longer than the arithmetic: here that is done once.
+    longer than the arithmetic: here that is done once, and buffers are copied when the average is read.
 
     Args:
-        model: What is averaged, in the memory format and on the device where it is trained.
+        model: What is averaged, on the device where it is trained.
         decay: Share of the average that stays in each step, in [0, 1).
-
-    Attributes:
-        module: The average: a copy of the model in eval mode, without gradients.
 
     Raises:
         ValueError: Weights are in half precision, in which the average would stand still.
@@ -37,23 +34,21 @@ class WeightAverage:
                 "set bf16=True to compute in half precision."
             )
         self.decay = decay
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._averages: list[Tensor] = list(self.module.parameters())
+        self._model, self._average = model, copy.deepcopy(model).eval().requires_grad_(False)
+        self._averages: list[Tensor] = list(self._average.parameters())
         self._weights: list[Tensor] = list(model.parameters())
-        # By owner and name, because `.to(dtype)` keeps parameters but replaces buffers.
-        self._buffers = [
-            (average, own, name)
-            for average, own in zip(self.module.modules(), model.modules(), strict=True)
-            for name, _ in own.named_buffers(recurse=False)
-        ]
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the model's present weights."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
-        copies = [getattr(average, name) for average, _, name in self._buffers]
-        if copies:
-            torch._foreach_copy_(copies, [getattr(own, name) for _, own, name in self._buffers])
+
+    @property
+    def module(self) -> nn.Module:
+        """The average, with the model's present buffers: a copy of the model in eval mode, without gradients."""
+        for average, own in zip(self._average.buffers(), self._model.buffers(), strict=True):
+            average.copy_(own)
+        return self._average
 
 
 @contextlib.contextmanager

@@ -40,10 +40,10 @@ def test_the_average_is_timms_to_the_bit(backbone):
     model = model_of(backbone)
     ema, timms = WeightAverage(model, 0.99), ModelEmaV3(model, decay=0.99, exclude_buffers=True)
     for step in range(4):
+        model.to(torch.bfloat16).to(torch.float32)  # gives the model new buffers, as an evaluation in half precision
         nudge(model, step)
         ema.update()
         timms.update(model)
-        model.to(torch.bfloat16).to(torch.float32)  # gives the model new buffers, as an evaluation in half precision
     assert not different(copy_of(ema.module), copy_of(timms.module))
 
 

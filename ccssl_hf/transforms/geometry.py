@@ -17,7 +17,7 @@ _PRECISION = 22
 
 def chunks(number: int, values: int, device: torch.device) -> Iterator[slice]:
     """Slices of `number` images with `values` values each: they bound temporaries, and keep a CPU within its cache."""
-    step = max(1, (1 << 18 if device.type == "cpu" else 1 << 24) // values)
+    step = max(1, (1 << 20 if device.type == "cpu" else 1 << 24) // values)
     return (slice(begin, begin + step) for begin in range(0, number, step))
 
 
@@ -63,10 +63,20 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     return affine(images, rotation_matrices(degrees, *images.shape[2:]))
 
 
+def put_rows(images: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Replaces the images at `index` (int64 `[n]`, on the CPU) by `rows` `[n, 3, H, W]`, in place."""
+    if images.device.type == "cpu":
+        images.numpy()[index.numpy()] = rows.numpy()  # whole rows; index_copy_ goes byte by byte
+    else:
+        images.index_copy_(0, index.to(images.device, non_blocking=True), rows)
+
+
 def flip(images: Tensor, mirror: Tensor) -> Tensor:
     """Mirrors the images left to right where `mirror` (bool `[N]`) is set."""
-    index = mirror.cpu().nonzero().flatten().to(images.device, non_blocking=True)
-    return images.index_copy(0, index, images.index_select(0, index).flip(3))
+    index = mirror.cpu().nonzero().flatten()
+    result = images.clone(memory_format=torch.contiguous_format)
+    put_rows(result, index, images.index_select(0, index.to(images.device, non_blocking=True)).flip(3))
+    return result
 
 
 def _select(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -154,10 +154,12 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
 
     # Back: on a circle of 510 units a channel is full within 85 of its own hue (0, 170, 340), then falls off over 85:
     # round(value * (1 - saturation / 255 * fall / 85)). Whole numbers below 2**24, and never a tie: float32 is exact.
-    full = value.to(torch.float32)
+    full, half = value.to(torch.float32), images.new_tensor(255 * 85 / 2, dtype=torch.float32)
+    whole = images.new_tensor(255 * 85, dtype=torch.int16)
     result = torch.empty_like(images)
     falls = ((angle - 255).abs_().neg_().add_(170), (angle - 170).abs_().sub_(85), (angle - 340).abs_().sub_(85))
+    saturation = saturation.to(torch.int16)
     for channel, fall in enumerate(falls):
-        share = fall.clamp_(0, 85).mul_(saturation).neg_().add_(255 * 85).to(torch.float32).mul_(full)
-        result[:, channel] = share.add_(255 * 85 / 2).mul_(1 / (255 * 85)).to(torch.int16)
+        share = torch.addcmul(whole, fall.clamp_(0, 85), saturation, value=-1).to(torch.float32)
+        result[:, channel] = torch.addcmul(half, share, full).mul_(1 / (255 * 85)).to(torch.int16)
     return result

@@ -117,12 +117,8 @@ def _apply(images: Tensor, chosen: Tensor, op: Callable[..., Tensor], *parameter
     indices = chosen.nonzero().flatten()
     for part in geometry.chunks(len(indices), images[:1].numel(), images.device):
         index = indices[part]
-        there = index.to(images.device, non_blocking=True)
-        result = op(images.index_select(0, there), *(parameter[index] for parameter in parameters))
-        if images.device.type == "cpu":
-            images.numpy()[index.numpy()] = result.numpy()  # whole rows; index_copy_ goes byte by byte
-        else:
-            images.index_copy_(0, there, result)
+        there = images.index_select(0, index.to(images.device, non_blocking=True))
+        geometry.put_rows(images, index, op(there, *(parameter[index] for parameter in parameters)))
 
 
 def _affine_matrices(names: dict[str, Tensor], magnitude: Tensor, sign: Tensor, size: int) -> Tensor:
