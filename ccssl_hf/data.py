@@ -342,8 +342,8 @@ class ImageFiles:
     def read(self, index: np.ndarray, draw: np.ndarray, views: Sequence[View]) -> Tensor:
         """One crop for each of `views` of rows `index`, uint8 `[n, len(views), 3, size, size]`.
 
-        Resized by torch, in a third of Pillow's time: its antialiased bilinear to within two grey levels (one for each of
-        the two passes; on photographs 0.1 % of the values differ at all, by one).
+        Resized by torch, in a third of Pillow's time: its antialiased bilinear to within two grey levels, one for each
+        of its passes (on photographs 0.1 % of the values differ at all, by one).
         """
         size = self._settings.image_size
         out = torch.empty((len(index), len(views), 3, size, size), dtype=torch.uint8)
