@@ -49,6 +49,9 @@ class RecipeArguments:
     test: str | None = field(default=None, metadata={"help": "Labeled images that the last evaluation is made on."})
     backbone: str = field(default="resnet50", metadata={"help": "Name of a timm model."})
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's pretrained weights."})
+    model: str | None = field(
+        default=None, metadata={"help": "Published folder or Hub id to train on from, in place of a backbone."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; default: the backbone's."}
     )
@@ -266,14 +269,8 @@ def build_trainer(
     if "validation" not in splits:
         args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
     set_seed(args.seed)  # the trainer does so too late for the network's initial weights
-    model = CCSSLForImageClassification.from_timm(
-        recipe.backbone,
-        labels=read_class_names(splits["labeled"], args.label_column),
-        pretrained=recipe.pretrained,
-        image_size=recipe.image_size,
-    )
     trainer = CCSSLTrainer(
-        model,
+        _build_model(recipe, splits["labeled"], args),
         args,
         train_dataset=splits["labeled"],
         unlabeled_dataset=splits.get("unlabeled"),
@@ -283,7 +280,26 @@ def build_trainer(
     trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}
     if recipe.pretrained:
         trainer.base_model = get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone
+    elif recipe.model is not None:
+        trainer.base_model = recipe.model
     return trainer, splits
+
+
+def _build_model(
+    recipe: RecipeArguments, labeled: datasets.Dataset, args: CCSSLTrainingArguments
+) -> CCSSLForImageClassification:
+    if recipe.model is None:
+        return CCSSLForImageClassification.from_timm(
+            recipe.backbone,
+            labels=read_class_names(labeled, args.label_column),
+            pretrained=recipe.pretrained,
+            image_size=recipe.image_size,
+        )
+    if recipe.pretrained or recipe.image_size is not None:
+        raise ValueError(
+            f"--model {recipe.model} has weights and an image size of its own: leave out --pretrained and --image_size."
+        )
+    return CCSSLForImageClassification.from_pretrained(recipe.model)
 
 
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:

@@ -14,9 +14,9 @@ from datasets import config as datasets_config
 from typer.testing import CliRunner
 
 import ccssl_hf
-from ccssl_hf import CCSSLForImageClassification
+from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.cli import app
-from ccssl_hf.recipe import OWN_IMAGES
+from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, build_trainer, parse_recipe
 from test_recipes import ROOT, assert_is_published, changed, environment, launch, place, results
 
 COMMAND = str(Path(sys.executable).with_name("ccssl-hf"))
@@ -101,6 +101,32 @@ def test_train_is_the_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert done.stdout.endswith("Step 2: model, card and metrics are in outputs/train.\n")
     assert_is_published(place / "outputs" / "train", ["blue", "red"])
     assert 0 <= results(place / "outputs" / "train")["test_top1"] <= 1
+
+
+def test_training_goes_on_from_a_published_folder(place: Path, tmp_path: Path) -> None:
+    start = CCSSLForImageClassification.from_timm("test_resnet", labels=["red", "blue"], image_size=32)
+    start.save_pretrained(tmp_path / "start")
+
+    def build(*flags: str) -> CCSSLTrainer:
+        given = [
+            "--data_dir",
+            str(place / "my_images"),
+            "--model",
+            str(tmp_path / "start"),
+            "--output_dir",
+            str(tmp_path),
+        ]
+        arguments = [*given, "--use_cpu", "true", *flags]
+        recipe, args = parse_recipe(FolderArguments, CCSSLTrainingArguments, config=OWN_IMAGES, arguments=arguments)
+        return build_trainer(recipe, args)[0]
+
+    trainer = build("--per_device_train_batch_size", "2", "--mu", "2")
+    assert trainer.class_names == ["red", "blue"] and trainer.labels[:6].tolist() == [1] * 6  # of the folder blue/
+    assert all(tensor.equal(start.state_dict()[name]) for name, tensor in trainer.model.state_dict().items())
+    assert trainer.base_model == str(tmp_path / "start")
+    for wrong in (["--pretrained"], ["--image_size", "64"]):
+        with pytest.raises(ValueError, match="leave out --pretrained and --image_size"):
+            build(*wrong)
 
 
 def test_two_processes_train_by_it(place: Path) -> None:

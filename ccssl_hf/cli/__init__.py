@@ -9,14 +9,14 @@ import typer
 from .. import __version__
 from . import convert
 from .predict import predict
-from .train import PASS_ON, train
+from .train import ANY_FLAG, train
 
 app = typer.Typer(
     name="ccssl-hf", no_args_is_help=True, help="Semi-supervised image classification for the Hugging Face ecosystem."
 )
 RUNS, PUBLISHING = "Train and look at the result", "Publish and serve"
 
-app.command(rich_help_panel=RUNS, context_settings=PASS_ON, add_help_option=False)(train)
+app.command(rich_help_panel=RUNS, **ANY_FLAG)(train)
 app.command(rich_help_panel=RUNS)(predict)
 app.add_typer(convert.app, name="convert", rich_help_panel=PUBLISHING)
 

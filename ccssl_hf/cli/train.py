@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from inspect import getdoc
+from typing import Any
 
 import typer
 
 from ..errors import errors_in_one_line
 
-PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""For the verb: its flags are those of the recipes, which transformers' parser reads."""
+ANY_FLAG: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+    "options_metavar": "[--config FILE] [--FLAG VALUE ...]",
+}
+"""How the verb is registered: its flags, `--help` too, are the recipes', which transformers' parser reads."""
 
 
 def train(context: typer.Context) -> None:
     """Train on one's own images, with any timm backbone.
 
-    ccssl-hf train --data_dir my_images --backbone resnet50 --pretrained [any flag]
-
-    accelerate launch -m ccssl_hf.cli train --data_dir my_images [any flag]
+        ccssl-hf train --data_dir my_images --backbone resnet50 --pretrained [any flag]
+        accelerate launch -m ccssl_hf.cli train --data_dir my_images [any flag]
 
     The second form starts as many processes as `accelerate` is told to. A flag overrides the file of `--config`, which
     overrides the defaults; `--flag none` unsets what the file sets.

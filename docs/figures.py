@@ -1,0 +1,274 @@
+"""The pictures of how_ccssl_works.md, from the package's own code: `python docs/figures.py [weights views pull run]`.
+
+`run` trains the demo's FixMatch and FixMatch + CCSSL once, two minutes on one core; the others take seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torch import Tensor
+from transformers import set_seed
+
+from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments, class_aware_contrastive_loss
+from ccssl_hf.analysis import COLORS, MARKERS
+from ccssl_hf.recipe import parse_recipe
+from ccssl_hf.sampling import UNLABELED
+from ccssl_hf.transforms import View, ViewSettings, make_view
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+TEXT, GREY = "#222222", "#666666"
+
+
+def save(figure: Figure, name: str) -> None:
+    figure.savefig(IMAGES / f"{name}.png", dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.08)
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+BATCH = [("moth", 0.98), ("moth", 0.95), ("moth", 0.62), ("fly", 0.97), ("fly", 0.92), ("fly", 0.45), ("bee", 0.55)]
+"""Pseudo label and confidence of each image of a small batch."""
+
+
+def pair_weights(labels: Tensor, confidences: Tensor, push_threshold: float | None) -> Tensor:
+    """w of each pair of images `[N, N]`; on the diagonal that of an image's two views."""
+    pulls = confidences if push_threshold is None else confidences * (confidences >= push_threshold)
+    same_class = (labels[:, None] == labels[None, :]).float()
+    return (same_class * pulls[:, None] * pulls[None, :]).fill_diagonal_(1)
+
+
+def check_weights(labels: Tensor, confidences: Tensor, push_threshold: float | None) -> None:
+    """These weights, in the sum that the documentation prints, give the value of the package's loss."""
+    embeddings = F.normalize(torch.randn(len(labels), 2, 5, generator=torch.Generator().manual_seed(0)), dim=2)
+    weights = pair_weights(labels, confidences, push_threshold).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    weights.fill_diagonal_(0)
+    views = embeddings.flatten(0, 1)
+    similarities = (views @ views.T / 0.07).fill_diagonal_(-torch.inf)
+    log_softmax = similarities.log_softmax(1).masked_fill(weights == 0, 0)
+    expected = -((weights * log_softmax).sum(1) / weights.sum(1)).mean()
+    loss = class_aware_contrastive_loss(
+        embeddings=embeddings, pseudo_labels=labels, confidences=confidences, push_threshold=push_threshold
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def weights() -> None:
+    names = [f"{label}  {confidence:.2f}" for label, confidence in BATCH]
+    labels = torch.tensor([["moth", "fly", "bee"].index(label) for label, _ in BATCH])
+    confidences = torch.tensor([confidence for _, confidence in BATCH])
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    for ax, threshold in zip(figure.subplots(1, 2), (None, 0.9), strict=True):
+        check_weights(labels, confidences, threshold)
+        matrix = pair_weights(labels, confidences, threshold)
+        ax.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(matrix.numpy()):
+            color = "white" if value > 0.55 else TEXT
+            ax.text(column, row, f"{value:.2f}" if value else "·", ha="center", va="center", fontsize=9, color=color)
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
+        ax.set_yticks(range(len(names)), names, fontsize=9)
+        ax.tick_params(length=0, labelcolor=TEXT)
+        ax.spines[:].set_visible(False)
+        ax.set_xlabel("image j: pseudo label, confidence", color=TEXT)
+        ax.set_ylabel("image i: pseudo label, confidence", color=TEXT)
+        title = (
+            "T_push none: every image joins its class" if threshold is None else "T_push 0.9: only confident ones do"
+        )
+        ax.set_title(title, fontsize=10, color=TEXT, loc="left")
+    save(figure, "weights")
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+
+
+def butterfly(side: int) -> Image.Image:
+    """A drawn picture, so that no photograph's licence is at stake."""
+    scale = side / 96
+    rows = np.linspace(0, 1, side)[:, None, None]
+    sky = (1 - rows) * np.array([150, 196, 232]) + rows * np.array([214, 232, 190])
+    image = Image.fromarray(np.broadcast_to(sky, (side, side, 3)).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+
+    def ellipse(left: float, top: float, right: float, bottom: float, colour: str) -> None:
+        draw.ellipse([scale * left, scale * top, scale * right, scale * bottom], fill=colour)
+
+    for left in (0, 1):  # the two halves, mirrored
+        boxes = [
+            (12, 14, 46, 50, "#D9641E"),
+            (18, 46, 46, 78, "#C24A12"),
+            (18, 20, 32, 34, "#F6E7C8"),
+            (24, 56, 36, 68, "#3A2416"),
+        ]
+        for x0, y0, x1, y1, colour in boxes:
+            ellipse(*((96 - x1, y0, 96 - x0, y1) if left else (x0, y0, x1, y1)), colour)
+    ellipse(44, 20, 52, 80, "#2B1B12")
+    for x in (36, 60):
+        draw.line([scale * 48, scale * 22, scale * x, scale * 6], fill="#2B1B12", width=max(1, round(1.5 * scale)))
+    draw.line([0, scale * 88, side, scale * 84], fill="#5B8C3A", width=round(8 * scale))
+    return image
+
+
+def views() -> None:
+    side, columns = 128, 6
+    picture = butterfly(side)
+    batch = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).expand(columns, 3, side, side)
+    settings = ViewSettings(image_size=side, mean=(0.5,) * 3, std=(0.5,) * 3, weak_crop="resized", cutout_size=24)
+    figure = Figure(figsize=(9.6, 4.4))
+    grid = figure.add_gridspec(3, columns + 2, wspace=0.06, hspace=0.1, width_ratios=[1.25, 0.2, *[1] * columns])
+    original = figure.add_subplot(grid[1, 0])
+    original.imshow(picture)
+    original.set_title("the image", fontsize=10, color=TEXT)
+    texts = {View.WEAK: "weak", View.STRONG: "strong", View.CONTRASTIVE: "contrastive"}
+    for row, (view, text) in enumerate(texts.items()):
+        made = make_view(batch, view, settings, seed=3, stream=UNLABELED, draws=torch.arange(columns))
+        for column, image in enumerate(made):
+            ax = figure.add_subplot(grid[row, column + 2])
+            ax.imshow(image.permute(1, 2, 0).numpy())
+            if row == 0:
+                ax.set_title(f"draw {column + 1}", fontsize=9, color=GREY)
+            if column == 0:
+                ax.set_ylabel(text, fontsize=10, color=TEXT)
+    for ax in figure.axes:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
+    save(figure, "views")
+
+
+# ----------------------------------------------------------------------------------------------------------------- pull
+
+
+def pulled(embeddings: Tensor, labels: Tensor, confidences: Tensor, push_threshold: float | None) -> Tensor:
+    """Where 600 steps of gradient descent on the loss alone take the embeddings."""
+    free = embeddings.clone().requires_grad_()
+    optimizer = torch.optim.Adam([free], lr=0.01)
+    for _ in range(600):
+        loss = class_aware_contrastive_loss(
+            embeddings=F.normalize(free, dim=2),
+            pseudo_labels=labels,
+            confidences=confidences,
+            temperature=0.3,
+            push_threshold=push_threshold,
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return F.normalize(free.detach(), dim=2)
+
+
+def pull() -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.tensor([0] * 4 + [1] * 4 + [2] * 4 + [0, 1, 2, 0, 1, 2])
+    confidences = torch.tensor([0.97] * 12 + [0.6] * 6)
+    angles = 2 * torch.pi * torch.rand(len(labels), 1, generator=generator)
+    angles = angles + 0.35 * torch.randn(len(labels), 2, generator=generator)
+    start = torch.stack([angles.cos(), angles.sin()], dim=2)
+    panels = {
+        "start": start,
+        "T_push 1: each image is\na class of its own": pulled(start, labels, confidences, 1.0),
+        "T_push none: unsure images\nare pulled along": pulled(start, labels, confidences, None),
+        "T_push 0.9: classes gather,\nunsure images stay apart": pulled(start, labels, confidences, 0.9),
+    }
+    figure = Figure(figsize=(12, 3.7), layout="constrained")
+    for ax, (title, embeddings) in zip(figure.subplots(1, 4, sharex=True, sharey=True), panels.items(), strict=True):
+        circle = torch.linspace(0, 2 * torch.pi, 200)
+        ax.plot(circle.cos().numpy(), circle.sin().numpy(), color="#E4E4E4", linewidth=1, zorder=0)
+        for (first, second), label, confidence in zip(embeddings, labels, confidences, strict=True):
+            sure = confidence > 0.9
+            color, marker = COLORS[int(label)], MARKERS[int(label)]
+            # The contrastive view is drawn a little further out, so that one view does not hide the other.
+            ends = torch.stack([first, 1.13 * second]).numpy()
+            ax.plot(*ends.T, color=color, linewidth=1, alpha=0.5, zorder=1)
+            ax.scatter(
+                *ends.T, s=34, marker=marker, color=color if sure else "white", edgecolor=color, linewidth=1.2, zorder=2
+            )
+        ax.set_title(title, fontsize=10, color=TEXT, loc="left")
+        ax.set_aspect("equal")
+        ax.set_xlabel("embedding, first coordinate", fontsize=9, color=TEXT)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(labelsize=8, length=0, labelcolor=GREY)
+        ax.set_xticks([-1, 0, 1])
+        ax.set_yticks([-1, 0, 1])
+    figure.axes[0].set_ylabel("second coordinate", fontsize=9, color=TEXT)
+    for number in range(3):
+        for color, name in ((COLORS[number], "confidence 0.97"), ("white", "0.6")):
+            figure.axes[0].scatter(
+                [],
+                [],
+                marker=MARKERS[number],
+                color=color,
+                edgecolor=COLORS[number],
+                label=f"class {number + 1}, {name}",
+            )
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9, labelcolor=TEXT)
+    save(figure, "pull")
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+def run() -> None:
+    demo = runpy.run_path(str(ROOT / "recipes" / "train_digits.py"))
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    keys = ("mask_rate", "pseudo_label_precision", "eval_top1")
+    labels = (
+        "share of unlabeled images\nwith confidence ≥ 0.95",
+        "share of these whose\npseudo label is right",
+        "validation top-1 (EMA weights)",
+    )
+    for number, method in enumerate(("fixmatch", "fixmatch_ccssl")):
+        history = history_of(demo, method)
+        for ax, key in zip(axes, keys, strict=True):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            style = dict(
+                color=COLORS[number],
+                linewidth=1.6,
+                marker=MARKERS[number],
+                markersize=4,
+                markevery=3 if key != "eval_top1" else 1,
+            )
+            ax.plot(*zip(*points, strict=True), label=demo["TITLES"][method], **style)
+    for ax, label in zip(axes, labels, strict=True):
+        ax.set_xlabel("optimizer steps", fontsize=9, color=TEXT)
+        ax.set_ylabel(label, fontsize=9, color=TEXT)
+        ax.set_ylim(0, 1.02)
+        ax.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8, labelcolor=GREY)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    save(figure, "run")
+
+
+def history_of(demo: dict, method: str) -> list[dict[str, float]]:
+    """What the demo's run of a method with seed 0 logs, with the heap's true classes counted beside."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--logging_steps", "20", "--eval_steps", "50", "--disable_tqdm", "true", "--output_dir", folder]
+        recipe, args = parse_recipe(
+            demo["DemoArguments"], CCSSLTrainingArguments, config=demo["CONFIG"], arguments=flags
+        )
+        args = dataclasses.replace(args, seed=0, hidden_label_column="label", **demo["METHODS"][method])
+        splits = demo["load_splits"](0, recipe.image_size)
+        set_seed(0)
+        model = CCSSLForImageClassification.from_timm(
+            recipe.backbone, labels=demo["KNOWN"], image_size=recipe.image_size, bn_momentum=0.1
+        )
+        trainer = CCSSLTrainer(model, args, splits["labeled"], splits["unlabeled"], splits["validation"])
+        trainer.train()
+        return trainer.state.log_history
+
+
+FIGURES = {"weights": weights, "views": views, "pull": pull, "run": run}
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or FIGURES:
+        FIGURES[chosen]()
