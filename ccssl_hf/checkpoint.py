@@ -70,7 +70,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"'{path}' is damaged ({error}): take an earlier checkpoint.") from error
 
 
-def _save_json(path: Path, content: Mapping[str, Any]) -> None:
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(f"_{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -140,7 +140,7 @@ def save_checkpoint(
     prefix = "backbone."
     backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     save_tensors(folder / WEIGHTS_FILE, backbone)
-    _save_json(folder / CONFIG_FILE, plain_config(model))
+    save_json(folder / CONFIG_FILE, plain_config(model))
     if is_own_backbone(model.config.architecture):
         source = Path(wide_resnet_cifar.__file__)
         shutil.copyfile(source, folder / source.name)

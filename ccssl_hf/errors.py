@@ -27,3 +27,12 @@ def errors_in_one_line() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":  # one line, not one for each process
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Says what to install where an import within fails: a package of the extra `name`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"The package {error.name} is missing: pip install 'ccssl_hf[{name}]'.") from error

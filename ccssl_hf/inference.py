@@ -58,12 +58,14 @@ class Predictions:
         labels: The name of each image's most probable class.
         confidences: Its probability, `[N]`.
         probabilities: Of all classes, float32 `[N, C]`.
+        logits: Before they were made probabilities, float32 `[N, C]`.
         embeddings: float32 `[N, D]`, see `Classifier.embedding`.
     """
 
     labels: list[str]
     confidences: Tensor
     probabilities: Tensor
+    logits: Tensor
     embeddings: Tensor
 
 
@@ -182,10 +184,19 @@ class Classifier:
         if batch.dtype == torch.uint8:
             batch = batch.float().div_(255).sub_(self._mean).div_(self._std)
         logits, embeddings = self._network(batch.to(self._dtype))
-        probabilities = (logits.sigmoid() if self._independent else logits.softmax(dim=1)).cpu()
+        logits = logits.cpu()
+        probabilities = self.scores(logits)
         confidences, numbers = probabilities.max(dim=1)
         labels = [self.labels[number] for number in numbers.tolist()]
-        return Predictions(labels, confidences, probabilities, embeddings.cpu())
+        return Predictions(labels, confidences, probabilities, logits, embeddings.cpu())
+
+    def scores(self, logits: Tensor, function: str | None = None) -> Tensor:
+        """Scores of logits `[..., C]` by "softmax", "sigmoid" or "none"; as transformers' pipeline decides, where None."""
+        if function == "none":
+            return logits
+        if function == "sigmoid" or (function is None and self._independent):
+            return logits.sigmoid()
+        return logits.softmax(dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -302,7 +313,7 @@ def predict_to_parquet(
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
     with (
-        _threads(workers) as pool,
+        sharing_threads(workers) as pool,
         pq.ParquetWriter(partial, schema) as writer,
         datasets.utils.tqdm(total=len(images), desc="Predicting", unit=" images") as progress,
     ):
@@ -365,7 +376,7 @@ def _rows(classifier: Classifier, batch: _Batch, embedding: bool) -> list[dict[s
 
 
 @contextmanager
-def _threads(workers: int) -> Iterator[ThreadPoolExecutor]:
+def sharing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that share torch's own: with two of two, each computes on one core. Leaves torch as it was."""
     threads = torch.get_num_threads()
     share = max(1, threads // workers)

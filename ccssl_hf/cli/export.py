@@ -1,0 +1,54 @@
+"""`ccssl-hf export`: other forms of a published model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import errors_in_one_line, extra
+
+app = typer.Typer(no_args_is_help=True, help="Write a published model in another form.")
+
+
+@app.command()
+def onnx(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A published folder or Hub id.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; default: the model's name with -ONNX, beside the folder.")
+    ] = None,
+    opset: Annotated[int | None, typer.Option(min=7, help="Version of ONNX's operators; default: 18.")] = None,
+) -> None:
+    """ONNX for transformers.js and onnxruntime, checked against PyTorch before it gets its name."""
+    with errors_in_one_line():
+        with extra("export"):
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+
+        from ..export import OPSET, export_onnx
+        from ..modeling import CCSSLForImageClassification
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*has no projection head")  # of no use here
+            loaded = CCSSLForImageClassification.from_pretrained(model)
+        folder = Path(model)
+        beside = folder.resolve().parent if folder.is_dir() else Path()
+        written = export_onnx(loaded, out or beside / f"{folder.resolve().name}-ONNX", opset=opset or OPSET)
+    typer.echo(
+        f"{written.file}: logits of {written.images} images are PyTorch's within {written.difference:.1e}, and the "
+        "classes are the same."
+    )
+
+
+@app.command()
+def handler(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A published folder.")],
+) -> None:
+    """handler.py for Hugging Face's Inference Endpoints, written into the folder."""
+    with errors_in_one_line():
+        from ..export import write_handler
+
+        written = write_handler(folder)
+    typer.echo(f"Written to {folder}: {', '.join(path.name for path in written)}.")

@@ -1,0 +1,327 @@
+"""A model over HTTP, with the contract of Hugging Face's hosted image classification.
+
+`POST /` takes an image as it is, or JSON: `{"inputs": <base64 text, or a list of it>, "parameters": {"top_k": 2}}`. It
+answers `[{"label": ..., "score": ...}, ...]`, or a list of those for a list, as `transformers.pipeline` does. So
+`huggingface_hub.InferenceClient(model=URL).image_classification(...)` works. `GET /` tells what is served.
+
+An image passes a decoding thread, then waits for others: the network sees what many requests brought in one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from torch import Tensor
+
+from .errors import near_misses
+from .inference import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
+from .model_card import library_versions
+from .templates.handler import TooLargeError, check_parameters, decode_base64, read_image
+
+TOP_K = 5
+"""Classes of an answer where the request doesn't say; transformers' pipeline has the same."""
+
+UPLOAD_SECONDS = 60
+"""How long a request may take to arrive: it has its place in the queue meanwhile."""
+
+SHUTDOWN_SECONDS = 30
+"""How long requests that are in hand may take after the server was told to stop."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """How requests are batched and what is refused.
+
+    Attributes:
+        max_batch_size: Images that go through the network at once; 16 on a CPU and 64 on an accelerator where None.
+        max_wait_ms: Milliseconds that an image waits for others at most, before a batch that is not full.
+        max_image_mb: Megabytes of encoded images in one request at most.
+        max_queue: Images in hand at most; beyond, requests are told to come back.
+        num_workers: Threads that compute, each a batch at a time; where None one a core of a CPU, at most 8, else 2.
+    """
+
+    max_batch_size: int | None = None
+    max_wait_ms: float = 5.0
+    max_image_mb: float = 20.0
+    max_queue: int = 256
+    num_workers: int | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ batching
+
+
+class Batcher:
+    """Takes images from many threads, and sends them through the network in batches.
+
+    Each of a few threads takes what waits and computes. One collects at a time, so that images that trickle in are not
+    divided among idle threads.
+
+    Args:
+        predict: uint8 images `[N, 3, H, W]` to logits `[N, C]`.
+        max_batch_size: Images of a batch at most.
+        max_wait_ms: How long a batch that is not full waits for more, from its first image on.
+    """
+
+    def __init__(self, predict: Callable[[Tensor], Tensor], *, max_batch_size: int, max_wait_ms: float) -> None:
+        self._predict, self._max_batch_size, self._max_wait = predict, max_batch_size, max_wait_ms / 1000
+        self._waiting: queue.SimpleQueue[tuple[Tensor, Future[Tensor]] | None] = queue.SimpleQueue()
+        self._collecting = threading.Lock()
+
+    @contextmanager
+    def running(self, workers: int) -> Iterator[None]:
+        """Computes in `workers` threads. At the end, what was submitted before is answered."""
+        with sharing_threads(workers) as pool:
+            running = [pool.submit(self._work) for _ in range(workers)]
+            try:
+                yield
+            finally:
+                for _ in running:
+                    self._waiting.put(None)
+                for worker in running:
+                    worker.result()
+
+    def submit(self, pixels: Tensor) -> Future[Tensor]:
+        """The logits `[C]` of an image `[3, H, W]`, to come."""
+        answer: Future[Tensor] = Future()
+        self._waiting.put((pixels, answer))
+        return answer
+
+    def _collect(self) -> list[tuple[Tensor, Future[Tensor]]]:
+        """The next batch; empty when there is no more to come."""
+        with self._collecting:
+            batch: list[tuple[Tensor, Future[Tensor]]] = []
+            until = float("inf")
+            while len(batch) < self._max_batch_size:
+                try:
+                    left = max(until - time.monotonic(), 0)
+                    taken = self._waiting.get(timeout=left) if batch else self._waiting.get()
+                except queue.Empty:
+                    break
+                if taken is None:
+                    if batch:
+                        self._waiting.put(None)  # for when this thread comes again
+                    break
+                until = min(until, time.monotonic() + self._max_wait)
+                if taken[1].set_running_or_notify_cancel():  # else nobody waits for it any more
+                    batch.append(taken)
+            return batch
+
+    def _work(self) -> None:
+        while batch := self._collect():
+            answers = [answer for _, answer in batch]
+            try:
+                logits = self._predict(torch.stack([pixels for pixels, _ in batch]))
+            except Exception as error:
+                for answer in answers:
+                    answer.set_exception(error)
+            else:
+                for answer, row in zip(answers, logits, strict=True):
+                    answer.set_result(row)
+
+
+# ---------------------------------------------------------------------------------------------------------------- HTTP
+
+
+class _Service:
+    """The endpoints, and what they share. Lives on one event loop."""
+
+    def __init__(self, classifier: Classifier, settings: ServingSettings) -> None:
+        self.classifier, self.settings = classifier, settings
+        self._max_bytes = int(settings.max_image_mb * 1e6)
+        on_cpu = classifier.device.type == "cpu"
+        self._workers = settings.num_workers or (min(MAX_WORKERS, torch.get_num_threads()) if on_cpu else 2)
+        self._batcher = Batcher(
+            lambda pixels: classifier.predict(pixels).logits,
+            max_batch_size=settings.max_batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH),
+            max_wait_ms=settings.max_wait_ms,
+        )
+        self._in_hand = 0
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        with ThreadPoolExecutor(os.cpu_count()) as self._decoders, self._batcher.running(self._workers):
+            yield
+
+    async def health(self, request: Request) -> JSONResponse:
+        return JSONResponse({"status": "ok"})
+
+    async def root(self, request: Request) -> JSONResponse:
+        return await (self.classify(request) if request.method == "POST" else self.about(request))
+
+    async def about(self, request: Request) -> JSONResponse:
+        """What is served, for a person."""
+        name = self.classifier.name
+        about = {
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "task": "image-classification",
+            "classes": self.classifier.labels,
+            "device": str(self.classifier.device),
+            "max_image_mb": self.settings.max_image_mb,
+            "versions": library_versions(),
+        }
+        return JSONResponse(about)
+
+    async def classify(self, request: Request) -> JSONResponse:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_json = kind == "application/json"
+        # Clients that are handed bare bytes send them as they are, without a type.
+        if not is_json and not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
+            raise HTTPException(
+                415,
+                f"Content-Type is '{kind}': send an image with its own, such as image/jpeg, or base64 text within "
+                "application/json.",
+            )
+        query = request.query_params.items()
+        given = {name: int(value) if value.isdecimal() and len(value) < 10 else value for name, value in query}
+        parameters = _parameters(given)
+        with self._place(1):
+            body = await self._body(request, at_most=self._max_bytes * 4 // 3 + 65536 if is_json else self._max_bytes)
+            if not is_json:
+                return JSONResponse(await self._answer(body, "", parameters))
+            inputs, more = await self._in_thread(_parse, body)
+            parameters |= more
+            if not isinstance(inputs, list):
+                return JSONResponse(await self._answer(inputs, "", parameters))
+            if len(inputs) > self.settings.max_queue:
+                at_most = f"at most {self.settings.max_queue} are taken in one request: send several."
+                raise HTTPException(413, f"inputs holds {len(inputs)} images, but {at_most}")
+            with self._place(len(inputs) - 1):
+                each = (self._answer(one, f"inputs[{number}]: ", parameters) for number, one in enumerate(inputs))
+                return JSONResponse(await asyncio.gather(*each))
+
+    @contextmanager
+    def _place(self, images: int) -> Iterator[None]:
+        """A place in the queue for so many images."""
+        if self._in_hand + images > self.settings.max_queue:
+            busy = "The server has as many images in hand as it takes: try again in a second."
+            raise HTTPException(503, busy, headers={"Retry-After": "1"})
+        self._in_hand += images
+        try:
+            yield
+        finally:
+            self._in_hand -= images
+
+    async def _body(self, request: Request, *, at_most: int) -> bytes:
+        body, size = bytearray(), 0
+        try:
+            with anyio.fail_after(UPLOAD_SECONDS):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size <= at_most:
+                        body += chunk  # the rest is read and dropped: only then do clients read the answer
+        except TimeoutError as error:
+            raise HTTPException(408, f"The request took more than {UPLOAD_SECONDS} s to arrive: try again.") from error
+        if size > at_most:
+            raise HTTPException(
+                413,
+                f"The request has {size:,} bytes, but images of at most {self.settings.max_image_mb:g} MB are taken in "
+                "one request: send a smaller image, or fewer of them.",
+            )
+        return bytes(body)
+
+    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
+
+    async def _answer(self, encoded: Any, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        """Labels and scores of an image: bytes, or base64 text that is found at `where`."""
+        pixels = await self._in_thread(self._pixels, encoded, where)
+        logits = await asyncio.wrap_future(self._batcher.submit(pixels))
+        scores = self.classifier.scores(logits, parameters.get("function_to_apply"))
+        scores, numbers = scores.sort(descending=True, stable=True)
+        best = zip(numbers.tolist(), scores.tolist(), strict=True)
+        answer = [{"label": self.classifier.labels[number], "score": score} for number, score in best]
+        return answer[: parameters.get("top_k", TOP_K)]
+
+    def _pixels(self, encoded: Any, where: str) -> Tensor:
+        try:
+            return self.classifier.pixels(read_image(encoded if isinstance(encoded, bytes) else decode_base64(encoded)))
+        except TooLargeError as error:
+            raise HTTPException(413, f"{where}{error}") from error
+        except ValueError as error:
+            raise HTTPException(400, f"{where}{error}") from error
+
+
+def _parameters(given: Any) -> dict[str, Any]:
+    try:
+        return check_parameters(given)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
+
+
+def _parse(body: bytes) -> tuple[Any, dict[str, Any]]:
+    """`inputs` and `parameters` of a JSON body."""
+    try:
+        content = json.loads(body)
+    except ValueError as error:
+        raise HTTPException(400, f"The body is no JSON ({error}): send {{'inputs': <base64 text>}}.") from error
+    if not isinstance(content, dict) or content.get("inputs") in (None, []):
+        raise HTTPException(422, "The body must be an object with inputs: base64 text of an image, or a list of it.")
+    for name in content.keys() - {"inputs", "parameters"}:
+        near = near_misses(name, ("inputs", "parameters"))
+        raise HTTPException(422, f"The body has '{name}', but there are only inputs and parameters.{near}")
+    return content["inputs"], _parameters(content.get("parameters") or {})
+
+
+async def _error(request: Request, error: Exception) -> JSONResponse:
+    """Every answer that is no result: a sentence, and nothing of the server's insides."""
+    if not isinstance(error, HTTPException):
+        return JSONResponse({"error": "The server failed at this request: its log says why. Tell who runs it."}, 500)
+    usual = "POST an image to /, or GET / for what is served, and GET /health."
+    sentences = {
+        404: f"There is nothing at {request.url.path}: {usual}",
+        405: f"{request.method} is not for {request.url.path}: {usual}",
+    }
+    sentence = sentences.get(error.status_code, error.detail)
+    return JSONResponse({"error": sentence}, error.status_code, headers=error.headers)
+
+
+async def _gone(request: Request, error: Exception) -> JSONResponse:
+    """Of a client that left while it was sending: nobody reads it."""
+    return JSONResponse({"error": "The request ended early."}, 400)
+
+
+def create_app(classifier: Classifier, settings: ServingSettings | None = None) -> Starlette:
+    """The ASGI application, for `serve` or a server of one's own. Use one process: batches form within it."""
+    service = _Service(classifier, settings or ServingSettings())
+    routes = [
+        Route("/", service.root, methods=["GET", "POST"]),
+        Route("/health", service.health, methods=["GET"]),
+    ]
+    handlers = {HTTPException: _error, ClientDisconnect: _gone, Exception: _error}
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=service.lifespan)
+
+
+def serve(
+    classifier: Classifier, *, host: str = "127.0.0.1", port: int = 8000, settings: ServingSettings | None = None
+) -> None:
+    """Serves until it is told to stop (Ctrl+C or SIGTERM), and answers before that what is in hand."""
+    config = uvicorn.Config(
+        create_app(classifier, settings),
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        server_header=False,
+    )
+    with suppress(KeyboardInterrupt):  # uvicorn hands the signal on when all is done
+        uvicorn.Server(config).run()
