@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_json
@@ -22,7 +22,7 @@ from .modeling import CCSSLForImageClassification
 from .templates import handler
 
 OPSET = 18
-"""What torch's exporter writes by itself; runtimes of 2023 and later read it."""
+"""The lowest that torch's exporter writes; runtimes from 2023 on read it."""
 
 TOLERANCE = 1e-4
 """How far the file's logits may be from PyTorch's, as a fraction of the largest logit."""
@@ -85,7 +85,7 @@ def export_onnx(model: CCSSLForImageClassification, out: str | Path, *, opset: i
     Args:
         model: What to export.
         out: The folder, made where it is missing. Not the published one, whose `config.json` is another.
-        opset: Version of ONNX's operators.
+        opset: Version of ONNX's operators, from `OPSET` on.
 
     Raises:
         ValueError: `out` can't be written to or is a published folder, the preprocessing has no counterpart, the
@@ -94,6 +94,8 @@ def export_onnx(model: CCSSLForImageClassification, out: str | Path, *, opset: i
     out, network = Path(out), model.backbone.eval()
     if (out / WEIGHTS_FILE).exists():
         raise ValueError(f"{out} holds weights, and ONNX needs another {CONFIG_FILE}: name another folder.")
+    if opset < OPSET:
+        raise ValueError(f"opset is {opset}, but torch writes {OPSET} and later: use {OPSET}.")
     preprocessing = preprocessor_config(network.pretrained_cfg)
     file = out / "onnx" / "model.onnx"
     check_writable(file.parent)
@@ -124,10 +126,10 @@ def _graph(network: Any, *, size: tuple[int, int, int], opset: int) -> bytes:
         except Exception as error:  # whatever the tracer stumbles over
             reason = str(error).strip().splitlines()[0]
             name = network.pretrained_cfg["architecture"]
-            raise ValueError(f"'{name}' can't be exported with opset {opset} ({reason}): try another opset.") from error
+            raise ValueError(f"'{name}' can't be written as ONNX ({reason}): choose another backbone.") from error
     content = program.model_proto  # type: ignore[union-attr]
     if content.opset_import[0].version != opset:  # the exporter only logs that it could not
-        raise ValueError(f"The network can't be written with opset {opset}: use {OPSET}, or another from there on.")
+        raise ValueError(f"The network can't be written with opset {opset}: use {OPSET}.")
     for node in content.graph.node:
         del node.metadata_props[:]  # tracebacks, with the paths of this machine
     return content.SerializeToString()
@@ -152,17 +154,14 @@ def _check(network: nn.Module, file: Path, *, size: tuple[int, int, int]) -> flo
         expected = network(images)
         logits = torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])
         difference = (logits - expected).abs().max().item()
-        if not (difference <= TOLERANCE * expected.abs().max().item() and _same_classes(logits, expected)):
+        same_classes = torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
+        if not (same_classes and difference <= TOLERANCE * expected.abs().max().item()):
             raise ValueError(
-                f"The ONNX file is not what PyTorch is: logits of {count} images differ by {difference:.2g}. It stays "
-                f"in {file}; try another opset."
+                f"The ONNX file doesn't say what PyTorch says: logits of {count} images differ by {difference:.2g}. It "
+                f"is left as {file}; try another opset."
             )
         furthest = max(furthest, difference)
     return furthest
-
-
-def _same_classes(logits: Tensor, expected: Tensor) -> bool:
-    return torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
 
 
 def _config(model: CCSSLForImageClassification) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class Classifier:
         return Predictions(labels, confidences, probabilities, logits, embeddings.cpu())
 
     def scores(self, logits: Tensor, function: str | None = None) -> Tensor:
-        """Scores of logits `[..., C]` by "softmax", "sigmoid" or "none"; as transformers' pipeline decides, where None."""
+        """Scores of logits `[..., C]` by "softmax", "sigmoid" or "none"; as the pipeline decides, where None."""
         if function == "none":
             return logits
         if function == "sigmoid" or (function is None and self._independent):

@@ -208,7 +208,11 @@ class _Service:
                 raise HTTPException(413, f"inputs holds {len(inputs)} images, but {at_most}")
             with self._place(len(inputs) - 1):
                 each = (self._answer(one, f"inputs[{number}]: ", parameters) for number, one in enumerate(inputs))
-                return JSONResponse(await asyncio.gather(*each))
+                answers = await asyncio.gather(*each, return_exceptions=True)  # a place is kept until all are done
+            for error in answers:
+                if isinstance(error, BaseException):
+                    raise error
+            return JSONResponse(answers)
 
     @contextmanager
     def _place(self, images: int) -> Iterator[None]:
@@ -273,7 +277,7 @@ def _parse(body: bytes) -> tuple[Any, dict[str, Any]]:
     """`inputs` and `parameters` of a JSON body."""
     try:
         content = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"The body is no JSON ({error}): send {{'inputs': <base64 text>}}.") from error
     if not isinstance(content, dict) or content.get("inputs") in (None, []):
         raise HTTPException(422, "The body must be an object with inputs: base64 text of an image, or a list of it.")

@@ -18,34 +18,7 @@ from torch import nn
 
 from ccssl_hf import CCSSLForImageClassification, inference
 from ccssl_hf.inference import Classifier, open_images, predict_to_parquet
-
-LABELS = ["moth", "butterfly", "beetle", "fly"]
-DATA = np.random.default_rng(0)
-
-
-def published(folder: Path, backbone: str, size: int, *, with_head: bool = True) -> Path:
-    """A folder whose model tells images apart: BatchNorms as after training, and a classifier that is sure."""
-    torch.manual_seed(0)
-    model = CCSSLForImageClassification.from_timm(backbone, labels=LABELS, image_size=size).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-    classifier = model.backbone.get_classifier()
-    with torch.no_grad():
-        logits = model(torch.randn(32, 3, 1, 1) + 0.3 * torch.randn(32, 3, size, size)).logits - classifier.bias
-        scale = 2 / logits.std(dim=0)
-        classifier.weight *= scale[:, None]
-        classifier.bias.copy_(-scale * logits.mean(dim=0))
-    model.save_pretrained(folder, with_head=with_head)
-    return folder
-
-
-def picture(width: int, height: int) -> Image.Image:
-    small = Image.fromarray(DATA.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
+from small_models import LABELS, picture, published
 
 
 def write_pictures(folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ def onnx(
     out: Annotated[
         Path | None, typer.Option(help="The folder to write; default: the model's name with -ONNX, beside the folder.")
     ] = None,
-    opset: Annotated[int | None, typer.Option(min=7, help="Version of ONNX's operators; default: 18.")] = None,
+    opset: Annotated[int, typer.Option(min=18, help="Version of ONNX's operators.")] = 18,
 ) -> None:
     """ONNX for transformers.js and onnxruntime, checked against PyTorch before it gets its name."""
     with errors_in_one_line():
@@ -27,7 +27,7 @@ def onnx(
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
 
-        from ..export import OPSET, export_onnx
+        from ..export import export_onnx
         from ..modeling import CCSSLForImageClassification
 
         with warnings.catch_warnings():
@@ -35,7 +35,7 @@ def onnx(
             loaded = CCSSLForImageClassification.from_pretrained(model)
         folder = Path(model)
         beside = folder.resolve().parent if folder.is_dir() else Path()
-        written = export_onnx(loaded, out or beside / f"{folder.resolve().name}-ONNX", opset=opset or OPSET)
+        written = export_onnx(loaded, out or beside / f"{folder.resolve().name}-ONNX", opset=opset)
     typer.echo(
         f"{written.file}: logits of {written.images} images are PyTorch's within {written.difference:.1e}, and the "
         "classes are the same."
