@@ -15,7 +15,7 @@ from pathlib import Path
 from harness import RESULTS, table
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("step", "optimizer", "augmentation", "views_224", "contrastive", "start", "predict", "cost")
+BENCHMARKS = ("step", "optimizer", "augmentation", "views_224", "contrastive", "start", "predict", "serve", "cost")
 
 
 def main() -> int:
