@@ -172,11 +172,11 @@ def read_labels(
     _check_column(dataset, column, role=role, argument=argument)
     feature = dataset.features[column]
     kind = str(getattr(feature, "dtype", ""))
-    values = dataset.data.column(column).combine_chunks()
+    values = dataset.data.column(column)
     if isinstance(feature, datasets.ClassLabel):
         names, numbers = feature.names, values
     elif kind in _TEXT:
-        encoded = values.dictionary_encode()
+        encoded = values.combine_chunks().dictionary_encode()
         names, numbers = encoded.dictionary.to_pylist(), encoded.indices
     elif kind.startswith(("int", "uint")):
         names, numbers = class_names, values
@@ -187,10 +187,10 @@ def read_labels(
     if dataset._indices is not None:  # shuffled or selected; `datasets` itself would take the rows one by one
         numbers = numbers[dataset._indices.column(0).to_numpy()]
     position = {name: index for index, name in enumerate(class_names)}
-    meaning = np.array([*(position.get(name, UNKNOWN) for name in names), UNKNOWN], np.int64)  # the last one: of -1
-    outside = (numbers < UNKNOWN) | (numbers >= len(names))
-    labels = meaning[np.where(outside, UNKNOWN, numbers)]
-    wrong = outside if allow_unknown else labels == UNKNOWN
+    meaning = np.array([*(position.get(name, UNKNOWN) for name in names), UNKNOWN], np.int64)
+    labels = meaning.take(numbers, mode="clip")  # numbers beyond the names meet the last one, which is UNKNOWN
+    labels[numbers < 0] = UNKNOWN
+    wrong = (numbers < UNKNOWN) | (numbers >= len(names)) if allow_unknown else labels == UNKNOWN
     if (labels == UNKNOWN).all():  # names that are all strange are another spelling, or another data set
         wrong = wrong | (numbers != UNKNOWN)
     if wrong.any():

@@ -92,9 +92,11 @@ class _Stream:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
-            draws = torch.arange(self.num_images) + epoch * self.num_images
-            parts = [counter_bits(self.seed, _SHUFFLE + self.number, part, 1)[:, 0] for part in draws.split(_AT_ONCE)]
-            self._epoch, self._order = epoch, np.argsort(torch.cat(parts).numpy(), kind="stable")
+            bits = torch.empty(self.num_images, dtype=torch.int64)
+            for start, part in zip(range(0, self.num_images, _AT_ONCE), bits.split(_AT_ONCE), strict=True):
+                draws = torch.arange(len(part)) + (epoch * self.num_images + start)
+                part[:] = counter_bits(self.seed, _SHUFFLE + self.number, draws, 1)[:, 0]
+            self._epoch, self._order = epoch, np.argsort(bits.numpy(), kind="stable")
         return self._order
 
     def take(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -84,3 +84,10 @@ def test_a_split_smaller_than_a_batch_repeats_in_it() -> None:
     batch = tiny.batch(0)
     assert np.bincount(batch.labeled_index, minlength=3).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
     assert batch.labeled_draw.tolist() == list(range(8))
+
+
+def test_the_order_of_a_large_split_stays_what_it_is() -> None:
+    """It is shuffled in parts, which must not show: these are rows of the second epoch."""
+    drawn, _ = sampler(seed=5, num_unlabeled=200_000).unlabeled.take(200_000, 200_000)
+    assert drawn[:5].tolist() == [68407, 44254, 796, 121594, 130553]
+    assert np.array_equal(np.sort(drawn), np.arange(200_000))
