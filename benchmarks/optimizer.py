@@ -64,7 +64,7 @@ def ours(model: nn.Module) -> tuple[torch.optim.Optimizer, WeightAverage]:
 def measure(quick: bool) -> list[Row]:
     set_seed(0)
     backbone = f"wide_resnet{'10_1' if quick else '28_2'}_cifar"
-    model = CCSSLForImageClassification.from_timm(backbone, labels=LABELS).to(memory_format=torch.channels_last)
+    model = CCSSLForImageClassification.from_timm(backbone, labels=LABELS)
     naive = Loops(copy.deepcopy(model))
     optimizer, average = ours(model)
     for (_, own), (_, other) in zip(model.named_parameters(), naive.model.named_parameters(), strict=True):
