@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How requests are batched and what is refused.
+    """How requests are batched, and what is refused.
 
     Attributes:
         max_batch_size: Images that go through the network at once; 16 on a CPU and 64 on an accelerator where None.
@@ -227,21 +227,16 @@ class _Service:
             self._in_hand -= images
 
     async def _body(self, request: Request, *, at_most: int) -> bytes:
-        body, size = bytearray(), 0
+        body = bytearray()
         try:
             with anyio.fail_after(UPLOAD_SECONDS):
                 async for chunk in request.stream():
-                    size += len(chunk)
-                    if size <= at_most:
-                        body += chunk  # the rest is read and dropped: only then do clients read the answer
+                    body += chunk
+                    if len(body) > at_most:  # uvicorn reads the rest and drops it, so that clients see the answer
+                        most = f"at most {self.settings.max_image_mb:g} MB of images are taken in one request"
+                        raise HTTPException(413, f"The request is too large: {most}. Send a smaller image, or fewer.")
         except TimeoutError as error:
             raise HTTPException(408, f"The request took more than {UPLOAD_SECONDS} s to arrive: try again.") from error
-        if size > at_most:
-            raise HTTPException(
-                413,
-                f"The request has {size:,} bytes, but images of at most {self.settings.max_image_mb:g} MB are taken in "
-                "one request: send a smaller image, or fewer of them.",
-            )
         return bytes(body)
 
     async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
