@@ -149,10 +149,10 @@ def measure_case(case: Case, folder: Path, *, rounds: int) -> list[harness.Row]:
             ours=rate(seconds[2]),
             figure=harness.ratio(taken, seconds[2]),
             unit="of the model's throughput",
-            bar=bar,
+            bar=case.bar,
             details={"baseline_seconds": taken, **details},
         )
-        for kind, taken, bar in (("decoded images", seconds[0], case.bar), ("ready pixels", seconds[1], None))
+        for kind, taken in (("decoded images", seconds[0]), ("ready pixels", seconds[1]))
     ]
 
 
