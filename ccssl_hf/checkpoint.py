@@ -181,21 +181,23 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     return config, state | heads, json.loads(metadata["ccssl"])
 
 
-def find_checkpoint(name: str | Path, **hub_kwargs: Any) -> Path:
+def find_checkpoint(name: str | Path, *, revision: str | None = None, **hub_kwargs: Any) -> Path:
     """The folder itself, or the folder that the Hub repository was downloaded to; no code is downloaded.
 
     Args:
-        name: A folder, or a Hub id.
-        **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` of `huggingface_hub.snapshot_download`.
+        name: A folder, or a Hub id: `user/name`, or `user/name@revision`.
+        revision: Branch, tag, commit, or a pull request's `refs/pr/N`; default main.
+        **hub_kwargs: `token`, `cache_dir`, `local_files_only` of `huggingface_hub.snapshot_download`.
 
     Raises:
         FileNotFoundError: There is neither.
     """
     if Path(name).is_dir():
         return Path(name)
+    repo_id, _, named = str(name).partition("@")
     try:
         files = [CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE]
-        return Path(snapshot_download(str(name), allow_patterns=files, **hub_kwargs))
+        return Path(snapshot_download(repo_id, revision=revision or named or None, allow_patterns=files, **hub_kwargs))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

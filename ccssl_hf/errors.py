@@ -23,7 +23,7 @@ def errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         if os.environ.get("RANK", "0") == "0":  # one line, not one for each process
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

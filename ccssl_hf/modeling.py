@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 import torch.nn.functional as F
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -28,6 +28,7 @@ from .backbones import (
 )
 from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from .configuration import CCSSLConfig
+from .hub import plan_push, upload
 
 
 @dataclass
@@ -254,14 +255,14 @@ class CCSSLForImageClassification(PreTrainedModel):
         create_pr: bool = False,
     ) -> CommitInfo:
         """Uploads what `save_pretrained` writes; projection head and further heads only if asked for by `with_head`."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, with_head=with_head)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
+            return upload(
+                plan_push(folder, with_head=with_head).files,
+                repo_id,
+                message=commit_message,
+                private=private,
                 revision=revision,
                 create_pr=create_pr,
+                token=token,
             )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -11,13 +15,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, is_own_backbone
+from .checkpoint import is_own_backbone
 from .data import name_of
+from .hub import plan_push, upload
 from .model_card import CardFacts, library_versions, render_card
 
 logger = logging.getLogger(__name__)
@@ -118,60 +123,103 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         with_head: bool = False,
         **card: Any,
-    ) -> Any:
+    ) -> CommitInfo | Future[CommitInfo] | None:
         """Saves and uploads the plain folder and its card. Call it in every process.
+
+        An error in the upload loses nothing: all is saved by then, and `ccssl-hf push` or another call sends it.
 
         Args:
             commit_message, blocking, token, revision, private: As in `transformers.Trainer`.
             with_head: Whether to upload the projection head and further heads, too.
             **card: Arguments of `create_model_card`.
         """
-        if self.hub_model_id is None:
-            if private is not None:
-                self.args.hub_private_repo = private
-            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
+        if private is not None:
+            self.args.hub_private_repo = private
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**card)
         self._finish_current_push()
-        return self._upload(
-            self.args.output_dir, commit_message, token=token, revision=revision, blocking=blocking, with_head=with_head
-        )
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        files = plan_push(str(self.args.output_dir), with_head=with_head).files
+        return self._upload(files, commit_message, blocking=blocking, token=token, revision=revision)
 
     def _upload(
-        self, folder: Any, message: str | None, *, token: str | None = None, with_head: bool = False, **options: Any
+        self,
+        files: Mapping[str, Path],
+        message: str | None,
+        *,
+        blocking: bool,
+        token: str | None = None,
+        revision: str | None = None,
+        then: Callable[[], None] = lambda: None,
     ) -> Any:
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        ignored = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *([] if with_head else [HEAD_FILE])]
-        options["run_as_future"] = not options.pop("blocking")
-        options["revision"] = options.get("revision") or self.args.hub_revision
-        return HfApi(token=token or self.args.hub_token).upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=folder,
-            commit_message=message,
-            ignore_patterns=ignored,
-            **options,
-        )
+        """Uploads, in the background where not `blocking`, and ends with a call of `then`."""
+
+        def work() -> CommitInfo:
+            try:
+                return upload(
+                    files,
+                    str(self.hub_model_id),
+                    message=message,
+                    private=self.args.hub_private_repo,
+                    revision=revision or self.args.hub_revision,
+                    token=token or self.args.hub_token,
+                )
+            finally:
+                then()
+
+        return work() if blocking else run_as_future(work)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upstream's also writes and uploads `training_args.bin`."""
+        """Uploads a checkpoint in the background, as `hub_strategy` has it.
+
+        Upstream's also writes and uploads `training_args.bin`.
+        """
         args, going_on = self.args, self.push_in_progress
-        if going_on is not None and going_on.is_done():
-            going_on = None
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
+        if going_on is not None and going_on.is_done():
+            self._finish_current_push()
+            going_on = None
         if going_on is not None and not args.hub_always_push:
             return
-        for path in Path(checkpoint_folder).iterdir():  # a copy, because a checkpoint may be deleted meanwhile
-            if path.name in (CONFIG_FILE, WEIGHTS_FILE) or path.suffix == ".py":
-                shutil.copy(path, Path(str(args.output_dir)) / path.name)
-        message = f"Training in progress, step {self.state.global_step}"
-        jobs = [self._upload(args.output_dir, message, blocking=False)]
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        files = plan_push(checkpoint_folder).files
         if args.hub_strategy != HubStrategy.EVERY_SAVE:
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-            jobs.append(self._upload(checkpoint_folder, message, blocking=False, with_head=True, path_in_repo=name))
-        self.push_in_progress = PushInProgress([*(going_on.jobs if going_on else []), *jobs])
+            state = plan_push(checkpoint_folder, with_head=True, with_training_state=True).files
+            files |= {f"{name}/{path}": file for path, file in state.items()}
+        held = tempfile.TemporaryDirectory(prefix="_push-", dir=str(args.output_dir))
+        job = self._upload(
+            _hold(files, Path(held.name)),
+            f"Training in progress, step {self.state.global_step}",
+            blocking=False,
+            then=held.cleanup,
+        )
+        self.push_in_progress = PushInProgress([*(going_on.jobs if going_on else []), job])
+
+    def _finish_current_push(self) -> None:
+        """Waits for uploads of checkpoints. One that failed is logged: the checkpoint is here, and training goes on."""
+        super()._finish_current_push()
+        for job in self.push_in_progress.jobs if self.push_in_progress else []:
+            if error := job.exception():
+                logger.warning("A checkpoint was not pushed: %s", error)
+        self.push_in_progress = None
+
+
+def _hold(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """The same files in a folder of their own, where they stay as they are while the run deletes old checkpoints."""
+    held = {path: folder / path for path in files}
+    for path, copy in held.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(files[path], copy)
+        except OSError:  # a file system without links
+            shutil.copy(files[path], copy)
+    return held
 
 
 def _plain(value: Any) -> Any:

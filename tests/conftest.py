@@ -20,6 +20,7 @@ from hub_server import Hub, open_port
 _PORT = open_port()
 _HOME = tempfile.mkdtemp(prefix="hf-home-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+atexit.register(_PORT.close)
 os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{_PORT.getsockname()[1]}", "HF_HOME": _HOME, "HF_HUB_DISABLE_XET": "1"}
 os.environ.pop("HF_TOKEN", None)
 

@@ -1,151 +1,142 @@
-"""What reaches the Hub, seen by a server that speaks as much of its language as an upload needs."""
+"""What a run sends to the Hub, and what stays in its folder."""
 
 from __future__ import annotations
 
-import base64
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification
 
-from tiny_runs import copy_of, different, model_of, trainer_of
+from hub_server import TOKENS, Hub, Repo
+from tiny_runs import copy_of, different, everything, model_of, trainer_of
 
-TOKEN = "hf_thisIsASecretOfTheUser"
+TOKEN = TOKENS["anna"]
 PLAIN = {"README.md", "config.json", "model.safetensors"}
+BACKBONES = {"test_resnet": PLAIN, "wide_resnet10_1_cifar": {*PLAIN, "wide_resnet_cifar.py"}}
+STATE = {"ccssl_head.safetensors", "training_state.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+STATE |= {"trainer_state.json"}
 
 
-class Hub(ThreadingHTTPServer):
-    """Keeps the commits to any repository: message, and content by path."""
-
-    def __init__(self) -> None:
-        super().__init__(("localhost", 0), Requests)
-        self.commits: list[tuple[str, dict[str, bytes]]] = []
-        self.url = f"http://localhost:{self.server_port}"
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        return {path: content for _, files in self.commits for path, content in files.items()}
-
-
-class Requests(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers["Authorization"] != f"Bearer {TOKEN}" and "validate-yaml" not in self.path:
-            return self.answer({"error": "no such user"}, 401)
-        if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            return self.answer({"url": f"{self.server.url}/{asked.get('organization', 'anna')}/{asked['name']}"})
-        if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer(
-                {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
-            )
-        assert "/commit/" in self.path, self.path
-        lines = [json.loads(line) for line in body.splitlines()]
-        message = next(line["value"]["summary"] for line in lines if line["key"] == "header")
-        files = [line["value"] for line in lines if line["key"] == "file"]
-        self.server.commits.append((message, {file["path"]: base64.b64decode(file["content"]) for file in files}))
-        return self.answer({"commitUrl": f"{self.server.url}/anna/digits/commit/0", "commitOid": "0", "success": True})
-
-    def answer(self, content: dict[str, Any], status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch) -> Iterator[Hub]:
-    server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it may know another address
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def trained(folder: Path, **changes: Any) -> Any:
-    changes = {"hub_model_id": "anna/digits", "hub_token": TOKEN, "max_steps": 2, **changes}
-    trainer = trainer_of(folder, model_of("test_resnet"), **changes)
+def trained(folder: Path, backbone: str = "test_resnet", **changes: Any) -> Any:
+    """A run of two steps; its repository is named like the test's folder."""
+    changes = {"hub_model_id": f"anna/{folder.parent.name}", "hub_token": TOKEN, "max_steps": 2, **changes}
+    trainer = trainer_of(folder, model_of(backbone), **changes)
     trainer.train()
     return trainer
 
 
-def assert_no_secret(hub: Hub, folder: Path) -> None:
+def repo_of(hub: Hub, folder: Path) -> Repo:
+    return hub.repo(f"anna/{folder.name}")
+
+
+def titles(repo: Repo) -> list[str]:
+    return [commit.title for commit in repo.history("main")][-2::-1]
+
+
+def assert_no_secret(repo: Repo, folder: Path) -> None:
+    """Neither here nor there a token; there, in any commit, nothing that says where the run was."""
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-    assert not any(TOKEN.encode() in content for content in [*written, *hub.files.values()])
-    assert not any("training_args" in name for name in [*hub.files, *(path.name for path in folder.rglob("*"))])
+    pushed = {path: file.content for commit in repo.commits.values() for path, file in commit.files.items()}
+    assert not any(TOKEN.encode() in content for content in [*written, *pushed.values()])
+    assert not any(str(folder).encode() in content for content in pushed.values())
+    assert not any("training_args" in name for name in [*pushed, *(path.name for path in folder.rglob("*"))])
 
 
-def test_a_push_is_the_plain_folder_and_its_card(hub, tmp_path):
-    trainer = trained(tmp_path / "run", save_strategy="steps", save_steps=1)
-    assert hub.commits == []
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_push_is_the_plain_folder_and_its_card(hub, tmp_path, backbone):
+    trainer = trained(tmp_path / "run", backbone, save_strategy="steps", save_steps=1)
+    assert ("model", f"anna/{tmp_path.name}") not in hub.repos
     trainer.push_to_hub(commit_message="Digits", license="apache-2.0", tags=["digits"])
-    [(message, files)] = hub.commits
-    assert message == "Digits" and files.keys() == PLAIN
-    assert_no_secret(hub, tmp_path)
+    repo = repo_of(hub, tmp_path)
+    files = repo.files()
+    assert titles(repo) == ["Digits"] and files.keys() == BACKBONES[backbone]
+    assert_no_secret(repo, tmp_path)
 
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.license == "apache-2.0" and "digits" in card.data.tags and "anna/digits" in card.text
+    assert card.data.license == "apache-2.0" and "digits" in card.data.tags and f"anna/{tmp_path.name}" in card.text
     # Loaded as any model is, the published weights are the averaged ones.
     state = copy_of(AutoModelForImageClassification.from_pretrained(tmp_path))
     average = {f"timm_model.{name}": tensor for name, tensor in copy_of(trainer.ema.module.backbone).items()}
     assert different(state, average) == []
 
 
-def test_a_push_takes_the_heads_along_when_asked_to(hub, tmp_path):
-    trained(tmp_path / "run").push_to_hub(with_head=True)
-    assert hub.files.keys() == {*PLAIN, "ccssl_head.safetensors"}
+def test_a_push_takes_the_heads_along_when_asked_to_and_never_leaves_those_of_other_weights(hub, tmp_path):
+    trainer = trained(tmp_path / "run")
+    trainer.push_to_hub(with_head=True)
+    repo = repo_of(hub, tmp_path)
+    assert repo.files().keys() == {*PLAIN, "ccssl_head.safetensors"}
+    trainer.push_to_hub(license="mit")  # the same weights, so the heads fit
+    assert repo.files().keys() == {*PLAIN, "ccssl_head.safetensors"}
+    trainer.args.max_steps = 1
+    trainer.train()
+    trainer.push_to_hub()
+    assert repo.files().keys() == PLAIN
 
 
 def test_save_model_pushes_where_the_arguments_say_so(hub, tmp_path):
-    trainer = trained(tmp_path / "run", push_to_hub=True, hub_strategy="end", save_strategy="steps", save_steps=1)
-    assert hub.commits == []
+    arguments = {"push_to_hub": True, "hub_strategy": "end", "hub_private_repo": True}
+    trainer = trained(tmp_path / "run", **arguments, save_strategy="steps", save_steps=1)
+    repo = repo_of(hub, tmp_path)
+    assert repo.private and titles(repo) == []
     trainer.save_model()
-    assert [message for message, _ in hub.commits] == ["Model save"] and hub.files.keys() == PLAIN
-    assert_no_secret(hub, tmp_path)
+    assert titles(repo) == ["Model save"] and repo.files().keys() == PLAIN
+    assert_no_secret(repo, tmp_path)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_checkpoints_are_pushed_while_a_run_goes_on(hub, tmp_path, strategy):
+def test_checkpoints_are_pushed_while_a_run_goes_on(hub, tmp_path, strategy, backbone):
     trained(
         tmp_path / "run",
+        backbone,
         push_to_hub=True,
         hub_strategy=strategy,
         hub_always_push=True,
         save_strategy="steps",
         save_steps=1,
+        save_total_limit=1,  # the first checkpoint may be gone before it was sent
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="top1",
+        load_best_model_at_end=True,
     )
-    plain = {"config.json", "model.safetensors"}
+    repo = repo_of(hub, tmp_path)
+    plain = BACKBONES[backbone] - {"README.md"}
     folders = {"every_save": [], "checkpoint": ["last-checkpoint"], "all_checkpoints": ["checkpoint-1", "checkpoint-2"]}
-    names = {path.name for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
-    assert hub.files.keys() == plain | {f"{folder}/{name}" for folder in folders[strategy] for name in names}
-    assert {"training_state.safetensors", "optimizer.pt", "trainer_state.json"} <= names
-    assert all(message.startswith("Training in progress, step") for message, _ in hub.commits)
-    assert_no_secret(hub, tmp_path)
+    state = {f"{folder}/{name}" for folder in folders[strategy] for name in {*plain, *STATE}}
+    assert titles(repo) == ["Training in progress, step 1", "Training in progress, step 2"]
+    assert repo.files().keys() == plain | state
+    assert_no_secret(repo, tmp_path)
+    assert list((tmp_path / "run").glob("_*")) == []  # nothing is left of what was held for the uploads
 
 
-def test_our_own_backbone_brings_its_code_along(hub, tmp_path):
-    trainer = trainer_of(tmp_path / "run", hub_model_id="anna/digits", hub_token=TOKEN, max_steps=1)
+def test_a_run_goes_on_from_a_checkpoint_that_was_pushed_bit_for_bit(hub, tmp_path):
+    arguments = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 1}
+    whole = trained(tmp_path / "run", **arguments)
+    pushed = {path: file for path, file in repo_of(hub, tmp_path).files().items() if path.startswith("checkpoint-1/")}
+    for name, content in pushed.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    again = trainer_of(tmp_path / "again", model_of("test_resnet", seed=1), max_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 2
+    assert different(everything(again), everything(whole)) == []
+
+
+def test_a_push_that_fails_while_a_run_goes_on_is_said_and_the_run_goes_on(hub, tmp_path, caplog):
+    with hub.failing(f"POST /api/models/anna/{tmp_path.name}/commit/"):
+        trainer = trained(
+            tmp_path / "run", push_to_hub=True, hub_strategy="every_save", save_strategy="steps", save_steps=1
+        )
+        assert trainer.state.global_step == 2
+        assert "A checkpoint was not pushed: The push to anna/" in caplog.text
+        with pytest.raises(ConnectionError, match="push again"):
+            trainer.save_model()
+    repo = repo_of(hub, tmp_path)
+    assert titles(repo) == [] and (tmp_path / "run" / "README.md").is_file()
     trainer.push_to_hub()
-    assert hub.files.keys() == {*PLAIN, "wide_resnet_cifar.py"}
+    assert titles(repo) == ["End of training"] and repo.files().keys() == PLAIN

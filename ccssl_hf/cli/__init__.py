@@ -9,6 +9,7 @@ import typer
 from .. import __version__
 from . import convert, export
 from .predict import predict
+from .push import push
 from .serve import serve
 from .train import ANY_FLAG, train
 
@@ -19,6 +20,7 @@ RUNS, PUBLISHING = "Train and look at the result", "Publish and serve"
 
 app.command(rich_help_panel=RUNS, **ANY_FLAG)(train)
 app.command(rich_help_panel=RUNS)(predict)
+app.command(rich_help_panel=PUBLISHING)(push)
 app.command(rich_help_panel=PUBLISHING)(serve)
 app.add_typer(export.app, name="export", rich_help_panel=PUBLISHING)
 app.add_typer(convert.app, name="convert", rich_help_panel=PUBLISHING)

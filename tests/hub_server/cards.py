@@ -12,7 +12,7 @@ LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "c
 LICENSES |= {"openrail", "unknown", "other"}
 """Some of the identifiers that the Hub knows."""
 
-REPO_ID = re.compile(r"(?:[\w.\-]+/)?[\w.\-]+")
+REPO_ID = re.compile(r"(?:\w[\w.\-]*/)?\w[\w.\-]*")
 LISTS = ("tags", "datasets", "metrics", "language")
 """Keys that hold a text or several."""
 

@@ -1,0 +1,294 @@
+"""What goes to the Hub from a folder, and what becomes of it when something is wrong: with a folder, or on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from PIL import Image
+from typer.testing import CliRunner
+
+from ccssl_hf.cli import app
+from ccssl_hf.hub import check_texts, plan_push, upload
+from hub_server import TOKENS
+from tiny_runs import model_of
+
+ANNA = TOKENS["anna"]
+RUN = CliRunner(env={"HF_TOKEN": ANNA})
+CARD = """---
+license: apache-2.0
+tags: [image-classification]
+---
+# Digits
+
+![Curves](images/curves%20of%20top1.png) and <img width="300" src="./matrix.png"> but not
+![elsewhere](https://example.org/badge.svg), ![above](../above.png)
+"""
+PUBLIC = {"README.md", "config.json", "model.safetensors", "images/curves of top1.png", "matrix.png"}
+PUBLIC |= {"preprocessor_config.json", "handler.py", "requirements.txt", "onnx/model.onnx"}
+HEAD = {"ccssl_head.safetensors"}
+STATE = {f"checkpoint-1/{name}" for name in ("config.json", "model.safetensors", "ccssl_head.safetensors")}
+STATE |= {f"checkpoint-1/{name}" for name in ("optimizer.pt", "rng_state_0.pth", "trainer_state.json")}
+PRIVATE = {
+    "training_args.bin": "holds the Hub token in clear",
+    "checkpoint-1/training_args.bin": "holds the Hub token in clear",
+    "_model.safetensors.partial": "not part of a published model",
+    "train_results.json": "not part of a published model",
+    "runs/events.out": "not part of a published model",
+    "images/labeled_photo.png": "not part of a published model",
+    ".env": "not part of a published model",
+    "notes.md": "not part of a published model",
+    "other.py": "not part of a published model",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    model_of("test_resnet").save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    for name in [*PRIVATE, *(PUBLIC | STATE)]:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text("{}" if path.suffix == ".json" else f"{ANNA}" if name in PRIVATE else "")
+    for number, name in enumerate(name for name in PUBLIC if name.endswith(".png")):
+        Image.new("RGB", (60, 40), (number, 0, 0)).save(folder / name)
+    best = json.dumps({"best_model_checkpoint": str(folder / "checkpoint-1"), "global_step": 1})
+    (folder / "checkpoint-1" / "trainer_state.json").write_text(best)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "folder"))
+
+
+@pytest.fixture
+def repo_id(tmp_path) -> str:
+    return f"anna/{tmp_path.name}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------- what goes
+
+
+def test_only_what_is_known_to_be_public_goes(folder):
+    plan = plan_push(folder)
+    assert plan.files == {name: folder / name for name in PUBLIC}
+    heads = {"ccssl_head.safetensors": "heads, for training on: --with-head sends them"}
+    whole = {
+        "runs/": "not part of a published model",
+        "checkpoint-1/": "training state: --with-training-state sends it",
+    }
+    single = {name: why for name, why in PRIVATE.items() if name.split("/")[0] not in ("runs", "checkpoint-1")}
+    assert plan.left == {**single, **whole, **heads}
+
+
+def test_heads_and_training_state_go_by_a_flag_each(folder):
+    assert plan_push(folder, with_head=True).files.keys() == PUBLIC | HEAD
+    plan = plan_push(folder, with_training_state=True)
+    assert plan.files.keys() == PUBLIC | STATE
+    assert plan.left["checkpoint-1/training_args.bin"] == PRIVATE["training_args.bin"]
+    checkpoint = plan_push(folder / "checkpoint-1", with_training_state=True)
+    assert {f"checkpoint-1/{name}" for name in checkpoint.files} == STATE - {"checkpoint-1/ccssl_head.safetensors"}
+
+
+def test_a_picture_that_is_missing_is_said(folder):
+    (folder / "matrix.png").unlink()
+    assert "matrix.png" in plan_push(folder).left
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_folder_without_a_model_is_an_error(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {missing}: give"):
+        plan_push(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("README.md", f"see\n{ANNA}", r"README.md, line 2, holds an access token \(hf_ann…\)"),
+        ("handler.py", "ROOT = '{folder}'", "handler.py, line 1, holds a path of this machine"),
+        ("requirements.txt", "x\n-e file://{home}/code", "requirements.txt, line 2, holds a path of this machine"),
+        ("config.json", '{{"file": "{cwd}/weights.pt"}}', "config.json, line 1, holds a path of this machine"),
+    ],
+)
+def test_a_text_with_a_token_or_a_local_path_does_not_go(hub, folder, repo_id, name, text, words):
+    (folder / name).write_text(text.format(folder=folder, home=Path.home(), cwd=Path.cwd()))
+    asked = len(hub.requests)
+    with pytest.raises(ValueError, match=words):
+        upload(plan_push(folder).files, repo_id, token=ANNA)
+    assert hub.requests[asked:] == []
+
+
+def test_words_that_look_like_a_token_or_a_path_go(folder):
+    lines = [
+        "hf_hub_download and hf_transfer",
+        f"https://example.org{Path.home()}",
+        f"x{folder}",
+        f"{folder}-2",
+        "/mnt",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+    check_texts(plan_push(folder).files)
+
+
+# ------------------------------------------------------------------------------------------------------------- the way
+
+
+def test_a_push_is_one_commit_to_main_to_a_branch_or_to_a_pull_request(hub, folder, repo_id):
+    upload(plan_push(folder).files, repo_id, private=True, message="First", token=ANNA)
+    repo = hub.repo(repo_id)
+    assert repo.private and [commit.title for commit in repo.history("main")] == ["First", "initial commit"]
+    assert repo.files() == {name: (folder / name).read_bytes() for name in PUBLIC}
+
+    (folder / "README.md").write_text(CARD + "More.")
+    upload(plan_push(folder).files, repo_id, revision="next", token=ANNA)
+    opened = upload(plan_push(folder).files, repo_id, create_pr=True, token=ANNA)
+    assert opened.pr_num == 1 and opened.pr_url.endswith(f"{repo_id}/discussions/1")
+    upload(plan_push(folder, with_head=True).files, repo_id, revision="refs/pr/1", token=ANNA)
+    assert repo.files()["README.md"] == CARD.encode() and repo.files("next")["README.md"].endswith(b"More.")
+    assert repo.files("refs/pr/1").keys() == PUBLIC | HEAD
+
+
+def test_the_state_of_a_run_goes_without_the_place_where_it_lay(hub, folder, repo_id):
+    upload(plan_push(folder, with_training_state=True).files, repo_id, token=ANNA)
+    pushed = hub.repo(repo_id).files()
+    assert pushed.keys() == PUBLIC | STATE
+    assert json.loads(pushed["checkpoint-1/trainer_state.json"])["best_model_checkpoint"] == "checkpoint-1"
+    assert not any(str(folder.parent).encode() in content for content in pushed.values())
+
+
+@pytest.mark.parametrize(("request_", "after"), [("PUT /_lfs/", 2), ("POST /api/.*/commit/", 0)])
+def test_a_push_that_breaks_off_loses_nothing_and_the_next_sends_what_is_missing(hub, folder, repo_id, request_, after):
+    for number, name in enumerate(["model.safetensors", "matrix.png", "onnx/model.onnx"]):
+        with (folder / name).open("ab") as file:  # no other push has sent these
+            file.write(f"{repo_id} {number}".encode())
+    before = contents(folder)
+    with hub.failing(request_, after=after), pytest.raises(ConnectionError, match=r"broke off .* push again"):
+        upload(plan_push(folder).files, repo_id, token=ANNA)
+    repo = hub.repo(repo_id)
+    assert contents(folder) == before and repo.files() == {} and len(repo.commits) == 1
+
+    asked = len(hub.requests)
+    upload(plan_push(folder).files, repo_id, token=ANNA)
+    sent = [request for request in hub.requests[asked:] if request.startswith("PUT")]
+    assert len(sent) == (1 if after else 0)
+    assert repo.files() == {name: (folder / name).read_bytes() for name in PUBLIC} and len(repo.commits) == 2
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ("license: my own", '"license" must be one of'),
+        ("tags: [a", "metadata that the Hub does not take .*mend"),
+        ("base_model: ../resnet", '"base_model" with value "../resnet" is not valid'),
+        ("model-index:\n- name: x", "model_index"),
+    ],
+)
+def test_a_card_that_the_hub_refuses_stops_the_push_before_anything_is_made(hub, folder, repo_id, metadata, words):
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(ValueError, match=words):
+        upload(plan_push(folder).files, repo_id, token=ANNA)
+    assert ("model", repo_id) not in hub.repos
+
+
+def test_what_is_private_does_not_become_public_by_mistake(hub, folder, repo_id):
+    HfApi(token=ANNA).create_repo(repo_id)
+    with pytest.raises(ValueError, match="is there, and public"):
+        upload(plan_push(folder).files, repo_id, private=True, token=ANNA)
+    assert hub.repo(repo_id).files() == {}
+
+
+def test_errors_name_the_fix(hub, folder, repo_id, monkeypatch):
+    files = plan_push(folder).files
+    with pytest.raises(PermissionError, match="hf auth login"):
+        upload(files, repo_id)
+    with pytest.raises(PermissionError, match=r"Invalid credentials .*hf auth whoami"):
+        upload(files, repo_id, token="hf_nobody")
+    with pytest.raises(PermissionError, match=r"don't have the rights .*hf auth whoami"):
+        upload(files, repo_id, token=TOKENS["ben"])
+    with pytest.raises(ValueError, match="'a b' is no Hub id: write USER/REPO"):
+        upload(files, "a b", token=ANNA)
+    with pytest.raises(ValueError, match="has no revision 'refs/pr/7'"):
+        upload(files, repo_id, revision="refs/pr/7", token=ANNA)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        with pytest.raises(ConnectionError, match=r"broke off .*refused"):
+            upload(files, repo_id, token=ANNA)
+
+
+def test_a_model_pushes_itself(hub, repo_id):
+    model = model_of("wide_resnet10_1_cifar")
+    plain = {"config.json", "model.safetensors", "wide_resnet_cifar.py"}
+    model.push_to_hub(repo_id, private=True, token=ANNA)
+    assert hub.repo(repo_id).files().keys() == plain and hub.repo(repo_id).private
+    model.push_to_hub(repo_id, with_head=True, revision="heads", token=ANNA)
+    assert hub.repo(repo_id).files("heads").keys() == plain | HEAD
+
+
+# ----------------------------------------------------------------------------------------------------- the command line
+
+
+def test_a_dry_run_lists_what_would_go_and_stay_and_asks_nobody(folder, repo_id):
+    code = "import socket\nsocket.socket.connect = None\nfrom ccssl_hf.cli import app\napp()"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "push", str(folder), repo_id, "--dry-run", "--with-head"],
+        env={key: value for key, value in os.environ.items() if not key.startswith("HF_")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    going, staying = run.stdout.split("Would stay here:\n")
+    assert going.splitlines()[0] == f"Would go to {repo_id}:"
+    assert [line.split("  ")[1] for line in going.splitlines()[1:]] == sorted(PUBLIC | HEAD)
+    size = (folder / "model.safetensors").stat().st_size
+    assert f"model.safetensors          {size / 1000:,.1f} kB" in going
+    assert "  training_args.bin           holds the Hub token in clear\n" in staying
+
+
+def test_the_command_pushes_and_says_where(hub, folder, repo_id):
+    result = RUN.invoke(app, ["push", str(folder), repo_id, "--private", "--message", "From the shell"])
+    assert result.exit_code == 0, result.output
+    repo = hub.repo(repo_id)
+    assert repo.private and repo.at("main").title == "From the shell" and repo.files().keys() == PUBLIC
+    assert (
+        result.stdout.startswith(f"{len(PUBLIC)} files (") and f"{repo_id}/commit/{repo.at('main').id}" in result.stdout
+    )
+    (folder / "requirements.txt").write_text("pillow")
+    result = RUN.invoke(app, ["push", str(folder), repo_id, "--create-pr"])
+    assert f"{hub.url}/{repo_id}/discussions/1, a pull request" in result.stdout
+
+
+def test_the_command_ends_with_one_line_where_it_must_stop(hub, folder, repo_id):
+    for arguments, words in (
+        ([str(folder / "runs"), repo_id], "has no config.json"),
+        ([str(folder), "ben/digits"], "does not let you push to ben/digits"),
+        ([str(folder), repo_id, "--revision", "refs/pr/3"], "has no revision"),
+    ):
+        result = RUN.invoke(app, ["push", *arguments])
+        assert result.exit_code == 2
+        [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert words in line
+
+
+def test_a_stranger_does_not_see_a_private_repository(hub, folder, repo_id):
+    upload(plan_push(folder).files, repo_id, private=True, token=ANNA)
+    for token in (TOKENS["ben"], False):
+        with pytest.raises(RepositoryNotFoundError):
+            HfApi(token=token).model_info(repo_id)
