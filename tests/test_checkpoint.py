@@ -82,6 +82,12 @@ LOAD_EVERYTHING = """
     from safetensors.torch import load_file
     from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
+    def at_home(model):
+        """The weights in memory of their own: in a mapped file they lie as it comes, and kernels round by that."""
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.clone()
+        return model.eval()
+
     root = Path(sys.argv[1])
     image = Image.open(root / "picture.png")
     found = {}
@@ -92,8 +98,8 @@ LOAD_EVERYTHING = """
         processor = AutoImageProcessor.from_pretrained(folder)  # never needs trust
         pixels = processor(image)["pixel_values"]
         with torch.no_grad():
-            classifier = AutoModelForImageClassification.from_pretrained(folder, **trust).eval()
-            features = AutoModel.from_pretrained(folder, **trust).eval()(pixels).pooler_output
+            classifier = at_home(AutoModelForImageClassification.from_pretrained(folder, **trust))
+            features = at_home(AutoModel.from_pretrained(folder, **trust))(pixels).pooler_output
             pipe = pipeline("image-classification", model=folder, device="cpu", **trust)
             logits = classifier(pixels).logits
             native = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
