@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import wide_resnet_cifar
+from .errors import summary
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -199,8 +200,7 @@ def find_checkpoint(name: str | Path, *, revision: str | None = None, **hub_kwar
         files = [CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE]
         return Path(snapshot_download(repo_id, revision=revision or named or None, allow_patterns=files, **hub_kwargs))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"'{name}' is neither a folder here nor a Hub repository that can be read ({reason}): pass a folder that "
-            "save_pretrained wrote, or a Hub id 'user/name'."
+            f"'{name}' is neither a folder here nor a Hub repository that can be read ({summary(error)}): pass a "
+            "folder that save_pretrained wrote, or a Hub id 'user/name'; a private one needs `hf auth login`."
         ) from error

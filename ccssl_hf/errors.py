@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,15 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'this' or 'that'?` for a misspelt name, with the leading space; nothing where none is like it."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def summary(error: BaseException) -> str:
+    """What an error says, in one line. The Hub's are of several, or JSON."""
+    try:
+        text = " ".join(problem["message"] for problem in json.loads(str(error))["errors"])
+    except ValueError:
+        text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return re.sub(r"\s+", " ", text).strip().rstrip(".:")
 
 
 @contextmanager

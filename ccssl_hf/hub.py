@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import wide_resnet_cifar
 from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
+from .errors import summary
 from .resume import TRAINING_STATE
 
 CARD_FILE = "README.md"
@@ -186,18 +187,9 @@ def check_card(card: Path) -> None:
         raise  # some of them are ValueErrors, too
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{card.name} has metadata that the Hub does not take ({_sentence(error)}): mend what lies between its "
+            f"{card.name} has metadata that the Hub does not take ({summary(error)}): mend what lies between its "
             "lines of ---, or have create_model_card write it anew."
         ) from error
-
-
-def _sentence(error: BaseException) -> str:
-    """What an error says, in one line. The Hub's answer to a card is JSON."""
-    try:
-        text = " ".join(problem["message"] for problem in json.loads(str(error))["errors"])
-    except ValueError:
-        text = getattr(error, "server_message", None) or str(error) or type(error).__name__
-    return re.sub(r"\s+", " ", text).strip().rstrip(".:")
 
 
 def upload(
@@ -261,7 +253,7 @@ def upload(
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise PermissionError(
-                f"The Hub does not let you push to {repo_id} ({_sentence(error)}): check the name, and that "
+                f"The Hub does not let you push to {repo_id} ({summary(error)}): check the name, and that "
                 "`hf auth whoami` names an account with a token that may write there."
             ) from error
         raise _broke_off(repo_id, error) from error
@@ -271,7 +263,7 @@ def upload(
 
 def _broke_off(repo_id: str, error: BaseException) -> ConnectionError:
     return ConnectionError(
-        f"The push to {repo_id} broke off ({_sentence(error)}). Nothing was committed and nothing here has changed: "
+        f"The push to {repo_id} broke off ({summary(error)}). Nothing was committed and nothing here has changed: "
         "push again, and only what is missing is sent."
     )
 
