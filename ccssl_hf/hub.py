@@ -74,11 +74,9 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
         FileNotFoundError: It holds no model.
     """
     folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"'{folder}' has no {name}: give a folder that save_model or save_pretrained wrote."
-            )
+    for name, others in ((CONFIG_FILE, ""), (WEIGHTS_FILE, "onnx/*.onnx")):
+        if not (folder / name).is_file() and not (others and any(folder.glob(others))):
+            raise FileNotFoundError(f"'{folder}' has no {name}: give a folder that save_model or an export wrote.")
     card = folder / CARD_FILE
     pictures = set(_pictures(card.read_text(encoding="utf-8"))) if card.is_file() else set()
     here = (*PLAIN_FILES, *([HEAD_FILE] if with_head else []), *(TRAINING_FILES if with_training_state else []))
@@ -280,7 +278,7 @@ def _stale_heads(
     api: HfApi, repo_id: str, revision: str | None, operations: list[CommitOperationAdd]
 ) -> list[CommitOperationDelete]:
     sent = {operation.path_in_repo: operation for operation in operations}
-    if HEAD_FILE in sent:
+    if HEAD_FILE in sent or WEIGHTS_FILE not in sent:
         return []
     there = {file.path: file for file in api.get_paths_info(repo_id, [WEIGHTS_FILE, HEAD_FILE], revision=revision)}
     if HEAD_FILE not in there:

@@ -108,9 +108,16 @@ def test_a_picture_that_is_missing_is_said(folder):
     assert "matrix.png" in plan_push(folder).left
 
 
+def test_an_exported_model_goes_without_the_weights_of_torch(hub, folder, repo_id):
+    (folder / "model.safetensors").unlink()
+    upload(plan_push(folder).files, repo_id, token=ANNA)
+    assert hub.repo(repo_id).files().keys() == PUBLIC - {"model.safetensors"}
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_a_folder_without_a_model_is_an_error(folder, missing):
     (folder / missing).unlink()
+    shutil.rmtree(folder / "onnx")
     with pytest.raises(FileNotFoundError, match=f"has no {missing}: give"):
         plan_push(folder)
 
