@@ -15,6 +15,7 @@ import platform
 import re
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -102,24 +103,49 @@ def in_child(function: Callable[..., T], *args: Any) -> T:
     The function has to stand at the top of the script, and what it takes and returns has to pickle.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ccssl_hf"])
+    context.set_forkserver_preload(["ccssl_hf.trainer"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
 
-def resident(peak: bool = False) -> float:
-    """This process's resident memory in MiB, now or at its highest: the pages of mapped files count. Linux alone."""
+def resident(*kinds: str) -> float:
+    """The sum of these `kinds` of this process's memory in MiB, named as in /proc/self/status. Linux alone."""
     status = Path("/proc/self/status").read_text()
-    return int(re.findall(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", status)[0]) / 1024
+    return sum(int(re.findall(rf"{kind}:\s+(\d+) kB", status)[0]) for kind in kinds) / 1024
 
 
 def rise_of_memory(call: Callable[[], Any]) -> float:
-    """How far `call()` raises the resident memory at its highest, in MiB. Best in a fresh process, warmed up."""
+    """How far `call()` raises the resident memory at its highest, in MiB. Best in a fresh process, warmed up.
+
+    Pages of mapped files count.
+    """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far, that of imports
-    before = resident()
+    before = resident("VmRSS")
     call()
-    return resident(peak=True) - before
+    return resident("VmHWM") - before
+
+
+def rise_of_own_memory(call: Callable[[], Any]) -> float:
+    """Likewise without pages of mapped files. Of this the system keeps no high-water mark: a thread looks each 2 ms."""
+    own = ("RssAnon", "RssShmem")
+    gc.collect()
+    before = highest = resident(*own)
+    ended = threading.Event()
+
+    def look() -> None:
+        nonlocal highest
+        while not ended.wait(0.002):
+            highest = max(highest, resident(*own))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        call()
+    finally:
+        ended.set()
+        thread.join()
+    return highest - before
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
