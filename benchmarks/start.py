@@ -12,7 +12,7 @@ Memory is what the run adds, at its highest, to the process's own memory after t
 share and which is dropped whenever memory is short. `datasets` maps its arrow files in batches of 100 images, and the
 kernel maps up to 64 KiB around the head of each, read or not.
 
-The files take 5 GB of the folder for temporary files.
+The files take 2.3 GB of the folder for temporary files.
 """
 
 from __future__ import annotations
