@@ -1,23 +1,18 @@
-"""Pictures and tables of results: convergence over seeds, confusions, calibration, confidence on strangers.
-
-Every picture is drawn on a figure of its own, without pyplot and its global state, so that a training loop or several
-threads can draw. The file's ending picks the format.
-"""
+"""Pictures and tables of results: confusions, calibration, confidence on strangers, embeddings."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib import colormaps
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .metrics import (
     OUT_OF_DISTRIBUTION,
@@ -26,109 +21,41 @@ from .metrics import (
     reliability_bins,
     to_numpy,
 )
+from .plotting import COLORS, GREY, TEXT, legend, save, style
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): its colours stay apart under colour blindness. Without the
-# yellow, which is too pale for a line on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_TEXT, _GREY, _AXIS, _GRID = "#222222", "#666666", "#AAAAAA", "#E4E4E4"
-_DPI = 200
+NAMED_CLASSES = 50
+"""Up to so many classes a confusion matrix shows all; of more, the `MOST_MISTAKEN`."""
 
+MOST_MISTAKEN = 20
 
-def _style(ax: Axes, *, xlabel: str, ylabel: str, note: str = "", grid: bool = True) -> None:
-    """Thin axes, quiet ticks, named axes, and a note over the left corner."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(_AXIS)
-    ax.tick_params(labelsize=9, length=3, color=_AXIS, labelcolor=_GREY)
-    ax.set_xlabel(xlabel, fontsize=10, color=_TEXT, labelpad=6)
-    ax.set_ylabel(ylabel, fontsize=10, color=_TEXT, labelpad=6)
-    ax.set_title(note, fontsize=9, color=_GREY, loc="left", pad=8)
-    if grid:
-        ax.grid(axis="y", color=_GRID, linewidth=0.8)
-        ax.set_axisbelow(True)
+EMBEDDED_IMAGES = 1000
+"""t-SNE takes some seconds for these."""
 
 
-def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI, facecolor="white", bbox_inches="tight", pad_inches=0.08)
-
-
-def _legend(ax: Axes, **kwargs: Any) -> None:
-    ax.legend(frameon=False, fontsize=9, labelcolor=_TEXT, **kwargs)
-
-
-def _spread_out(heights: Sequence[float], gap: float) -> list[float]:
-    """`heights` moved apart to at least `gap`, in the same order: those that touch are stacked around their mean."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    stacks: list[tuple[float, int]] = []  # middle, number of labels
-    for i in order:
-        stacks.append((heights[i], 1))
-        while len(stacks) > 1 and stacks[-1][0] - stacks[-2][0] < gap * (stacks[-1][1] + stacks[-2][1]) / 2:
-            (low, n), (high, k) = stacks[-2:]
-            stacks[-2:] = [((low * n + high * k) / (n + k), n + k)]
-    placed = [middle + gap * (j - (size - 1) / 2) for middle, size in stacks for j in range(size)]
-    return [height for _, height in sorted(zip(order, placed, strict=True))]
-
-
-def _mean_and_spread(
-    name: str, seeds: Sequence[Sequence[tuple[int, float]]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all seeds share, the mean over seeds and the standard deviation (0 of one seed) there."""
-    by_step = [dict(history) for history in seeds]
-    steps = sorted(set(by_step[0]).intersection(*by_step[1:])) if by_step else []
-    if not steps:
-        raise ValueError(f"The seeds of {name!r} share no step; measure all of them at the same steps.")
-    values = np.array([[history[step] for step in steps] for history in by_step], dtype=np.float64)
-    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
-    return np.array(steps), values.mean(0), spread
-
-
-def plot_convergence(
-    histories: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: str | Path, ylabel: str
-) -> None:
-    """Mean over seeds against optimizer steps, one line for each method, with a band of one standard deviation.
+def shown_classes(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Which classes a confusion matrix shows: all of a few, and of many those that are mistaken for each other most.
 
     Args:
-        histories: Method to one history for each seed, `[(step, value), ...]`. Of a method whose seeds were measured at
-            different steps, only the steps that all seeds share are drawn.
-        path: The picture to write.
-        ylabel: What the values are, with split, weights and unit.
+        labels: `[N]`, in 0..C-1, or -1.
+        predictions: `[N]`, in 0..C-1.
+        num_classes: `C`.
 
-    Raises:
-        ValueError: If there is nothing to draw, or the seeds of a method share no step.
+    Returns:
+        Their numbers: of many classes, two that are mistaken for each other stand side by side.
     """
-    curves = [(name, len(seeds), *_mean_and_spread(name, seeds)) for name, seeds in histories.items()]
-    if not curves:
-        raise ValueError("There is no history to draw; pass at least one method with one seed.")
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    ax = figure.add_subplot()
-    for (_, _, steps, mean, spread), color, marker in zip(curves, cycle(COLORS), cycle(MARKERS)):
-        ax.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.16, linewidth=0)
-        every = max(1, math.ceil(len(steps) / 12))
-        ax.plot(steps, mean, color=color, linewidth=1.8, marker=marker, markersize=4, markevery=every)
-    numbers = sorted({number for _, number, *_ in curves})
-    seeds = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-    note = f"Mean of {seeds} seeds, band: ± one standard deviation" if numbers[-1] > 1 else "One seed"
-    _style(ax, xlabel="Optimizer steps", ylabel=ylabel, note=note)
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.margins(x=0.02)
-    low, high = ax.get_ylim()
-    heights = _spread_out([float(mean[-1]) for *_, mean, _ in curves], gap=0.06 * (high - low))
-    for (name, _, steps, mean, _), height, color in zip(curves, heights, cycle(COLORS)):
-        ax.annotate(
-            f"{name}  {mean[-1]:.3g}",
-            (steps[-1], height),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=color,
-        )
-    _save(figure, path)
+    if num_classes <= NAMED_CLASSES:
+        return np.arange(num_classes)
+    wrong = (labels != predictions) & (labels != OUT_OF_DISTRIBUTION)
+    pairs, counts = np.unique(labels[wrong] * num_classes + predictions[wrong], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    by_mistakes = np.stack(np.divmod(pairs[order], num_classes), axis=1).ravel().tolist()
+    return np.array(list(dict.fromkeys([*by_mistakes, *range(num_classes)]))[:MOST_MISTAKEN])
 
 
 def plot_confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[str], path: str | Path) -> None:
     """What the images of each class were taken for, as shares of that class (each row sums to 100 %).
+
+    Of many classes it shows those of `shown_classes`, and in a last column all the others.
 
     Args:
         labels: `[N]`, in 0..C-1, or -1 for an image of no known class: those make up a last row of their own.
@@ -144,46 +71,58 @@ def plot_confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[s
         raise ValueError(f"Pass labels and predictions [N], N >= 1; shapes are {labels.shape} and {predictions.shape}.")
     if min(labels.min(), predictions.min() - 1) < -1 or max(labels.max(), predictions.max()) >= num_classes:
         raise ValueError(f"Labels and predictions must name one of the {num_classes} classes (labels may also be -1).")
-    strangers = bool((labels == OUT_OF_DISTRIBUTION).any())
-    counts = np.zeros((num_classes + strangers, num_classes), dtype=np.int64)
-    np.add.at(counts, (labels, predictions), 1)  # -1 lands in the last row
+    shown, strangers = shown_classes(labels, predictions, num_classes), bool((labels == OUT_OF_DISTRIBUTION).any())
+    # Rows and columns: the shown classes in their order, then all others as one column, and strangers as the last row.
+    position = np.full(num_classes + 1, len(shown))
+    position[shown] = np.arange(len(shown))
+    kept = np.isin(labels, [*shown, OUT_OF_DISTRIBUTION])
+    counts = np.zeros((len(shown) + 1, len(shown) + 1), dtype=np.int64)
+    np.add.at(counts, (position[labels[kept]], position[predictions[kept]]), 1)  # -1 is the last position
+    row_names = column_names = [class_names[number] for number in shown]
+    if strangers:
+        row_names = [*row_names, "no known class"]
+    if len(shown) < num_classes:
+        column_names = [*column_names, "another class"]
+    counts = counts[: len(row_names), : len(column_names)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    row_names = [*class_names, "no known class"] if strangers else list(class_names)
 
-    numbered = num_classes <= 20  # with more, numbers would be too small to read: colour has to do
-    cell, font = (0.52, 9) if num_classes <= 12 else (0.4, 9) if numbered else (0.2, 7)  # inches, points
-    figure = Figure(figsize=(cell * num_classes + 2.6, cell * len(row_names) + 2), layout="constrained")
+    rows, columns = shares.shape
+    numbered = len(shown) <= 20  # with more, numbers would be too small to read: colour has to do
+    cell, font = (0.52, 9) if len(shown) <= 12 else (0.4, 9) if numbered else (0.2, 7)  # inches, points
+    figure = Figure(figsize=(cell * columns + 2.6, cell * rows + 2), layout="constrained")
     ax = figure.add_subplot()
     # Among many classes single confusions are small: the root keeps them visible.
     image = ax.imshow(shares, cmap="Blues", norm=PowerNorm(1 if numbered else 0.5, vmin=0, vmax=1))
     note = "Percent of the images of each class" if numbered else ""
-    _style(ax, xlabel="Predicted class", ylabel="True class (number of images)", note=note, grid=False)
+    if len(shown) < num_classes:
+        note += f"; the {len(shown)} of {num_classes} classes with the most mistakes between two"
+    style(ax, xlabel="Predicted class", ylabel="True class (number of images)", note=note, grid=False)
     ax.spines[:].set_visible(False)
-    ax.set_xticks(range(num_classes), class_names, fontsize=font)
+    ax.set_xticks(range(columns), column_names, fontsize=font)
     ax.set_yticks(
-        range(len(row_names)),
+        range(rows),
         [f"{name} ({n})" for name, n in zip(row_names, counts.sum(1), strict=True)],
         fontsize=font,
     )
     for tick in ax.get_xticklabels():
         tick.set(rotation=45 if numbered else 90, ha="right", va="center", rotation_mode="anchor")
-    ax.set_xticks(np.arange(num_classes + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(len(row_names) + 1) - 0.5, minor=True)
+    ax.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="white", linewidth=1.5 if numbered else 0.6)
     ax.tick_params(which="both", length=0)
     if strangers:
-        ax.axhline(num_classes - 0.5, color=_TEXT, linewidth=1)
+        ax.axhline(rows - 1.5, color=TEXT, linewidth=1)
     if numbered:
         for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
-            share, color = shares[row, column], "white" if shares[row, column] > 0.55 else _TEXT
+            share, color = shares[row, column], "white" if shares[row, column] > 0.55 else TEXT
             ax.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
     else:
         ticks = (0, 0.02, 0.1, 0.25, 0.5, 1)
         bar = figure.colorbar(image, ax=ax, ticks=ticks, format=PercentFormatter(1, decimals=0), shrink=0.5, aspect=30)
         bar.outline.set_visible(False)
-        bar.ax.tick_params(labelsize=8, length=0, labelcolor=_GREY)
-        bar.set_label("Share of the images of each class", fontsize=9, color=_TEXT)
-    _save(figure, path)
+        bar.ax.tick_params(labelsize=8, length=0, labelcolor=GREY)
+        bar.set_label("Share of the images of each class", fontsize=9, color=TEXT)
+    save(figure, path)
 
 
 def plot_reliability(logits: Any, labels: Any, path: str | Path, *, num_bins: int = 15) -> None:
@@ -206,19 +145,19 @@ def plot_reliability(logits: Any, labels: Any, path: str | Path, *, num_bins: in
     gap = {"color": "none", "edgecolor": COLORS[1], "hatch": "////", "linewidth": 0.8}
     gap_height = (confidence - accuracy)[filled]
     top.bar(middle[filled], gap_height, width * 0.9, accuracy[filled], label="Gap to mean confidence", **gap)
-    top.plot((0, 1), (0, 1), color=_GREY, linewidth=1, linestyle=(0, (4, 3)), label="Perfect calibration")
-    _style(top, xlabel="", ylabel="Accuracy", note=f"Expected calibration error {error:.3f} ({num_bins} bins)")
+    top.plot((0, 1), (0, 1), color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="Perfect calibration")
+    style(top, xlabel="", ylabel="Accuracy", note=f"Expected calibration error {error:.3f} ({num_bins} bins)")
     top.set(xlim=(0, 1), ylim=(0, 1))
     top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _legend(top, loc="upper left")
+    legend(top, loc="upper left")
 
     bottom.bar(middle, counts / total, width * 0.9, color="#9A9A9A")
-    _style(bottom, xlabel="Confidence (largest softmax probability)", ylabel="Images")
+    style(bottom, xlabel="Confidence (largest softmax probability)", ylabel="Images")
     bottom.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bottom.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bottom.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     figure.align_ylabels()
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_confidence_histogram(in_conf: Any, out_conf: Any, path: str | Path) -> None:
@@ -245,17 +184,64 @@ def plot_confidence_histogram(in_conf: Any, out_conf: Any, path: str | Path) -> 
         (strangers, "No known class", COLORS[1], "////"),
     ):
         height, edges = np.histogram(values, bins=20, range=(0, 1))
-        ax.stairs(height / len(values), edges, fill=True, color=color, alpha=0.12 if hatch else 0.3)
+        look: dict[str, Any] = {"facecolor": (color, 0.12 if hatch else 0.3), "edgecolor": color, "hatch": hatch}
         label = f"{name} ({len(values)} images)"
-        ax.stairs(height / len(values), edges, color=color, linewidth=1.5, hatch=hatch, label=label)
+        ax.stairs(height / len(values), edges, fill=True, linewidth=1.5, label=label, **look)
     note = f"AUROC {auroc:.3f} (1: told apart, 0.5: not at all)"
-    _style(ax, xlabel="Confidence (largest softmax probability)", ylabel="Share of the images of each kind", note=note)
+    style(ax, xlabel="Confidence (largest softmax probability)", ylabel="Share of the images of each kind", note=note)
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    _legend(ax, loc="best")
-    _save(figure, path)
+    legend(ax, loc="best")
+    save(figure, path)
+
+
+def plot_embeddings(embeddings: Any, labels: Any, class_names: Sequence[str], path: str | Path) -> int:
+    """Embeddings in two dimensions by t-SNE (van der Maaten and Hinton, 2008): which images the model takes for alike.
+
+    Args:
+        embeddings: `[N, D]`; of more than `EMBEDDED_IMAGES`, so many are drawn, evenly spread over the rows.
+        labels: `[N]`, in 0..C-1, or -1 for an image of no known class: those are grey crosses.
+        class_names: `C` names, which are written beside their images where they are 20 at most.
+        path: The picture to write.
+
+    Returns:
+        How many images are drawn.
+
+    Raises:
+        ValueError: If there are fewer than 4 images, or shapes differ.
+    """
+    from sklearn.manifold import TSNE  # takes a while, and few pictures need it
+
+    embeddings, labels = to_numpy(embeddings), to_numpy(labels)
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1] or len(labels) < 4:
+        raise ValueError(f"Pass embeddings [N, D] and labels [N], N >= 4, not {embeddings.shape} and {labels.shape}.")
+    rows = np.unique(np.linspace(0, len(labels) - 1, EMBEDDED_IMAGES).round().astype(int))
+    perplexity = min(30, (len(rows) - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings[rows].astype(np.float32))
+    labels, names = labels[rows], len(class_names) <= 20
+    few = len(class_names) <= len(COLORS)
+    colors = COLORS if few else colormaps["turbo"](np.linspace(0.05, 0.95, len(class_names)))
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    ax = figure.add_subplot()
+    strangers = points[labels == OUT_OF_DISTRIBUTION]
+    ax.scatter(strangers[:, 0], strangers[:, 1], s=14, marker="x", linewidth=0.8, color="#9A9A9A")
+    for number in np.unique(labels[labels != OUT_OF_DISTRIBUTION]):
+        mine = points[labels == number]
+        ax.scatter(mine[:, 0], mine[:, 1], s=14, color=[colors[number]], linewidth=0, alpha=0.75)
+        if names:
+            outline = [withStroke(linewidth=3, foreground="white")]
+            x, y = np.median(mine, axis=0)
+            ax.text(x, y, class_names[number], ha="center", va="center", fontsize=9, color=TEXT, path_effects=outline)
+    note = f"t-SNE of {len(rows)} images, coloured by their true class"
+    if len(strangers):
+        note += f"; {len(strangers)} of no known class are grey crosses"
+    style(ax, xlabel="", ylabel="", note=note, grid=False)
+    ax.spines[:].set_visible(False)
+    ax.set(xticks=[], yticks=[])
+    save(figure, path)
+    return len(rows)
 
 
 def _cell(value: Any, digits: int) -> str:

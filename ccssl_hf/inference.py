@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow as pa
@@ -42,6 +42,8 @@ MAX_WORKERS = 8
 
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64
 """Images of a batch by default. On a CPU what one layer writes should still be in the cache for the next."""
+
+T = TypeVar("T")
 
 ROW_GROUP = 4096
 """Rows that are held before they are written: 32 MiB with embeddings of 2048 numbers."""
@@ -82,7 +84,7 @@ class _Network(nn.Module):
         return logits.float(), embeddings.float()
 
 
-def _folded(network: _Network, image: Tensor) -> nn.Module:
+def _folded(network: nn.Module, image: Tensor) -> nn.Module:
     """The network with BatchNorms folded into the convolutions before them; itself where that can't be done.
 
     torch.fx must be able to follow `forward`, and the folded network is tried on `image` `[1, 3, H, W]`: a module that
@@ -118,6 +120,7 @@ class Classifier:
         with_head: bool,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        fold: bool = True,
     ) -> None:
         data_config = resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
         # timm's evaluation transform up to uint8: what follows is done with a batch at a time, on the device.
@@ -128,10 +131,11 @@ class Classifier:
         self.embedding = "projection" if with_head else "pre_logits"
         # As transformers' pipeline decides.
         self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
-        network = _Network(model.backbone, model.projection if with_head else None).eval()
+        network: nn.Module = _Network(model.backbone, model.projection if with_head else None).eval()
         size = data_config["input_size"]
-        folded = _folded(network, torch.linspace(-1, 1, math.prod(size)).view(1, *size))
-        self._network = folded.to(device, dtype).to(memory_format=torch.channels_last)
+        if fold:
+            network = _folded(network, torch.linspace(-1, 1, math.prod(size)).view(1, *size))
+        self._network = network.to(device, dtype).to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(
@@ -140,6 +144,7 @@ class Classifier:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        fold: bool = True,
         **hub_kwargs: Any,
     ) -> Classifier:
         """The model from a folder or Hub repository. Never runs code from there; our own Wide ResNets need none.
@@ -148,6 +153,7 @@ class Classifier:
             name: A plain folder, with or without the projection head, or a Hub id.
             device: Such as "cuda"; an accelerator where there is one, if None.
             dtype: Of the network; probabilities and embeddings are float32 in any case.
+            fold: Whether BatchNorms may be folded into convolutions: quicker, and other in the last digits.
             **hub_kwargs: `revision`, `token`, `cache_dir` and `local_files_only`.
 
         Raises:
@@ -166,7 +172,7 @@ class Classifier:
             warnings.filterwarnings("ignore", message=".*has no projection head")  # of no use here
             model = CCSSLForImageClassification.from_pretrained(folder)
         with_head = (folder / HEAD_FILE).is_file()
-        return cls(model, name=str(name), with_head=with_head, device=place, dtype=dtype)
+        return cls(model, name=str(name), with_head=with_head, device=place, dtype=dtype, fold=fold)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """An image of any size and mode, resized and cropped as the published processor does it: uint8 `[3, H, W]`."""
@@ -260,6 +266,49 @@ def _batches(images: list[str] | datasets.Dataset, size: int) -> Iterator[_Batch
             yield [(encoded["path"] or str(row), encoded) for row, encoded in enumerate(column, start)]
 
 
+def predict_all(
+    classifier: Classifier,
+    dataset: datasets.Dataset,
+    *,
+    image_column: str = "image",
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> Predictions:
+    """Predictions of a whole data set, in its order and held in memory.
+
+    Args:
+        classifier: The model.
+        dataset: One that passed `data.check_images`.
+        image_column: Its images.
+        batch_size, num_workers: As of `predict_to_parquet`.
+
+    Raises:
+        ValueError: An image can't be read.
+    """
+
+    def work(batch: _Batch) -> Predictions:
+        pixels = []
+        for path, encoded in batch:
+            try:
+                pixels.append(classifier.pixels(decode_image(encoded, 0, "")))
+            except Exception as error:  # PIL raises nearly anything for a broken file
+                cause = error.__cause__ or error
+                raise ValueError(f"Image {path} can't be read ({cause}): mend it, or leave it out.") from error
+        return classifier.predict(torch.stack(pixels))
+
+    images, parts = encoded_images(dataset, image_column), []
+    with (
+        _batch_by_batch(classifier, images, work, batch_size, num_workers) as results,
+        datasets.utils.tqdm(total=len(images), desc="Predicting", unit=" images") as progress,
+    ):
+        for part in results:
+            parts.append(part)
+            progress.update(len(part.labels))
+    labels = [label for part in parts for label in part.labels]
+    names = ("confidences", "probabilities", "logits", "embeddings")
+    return Predictions(labels, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
 # ------------------------------------------------------------------------------------------------------------- parquet
 
 
@@ -305,20 +354,19 @@ def predict_to_parquet(
     """
     images = open_images(source, image_column=image_column)
     out = check_output(out, source)
-    on_cpu = classifier.device.type == "cpu"
-    workers = num_workers or min(MAX_WORKERS, torch.get_num_threads() if on_cpu else os.cpu_count() or 1)
-    batches = _batches(images, batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH))
     schema = _schema(classifier, embedding)
     partial = out.with_name(f"_{out.name}.partial")
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
     with (
-        sharing_threads(workers) as pool,
+        _batch_by_batch(
+            classifier, images, lambda batch: _rows(classifier, batch, embedding), batch_size, num_workers
+        ) as results,
         pq.ParquetWriter(partial, schema) as writer,
         datasets.utils.tqdm(total=len(images), desc="Predicting", unit=" images") as progress,
     ):
         try:
-            for done in _in_order(pool, lambda batch: _rows(classifier, batch, embedding), batches, ahead=2 * workers):
+            for done in results:
                 bad = [row for row in done if row["error"]]
                 if bad and strict:
                     raise ValueError(f"{bad[0]['path']} can't be read ({bad[0]['error']}): mend or remove that file.")
@@ -388,11 +436,27 @@ def sharing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # the workers' calls also set it for threads to come
 
 
+@contextmanager
+def _batch_by_batch(
+    classifier: Classifier,
+    images: list[str] | datasets.Dataset,
+    work: Callable[[_Batch], T],
+    batch_size: int | None,
+    num_workers: int | None,
+) -> Iterator[Iterator[T]]:
+    """What `work` makes of each batch, in their order, on a few threads."""
+    on_cpu = classifier.device.type == "cpu"
+    workers = num_workers or min(MAX_WORKERS, torch.get_num_threads() if on_cpu else os.cpu_count() or 1)
+    batches = _batches(images, batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH))
+    with sharing_threads(workers) as pool:
+        yield _in_order(pool, work, batches, ahead=2 * workers)
+
+
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[_Batch], list[dict[str, Any]]], batches: Iterable[_Batch], *, ahead: int
-) -> Iterator[list[dict[str, Any]]]:
+    pool: ThreadPoolExecutor, work: Callable[[_Batch], T], batches: Iterable[_Batch], *, ahead: int
+) -> Iterator[T]:
     """What `work` makes of each batch, in their order; at most `ahead` batches are in hand besides."""
-    waiting: deque[Future[list[dict[str, Any]]]] = deque()
+    waiting: deque[Future[T]] = deque()
     for batch in batches:
         waiting.append(pool.submit(work, batch))
         if len(waiting) > ahead:

@@ -9,21 +9,17 @@ import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 from huggingface_hub import CommitInfo, run_as_future
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from .checkpoint import is_own_backbone
-from .data import name_of
 from .hub import plan_push, upload
-from .model_card import CardFacts, library_versions, render_card
+from .model_card import render_card
+from .run_facts import run_facts, run_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +52,10 @@ class PublishingTrainer(Trainer):
         limits: str | None = None,
         folder: str | None = None,
     ) -> None:
-        """Write README.md into `folder`, by default `args.output_dir`. An error is logged: no run is lost to its card.
+        """Write README.md and its pictures into `folder`, by default `args.output_dir`.
+
+        An error is logged: no run is lost to its card. Results and pictures are of what was evaluated last on each
+        split. A card that is there is written anew; `ccssl-hf report` keeps what was written into one by hand.
 
         Args:
             model_name: Hub id, or a title.
@@ -69,50 +68,13 @@ class PublishingTrainer(Trainer):
             return
         folder = folder or str(self.args.output_dir)
         try:
-            name = model_name or self.hub_model_id or Path(folder).name
-            card = render_card(replace(self.card_facts(name), license=license, limits=limits))
+            facts = run_facts(self, model_name or self.hub_model_id or Path(folder).name)
+            pictures = run_pictures(self, Path(folder))
+            card = render_card(replace(facts, pictures=pictures, license=license, limits=limits))
             card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *(tags or [])]))
             card.save(Path(folder) / "README.md")
         except Exception:
             logger.exception("The model card could not be written; the model is saved. Call create_model_card again.")
-
-    def card_facts(self, model_name: str) -> CardFacts:
-        """What this run knows about itself."""
-        args, config = self.args, self.model.config
-        splits = {
-            "labeled": self.train_dataset,
-            "unlabeled": self.unlabeled_dataset,
-            "validation": self.eval_dataset,
-        }
-        splits = {role: split for role, split in splits.items() if isinstance(split, datasets.Dataset)}
-        counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
-        chosen = ("learning_rate", "weight_decay", "ema_decay", "weak_forward", "schedule", "warmup_steps", "optim")
-        return CardFacts(
-            model_name=model_name,
-            backbone=config.architecture,
-            labels=self.class_names,
-            algorithm=args.algorithm,
-            hyperparameters={
-                **self.algorithm.hyperparameters,
-                **{name: _plain(getattr(args, name)) for name in chosen},
-            },
-            datasets={role: name_of(split) for role, split in splits.items()} | self.dataset_names,
-            base_model=self.base_model,
-            image_size=self.settings.image_size,
-            steps=self.state.global_step,
-            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            mu=args.mu,
-            seed=args.seed,
-            labeled_per_class=dict(zip(self.class_names, counts, strict=True)),
-            num_unlabeled=None if self.unlabeled_dataset is None else len(self.unlabeled_dataset),
-            split_fingerprints={role: split._fingerprint for role, split in splits.items()},
-            versions=library_versions(),
-            device=args.device.type,
-            num_processes=args.world_size,
-            run_time=next((h["train_runtime"] for h in self.state.log_history if "train_runtime" in h), None),
-            results=[result for results in self.results.values() for result in results],
-            remote_code=is_own_backbone(config.architecture),
-        )
 
     def push_to_hub(
         self,
@@ -220,7 +182,3 @@ def _hold(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
         except OSError:  # a file system without links
             shutil.copy(files[path], copy)
     return held
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -22,11 +22,11 @@ from .algorithms import Algorithm, build_algorithm
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
 from .metrics import compute_metrics as default_metrics
-from .model_card import METRICS, Result
 from .modeling import CCSSLForImageClassification
 from .monitor import ProgressBar, StepMonitor
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
 from .publishing import PublishingTrainer
+from .results import METRICS, Origin, Result, SplitPredictions
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views, unlabeled_views
@@ -115,10 +115,13 @@ class CCSSLTrainer(PublishingTrainer):
         copy_from_main_process(self.model)  # DDP does so too late for that
         self.ema = WeightAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names)
-        self.results: dict[str, list[Result]] = {}
+        self.results: dict[str, list[Result]] = {}  # what the card says of each split, and, below, draws of it
+        self.predictions: dict[str, SplitPredictions] = {}
+        self.evaluated: dict[str, datasets.Dataset] = {}
         self.dataset_names: dict[str, str] = {}  # what the card calls the splits, where their own name is not it
         self.base_model: str | None = None  # what the card calls the weights that training started from
         self._best_step: int | None = None
+        self._loop_output: Any = None  # of the evaluation that is going on
         self.add_callback(_UpdateEma(self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -335,18 +338,37 @@ class CCSSLTrainer(PublishingTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As in `transformers.Trainer`; what was measured last on each split goes onto the card."""
+        self._loop_output = None
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        split = "validation" if metric_key_prefix == "eval" else metric_key_prefix
-        which = "last" if self._best_step is None else "best"
-        step = self.state.global_step if self._best_step is None else self._best_step
-        named = {
-            name: metrics[f"{metric_key_prefix}_{name}"] for name in METRICS if f"{metric_key_prefix}_{name}" in metrics
-        }
-        self.results[split] = [
-            Result(name, value, split, self.args.eval_weights, step, which, self.args.seed)
-            for name, value in named.items()
-        ]
+        output, self._loop_output = self._loop_output, None
+        if output is None:  # a dictionary of splits: each of them has come by here
+            return metrics
+        split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
+        self.add_results(split, _without_prefix(metrics, metric_key_prefix))
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.evaluated[split] = self.eval_dataset[data] if isinstance(data, str) else data
+        logits, labels = output.predictions, output.label_ids
+        if np.shape(logits) == (np.size(labels), len(self.class_names)):  # metrics of the user's own may change them
+            logits = logits.astype(np.float32, copy=False)
+            self.predictions[split] = SplitPredictions(split, self.origin, logits, labels)
         return metrics
+
+    @property
+    def origin(self) -> Origin:
+        """Which weights are evaluated and saved now."""
+        which, step = ("last", self.state.global_step) if self._best_step is None else ("best", self._best_step)
+        return Origin(self.args.eval_weights, step, which, self.args.seed)
+
+    def add_results(self, split: str, metrics: Mapping[str, float]) -> None:
+        """Puts numbers onto the card that were measured on `split` with the weights that are evaluated now.
+
+        They take the place of what the card said of this split. `evaluate` calls it by itself.
+
+        Args:
+            split: Such as `test`.
+            metrics: By the names of `ccssl_hf.metrics`, which may carry a confidence, as in `precision@0.95`.
+        """
+        self.results[split] = [Result(name, value, split, self.origin) for name, value in metrics.items()]
 
     @property
     def _measures_open_set_score(self) -> bool:
@@ -361,6 +383,7 @@ class CCSSLTrainer(PublishingTrainer):
         self.model.train(training)  # upstream leaves the model in eval mode
         if self._measures_open_set_score and isinstance(output.predictions, tuple):  # the scores were for the metrics
             output = output._replace(predictions=output.predictions[0])
+        self._loop_output = output
         return output
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -412,6 +435,12 @@ class CCSSLTrainer(PublishingTrainer):
     def _load_best_model(self) -> None:
         logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
         self._best_step = self.state.best_global_step
+        # What was measured last was another step's: the log still knows this one's numbers.
+        self.predictions.clear()
+        logged = [entry for entry in self.state.log_history if entry["step"] == self._best_step]
+        for split in self.results:
+            prefix = "eval" if split == "validation" else f"eval_{split}"
+            self.add_results(split, _without_prefix({k: v for entry in logged for k, v in entry.items()}, prefix))
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
 
 
@@ -424,6 +453,12 @@ class _UpdateEma(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update()
+
+
+def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Those of an evaluation that a card names, by their own names."""
+    names = [name for name, metric in METRICS.items() if metric.section != "pseudo labels"]
+    return {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
 
 
 def _already_a_batch(batch: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccssl_hf import analysis
+from ccssl_hf import analysis, curves, plotting
 from ccssl_hf.metrics import expected_calibration_error
 
 
@@ -31,17 +31,31 @@ def some_logits(num_images: int = 300) -> tuple[np.ndarray, np.ndarray]:
 def draw(name: str, path) -> None:
     logits, labels = some_logits()
     if name == "convergence":
-        analysis.plot_convergence(histories(), path, "Top-1 accuracy, test split, EMA weights")
+        curves.plot_convergence(histories(), path, "Top-1 accuracy, test split, EMA weights")
     elif name == "confusion":
         truth = np.concatenate([labels, np.full(9, -1)])
         analysis.plot_confusion_matrix(truth, np.resize(logits.argmax(1), len(truth)), list("abcdef"), path)
     elif name == "reliability":
         analysis.plot_reliability(logits, labels, path)
+    elif name == "embeddings":
+        rng = np.random.default_rng(0)
+        truth = np.concatenate([labels, np.full(9, -1)])
+        analysis.plot_embeddings(rng.normal(size=(len(truth), 8)) + truth[:, None], truth, list("abcdef"), path)
+    elif name == "training":
+        curves.plot_training(log_history(), path)
     else:
         analysis.plot_confidence_histogram(np.linspace(0.5, 1, 40), np.linspace(0.1, 0.8, 30), path)
 
 
-NAMES = ["convergence", "confusion", "reliability", "histogram"]
+NAMES = ["convergence", "training", "confusion", "reliability", "histogram", "embeddings"]
+
+
+def log_history() -> list[dict[str, float]]:
+    history: list[dict[str, float]] = []
+    for step in (100, 200, 300):
+        terms = {"loss": 3.0, "loss_x": 1.0, "loss_u": 0.5, "mask_rate": step / 400, "pseudo_label_precision": 0.75}
+        history += [{"step": step, "learning_rate": 0.03, **terms}, {"step": step, "eval_top1": 0.875, "eval_ece": 0.1}]
+    return [*history, {"step": 300, "train_loss": 3.0, "train_runtime": 9.0}]
 
 
 def words(path) -> list[str]:
@@ -63,6 +77,7 @@ def test_pictures_are_sharp_not_empty_and_leave_nothing_open(name, tmp_path):
     with Image.open(path) as picture:
         assert min(picture.size) >= 700
         assert picture.info["dpi"][0] == pytest.approx(200, abs=1)
+        assert path.stat().st_size < 60_000
         assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 10
     assert dict(matplotlib.rcParams) == before
     if "matplotlib.pyplot" in sys.modules:
@@ -74,39 +89,56 @@ def test_every_axis_has_a_name(name, tmp_path, text_in_svg):
     draw(name, tmp_path / "p.svg")
     expected = {
         "convergence": {"Optimizer steps", "Top-1 accuracy, test split, EMA weights"},
+        "training": {"Optimizer steps", "Top-1 accuracy", "Loss", "Share"},
         "confusion": {"Predicted class", "True class (number of images)"},
         "reliability": {"Confidence (largest softmax probability)", "Accuracy", "Images"},
+        "embeddings": {  # its axes mean nothing
+            "t-SNE of 309 images, coloured by their true class; 9 of no known class are grey crosses"
+        },
         "histogram": {"Confidence (largest softmax probability)", "Share of the images of each kind"},
     }
     assert expected[name] <= set(words(tmp_path / "p.svg"))
 
 
 def test_convergence_names_each_method_with_its_final_mean_and_the_band(tmp_path, text_in_svg):
-    analysis.plot_convergence(histories(), tmp_path / "p.svg", "Top-1")
+    curves.plot_convergence(histories(), tmp_path / "p.svg", "Top-1")
     texts = words(tmp_path / "p.svg")
     assert "FixMatch  0.52" in texts and "FixMatch + CCSSL  0.687" in texts
     assert "Mean of 3 seeds, band: ± one standard deviation" in texts
-    analysis.plot_convergence(histories(1), tmp_path / "one.svg", "Top-1")
+    curves.plot_convergence(histories(1), tmp_path / "one.svg", "Top-1")
     assert "One seed" in words(tmp_path / "one.svg")
 
 
 def test_convergence_uses_the_steps_that_all_seeds_share():
-    steps, mean, spread = analysis._mean_and_spread("m", [[(1, 0.0), (2, 1.0), (3, 5.0)], [(2, 3.0), (3, 5.0)]])
+    steps, mean, spread = curves._mean_and_spread("m", [[(1, 0.0), (2, 1.0), (3, 5.0)], [(2, 3.0), (3, 5.0)]])
     assert steps.tolist() == [2, 3]
     assert mean.tolist() == [2.0, 5.0]
     assert spread.tolist() == pytest.approx([np.sqrt(2), 0])
 
 
+def test_one_run_is_drawn_from_its_log(tmp_path, text_in_svg):
+    assert len(curves.plot_training(log_history(), tmp_path / "p.svg")) == 3
+    texts = words(tmp_path / "p.svg")
+    lines = ["validation  0.875", "total  3", "loss_x  1", "loss_u  0.5", "mask rate  0.75", "precision  0.75"]
+    assert [text for text in texts if "  " in text] == lines
+    entry = {"eval_known_top1": 0.5, "eval_open_top1": 0.25, "loss": float("nan"), "loss_x": 1.0}
+    two = [{"step": 1, **entry}, {"step": 2, **entry, "mask_rate": 0.5}]
+    assert len(curves.plot_training(two, tmp_path / "two.svg")) == 2
+    assert {"known  0.5", "open  0.25"} <= set(words(tmp_path / "two.svg"))
+    assert curves.plot_training([{"step": 9, "train_runtime": 1.0}], tmp_path / "none.svg") == []
+    assert not (tmp_path / "none.svg").exists()
+
+
 @pytest.mark.parametrize("bad", [{}, {"m": []}, {"m": [[(1, 0.5)], [(2, 0.5)]]}, {"m": [[]]}])
 def test_histories_with_nothing_to_draw_are_refused(bad, tmp_path):
     with pytest.raises(ValueError, match=r"at least one method|share no step"):
-        analysis.plot_convergence(bad, tmp_path / "p.png", "Top-1")
+        curves.plot_convergence(bad, tmp_path / "p.png", "Top-1")
 
 
 def test_labels_are_moved_apart_in_order_and_no_further_than_needed():
-    assert analysis._spread_out([0.0, 1.0, 3.0], gap=0.5) == [0.0, 1.0, 3.0]
-    assert analysis._spread_out([1.0, 1.0], gap=0.5) == pytest.approx([0.75, 1.25])
-    placed = analysis._spread_out([0.9, 0.1, 0.92, 0.91], gap=0.1)
+    assert plotting._spread_out([0.0, 1.0, 3.0], gap=0.5) == [0.0, 1.0, 3.0]
+    assert plotting._spread_out([1.0, 1.0], gap=0.5) == pytest.approx([0.75, 1.25])
+    placed = plotting._spread_out([0.9, 0.1, 0.92, 0.91], gap=0.1)
     assert placed == pytest.approx([0.81, 0.1, 1.01, 0.91])
 
 
@@ -116,6 +148,31 @@ def test_confusion_rows_are_percents_of_the_true_class(tmp_path, text_in_svg):
     texts = words(tmp_path / "p.svg")
     assert {"cat (4)", "dog (2)", "no known class (1)"} <= set(texts)
     assert sorted(text for text in texts if text.isdigit()) == ["100", "100", "25", "75"]
+
+
+def test_of_many_classes_a_confusion_matrix_shows_those_that_are_mistaken_most(tmp_path, text_in_svg):
+    labels = np.repeat(np.arange(810), 2)
+    predictions = labels.copy()
+    predictions[[400, 401, 20]] = [777, 777, 11]  # class 200 twice for 777, class 10 once for 11
+    labels, predictions = [*labels, -1, -1], [*predictions, 777, 5]
+    shown = analysis.shown_classes(np.array(labels), np.array(predictions), 810)
+    assert shown.tolist()[:4] == [200, 777, 10, 11] and len(shown) == 20
+    analysis.plot_confusion_matrix(labels, predictions, [f"species {i}" for i in range(810)], tmp_path / "p.svg")
+    texts = words(tmp_path / "p.svg")
+    assert {"species 200 (2)", "species 777 (2)", "another class", "no known class (2)"} <= set(texts)
+    assert any("the 20 of 810 classes" in text for text in texts)
+    numbers = [text for text in texts if text.isdigit()]
+    assert numbers == ["100", "100", "50", "50", *["100"] * 17, "50", "50"]
+
+
+def test_of_many_images_some_are_embedded(tmp_path, text_in_svg, monkeypatch):
+    monkeypatch.setattr(analysis, "EMBEDDED_IMAGES", 50)
+    points = np.random.default_rng(0).normal(size=(120, 4))
+    labels = np.arange(120) % 30
+    assert analysis.plot_embeddings(points, labels, [f"species {i}" for i in range(30)], tmp_path / "p.svg") == 50
+    assert words(tmp_path / "p.svg") == ["t-SNE of 50 images, coloured by their true class"]
+    with pytest.raises(ValueError, match="N >= 4"):
+        analysis.plot_embeddings(points[:3], labels[:3], ["a"], tmp_path / "p.svg")
 
 
 @pytest.mark.parametrize("num_classes", [12, 20, 50])

@@ -26,6 +26,7 @@ from ccssl_hf.data import (
     PixelTable,
     default_workers,
     drop_unreadable,
+    fingerprint,
     load_split,
     read_class_names,
     read_labels,
@@ -136,6 +137,40 @@ def test_a_pack_is_read_with_its_class_names() -> None:
 
 def labeled(values: list[Any], feature: Any) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"label": values}, features=datasets.Features({"label": feature}))
+
+
+def test_a_fingerprint_is_of_content_wherever_it_is_stored(tmp_path: Path) -> None:
+    pictures = [picture(seed) for seed in range(5)]
+    for number, image in enumerate(pictures):
+        (tmp_path / "folder" / "moth").mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "folder" / "moth" / f"{number}.png", compress_level=number)
+    in_memory = datasets.Dataset.from_dict(
+        {"image": pictures, "label": ["moth"] * 5},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}),
+    )
+    in_memory.to_parquet(tmp_path / "rows.parquet")
+    stored = load_split(str(tmp_path / "folder"), role="test"), load_split(str(tmp_path / "rows.parquet"), role="test")
+    assert {fingerprint(split, "image", ["moth"] * 5) for split in (in_memory, *stored)} == {"16e0100e96be06d0"}
+    names = ["moth"] * 5
+    others = [
+        fingerprint(in_memory, "image"),
+        fingerprint(in_memory, "image", [*names[:4], "fly"]),
+        fingerprint(in_memory.select([1, 0, 2, 3, 4]), "image", names),
+        fingerprint(in_memory.select(range(4)), "image", names[:4]),
+    ]
+    assert len({*others, fingerprint(in_memory, "image", names)}) == 5
+
+
+def test_a_fingerprint_of_a_large_split_reads_images_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccssl_hf.data.FINGERPRINTED_IMAGES", 3)
+    pictures = [encoded(picture(seed), "JPEG") for seed in range(7)]
+
+    def of(changed: int) -> str:
+        rows = [encoded(picture(99), "JPEG") if row == changed else each for row, each in enumerate(pictures)]
+        return fingerprint(datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image()), "image")
+
+    prints = [of(changed) for changed in range(8)]  # of the last one nothing has changed
+    assert [changed for changed in range(7) if prints[changed] != prints[7]] == [0, 3, 6]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,24 @@ import re
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from ccssl_hf.algorithms import ALGORITHMS
 from ccssl_hf.metrics import classification_metrics, pseudo_label_quality
-from ccssl_hf.model_card import ALGORITHM_PAPERS, METRICS, CardFacts, Result, library_versions, render_card
+from ccssl_hf.model_card import (
+    CONFIDENCE,
+    CURVES,
+    CardFacts,
+    library_versions,
+    published_origin,
+    render_card,
+    renew_results,
+    results_of,
+)
+from ccssl_hf.papers import ALGORITHM_PAPERS
+from ccssl_hf.results import METRICS, Origin, Result
+
+LAST, BEST = Origin("EMA", 800, "last", 3), Origin("raw", 700, "best", 3)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +59,8 @@ def full_facts(**changes) -> CardFacts:
         },
         "base_model": "resnet18.a1_in1k",
         "license": "apache-2.0",
-        "image_size": 224,
+        "optimization": {"learning_rate": 0.03},
+        "views": {"image_size": 224},
         "steps": 800,
         "batch_size": 8,
         "mu": 7,
@@ -58,11 +72,12 @@ def full_facts(**changes) -> CardFacts:
         "device": "cuda:0",
         "num_processes": 2,
         "run_time": 4000.2,
+        "published": LAST,
         "results": [
-            Result("top1", 0.655, "test", "EMA", 800, "last", 3),
-            Result("top1", np.float32(0.645), "validation", "raw", 700, "best", 3),
-            Result("auroc", 0.56, "test", "ema", 800, "last", 3),
-            Result("coverage", float("nan"), "unlabeled", "ema", 800, "last", 3),
+            Result("top1", 0.655, "test", LAST),
+            Result("top1", np.float32(0.645), "validation", BEST),
+            Result("auroc", 0.56, "test", LAST),
+            Result("coverage@0.95", float("nan"), "unlabeled", LAST),
         ],
         "pictures": {"confusion matrix.png": "Confusions on the test split, EMA weights, step 800, seed 3"},
         "limits": "Made from museum specimens.",
@@ -84,7 +99,7 @@ def test_a_full_card_reads_back_from_its_folder(tmp_path):
         "transformers",
         "image-classification",
     )
-    assert data.tags == ["image-classification", "semi-supervised-learning", "ccssl", "timm"]
+    assert data.tags == ["image-classification", "timm", "semi-supervised-learning", "ccssl"]
     assert data.base_model == "timm/resnet18.a1_in1k"
     assert data.datasets == ["anna/butterfly10", "anna/heap"]
     assert data.model_name == "anna/butterflies"
@@ -104,6 +119,7 @@ def test_every_number_of_the_card_says_what_it_is():
     assert "| AUROC, known classes against no known class | 0.5600 | test | EMA | 800 (last) | 3 |" in text
     assert "| not defined | unlabeled | EMA | 800 (last) | 3 |" in text
     assert "its number flatters" in text
+    assert "The weights that are published here are of step 800" in text
 
 
 def test_a_full_card_tells_how_the_model_was_made():
@@ -114,6 +130,8 @@ def test_a_full_card_tells_how_the_model_was_made():
         "| test | [anna/butterfly10](https://huggingface.co/datasets/anna/butterfly10) | bbb222 |",
         "| unlabeled | [anna/heap](https://huggingface.co/datasets/anna/heap) | – |",
         "| confidence_threshold | 0.6 |",
+        "| learning_rate | 0.03 |",
+        "| image_size | 224 |",
         "| mu | 7 |",
         "Trained on 2 cuda devices in 1 h 6 min.",
         "(confusion%20matrix.png)",
@@ -124,6 +142,7 @@ def test_a_full_card_tells_how_the_model_was_made():
         assert expected in card.text
     assert sections(card) == [
         "Results",
+        "Pseudo labels",
         "Images of no known class",
         "How to use",
         "Intended use",
@@ -140,7 +159,7 @@ def test_what_is_not_known_is_not_mentioned():
     assert not {"license", "base_model", "datasets", "model-index", "model_name", "metrics"} & set(card.data.to_dict())
     assert "Training started from random weights" in card.text
     assert "was not measured" in card.text
-    assert "flatters" not in render_card(small_facts(results=[Result("top1", 0.5, "test", "raw", 9, "last", 0)])).text
+    assert "flatters" not in render_card(small_facts(results=[Result("top1", 0.5, "test", LAST)])).text
 
 
 @pytest.mark.parametrize("facts", [small_facts(), full_facts(), full_facts(remote_code=True)])
@@ -210,7 +229,7 @@ def test_every_algorithm_and_metric_has_its_words():
     assert set(ALGORITHMS) - {"supervised"} <= set(ALGORITHM_PAPERS)
     measured = classification_metrics(np.eye(3), np.array([0, 1, -1]), open_set_scores=np.ones(3))
     quality = pseudo_label_quality(pseudo_labels=[0], mask=[1], hidden_labels=[0])
-    assert set(measured) | set(quality) == set(METRICS)
+    assert set(measured) | set(quality) | {"mask_rate", "training_precision"} == set(METRICS)
 
 
 def test_a_model_without_ccssl_does_not_claim_it():
@@ -221,8 +240,8 @@ def test_a_model_without_ccssl_does_not_claim_it():
 
 
 def test_own_algorithms_and_metrics_keep_their_names():
-    card = render_card(small_facts(algorithm="mymatch", results=[Result("kappa", 0.5, "test", "raw", 9, "last", 0)]))
-    assert "trained with mymatch and" in card.text and "| kappa | 0.5000 | test | raw | 9 (last) | 0 |" in card.text
+    card = render_card(small_facts(algorithm="mymatch", results=[Result("kappa", 0.5, "test", LAST)]))
+    assert "trained with mymatch and" in card.text and "| kappa | 0.5000 | test | EMA | 800 (last) | 3 |" in card.text
     assert card.data.eval_results[0].metric_type == "kappa"
 
 
@@ -232,15 +251,93 @@ def test_many_classes_are_folded():
 
 
 @pytest.mark.parametrize(("change", "hint"), [({"weights": "swa"}, "'EMA' or 'raw'"), ({"which": "first"}, "'best'")])
-def test_a_result_that_does_not_say_what_it_is_is_refused(change, hint):
-    arguments = {
-        "metric": "top1",
-        "value": 0.5,
-        "split": "test",
-        "weights": "EMA",
-        "step": 1,
-        "which": "last",
-        "seed": 0,
-    }
+def test_an_origin_that_is_none_is_refused(change, hint):
     with pytest.raises(ValueError, match=hint):
-        Result(**{**arguments, **change})
+        Origin(**{"weights": "EMA", "step": 1, "which": "last", "seed": 0, **change})
+
+
+@pytest.mark.parametrize(
+    "result", [*full_facts().results[:3], Result("precision@0.95", 0.5, "heap"), Result("f", 1.0, "x")]
+)
+def test_results_come_back_from_the_metadata(result):
+    back = Result.from_hub(result.to_hub("anna/butterfly10"))
+    assert back == Result(result.metric, pytest.approx(float(result.value)), result.split, result.origin)
+
+
+def test_what_ran_is_told_of_pseudo_labels_and_strangers():
+    raw = Origin("raw", 800, "last", 3)
+    text = render_card(
+        full_facts(
+            results=[
+                Result("mask_rate", 0.7, "unlabeled", raw),
+                Result("training_precision", 0.6, "unlabeled", raw),
+                Result("ood_share_passed@0.95", 0.4, "unlabeled", LAST),
+            ],
+            pictures={CURVES: "How it went", CONFIDENCE: "How sure it is"},
+        )
+    ).text
+    results, training = text.split("<!-- /results -->")
+    assert "| Mask rate while training | 0.7000 | unlabeled | raw | 800 (last) | 3 |" in results
+    assert "passed (confidence 0.95 or more) | 0.4000 |" in results
+    assert f"## Images of no known class\n\n![How sure it is]({CONFIDENCE})" in results
+    assert f"![How it went]({CURVES})" in training and CURVES not in results
+
+
+HAND_WRITTEN = "---\nlicense: mit\nanything: 3\n---\n# Mine\n\nBy   hand.\n\n\n\n```\n\n\n\n```\n"
+FOREIGN = EvalResult(
+    task_type="image-classification",
+    dataset_type="imagenet-1k",
+    dataset_name="ImageNet",
+    metric_type="accuracy",
+    metric_value=76.1,
+    dataset_split="test",
+)
+
+
+def renew(card, results, **pictures):
+    renew_results(card, results, datasets={"test": "anna/new"}, pictures=pictures, model_name="mine")
+    return ModelCard(str(card))  # as it is read from a file
+
+
+def test_renewed_results_take_the_place_of_their_splits_and_leave_the_rest():
+    facts = full_facts(pictures={"images/reliability.png": "Old reliability", "images/confusion_matrix.png": "Old"})
+    card = ModelCard(
+        str(render_card(facts)).replace("## Intended use", "## Notes\n\nBy   hand.\n\n\n\n## Intended use")
+    )
+    before = card.text
+    origin = published_origin(card)
+    assert origin == LAST
+    new = [Result("top1", 0.7, "test", origin)]
+    card = renew(card, new, **{"images/confusion_matrix.png": "New"})
+    assert [(r.metric, r.split, r.value) for r in results_of(card)] == [
+        ("top1", "validation", pytest.approx(0.645)),
+        ("top1", "test", 0.7),
+    ]
+    section = card.text[card.text.index("<!-- results of") : card.text.index("<!-- /results -->")]
+    assert "0.6450" in section and "0.7000" in section and "0.6550" not in section
+    assert "![New](images/confusion_matrix.png)" in section and "![Old reliability]" in section
+    assert card.text.split("<!-- results of")[0] == before.split("<!-- results of")[0]
+    assert card.text.split("<!-- /results -->")[1] == before.split("<!-- /results -->")[1]
+    assert str(renew(card, new)) == str(card)
+
+
+def test_a_card_of_another_hand_gets_its_results_at_the_end():
+    card = ModelCard(HAND_WRITTEN)
+    card.data.eval_results, card.data.model_name = [FOREIGN], "theirs"
+    card = renew(card, [Result("top1", 0.7, "test")])
+    assert card.text.startswith(HAND_WRITTEN.split("---\n")[2])
+    assert "| Top-1 accuracy | 0.7000 | test | published | – | – |" in card.text and "76.1" not in card.text
+    assert card.data.license == "mit" and card.data["anything"] == 3 and card.data.model_name == "theirs"
+    assert [result.metric_value for result in card.data.eval_results] == [76.1, 0.7]
+    again = renew(card, [Result("top1", 0.8, "test")])
+    assert again.text.count("<!-- results of") == 1 and "0.7000" not in again.text
+
+
+def test_nothing_is_said_of_training_that_is_not_known():
+    card = render_card(CardFacts(model_name="anna/old", backbone="resnet18", labels=["a", "b"]))
+    assert sections(card) == ["How to use", "Intended use", "Classes"]
+    assert (
+        "a `resnet18`.\n" in card.text
+        and "CCSSL" not in card.text
+        and card.data.tags == ["image-classification", "timm"]
+    )

@@ -13,7 +13,8 @@ from hub_server import TOKENS, Hub, Repo
 from tiny_runs import copy_of, different, everything, model_of, trainer_of
 
 TOKEN = TOKENS["anna"]
-PLAIN = {"README.md", "config.json", "model.safetensors"}
+CARD = {"README.md", "images/curves.png"}
+PLAIN = {*CARD, "config.json", "model.safetensors"}
 BACKBONES = {"test_resnet": PLAIN, "wide_resnet10_1_cifar": {*PLAIN, "wide_resnet_cifar.py"}}
 STATE = {"ccssl_head.safetensors", "training_state.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 STATE |= {"trainer_state.json"}
@@ -55,6 +56,7 @@ def test_a_push_is_the_plain_folder_and_its_card(hub, tmp_path, backbone):
     assert_no_secret(repo, tmp_path)
 
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "apache-2.0" and "digits" in card.data.tags and f"anna/{tmp_path.name}" in card.text
@@ -71,7 +73,7 @@ def test_a_push_takes_the_heads_along_when_asked_to_and_never_leaves_those_of_ot
     assert repo.files().keys() == {*PLAIN, "ccssl_head.safetensors"}
     trainer.push_to_hub(license="mit")  # the same weights, so the heads fit
     assert repo.files().keys() == {*PLAIN, "ccssl_head.safetensors"}
-    trainer.args.max_steps = 1
+    trainer.args.max_steps = 3
     trainer.train()
     trainer.push_to_hub()
     assert repo.files().keys() == PLAIN
@@ -105,7 +107,7 @@ def test_checkpoints_are_pushed_while_a_run_goes_on(hub, tmp_path, strategy, bac
         load_best_model_at_end=True,
     )
     repo = repo_of(hub, tmp_path)
-    plain = BACKBONES[backbone] - {"README.md"}
+    plain = BACKBONES[backbone] - CARD
     folders = {"every_save": [], "checkpoint": ["last-checkpoint"], "all_checkpoints": ["checkpoint-1", "checkpoint-2"]}
     state = {f"{folder}/{name}" for folder in folders[strategy] for name in {*plain, *STATE}}
     assert titles(repo) == ["Training in progress, step 1", "Training in progress, step 2"]

@@ -218,9 +218,10 @@ def test_the_chosen_weights_are_evaluated_predicted_with_and_saved(tmp_path, eva
     trainer.save_model()
     saved = load_file(tmp_path / "model.safetensors")
     assert different(saved, copy_of(chosen.backbone)) == []
-    assert [result.weights for result in trainer.results.get("validation", [])] == []
+    assert trainer.results == {}
     trainer.evaluate()
-    assert {result.weights for result in trainer.results["validation"]} == {eval_weights}
+    assert {result.origin for result in trainer.results["validation"]} == {trainer.origin}
+    assert trainer.origin.weights.lower() == eval_weights
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -554,9 +555,12 @@ def test_the_best_step_comes_back_at_the_end(tmp_path):
     now = everything(trainer)
     weights = [name for name in now if not name.startswith("optimizer")]
     assert [name for name in weights if not torch.equal(now[name], kept[best][name])] == []
+    from_the_log = trainer.results["validation"]
+    assert {(result.origin.which, result.origin.step) for result in from_the_log} == {("best", best)}
+    assert trainer.predictions == {}
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == losses[best]
-    assert {(result.which, result.step) for result in trainer.results["validation"]} == {("best", best)}
+    assert trainer.results["validation"] == from_the_log
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-6"}
 
 

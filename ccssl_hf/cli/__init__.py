@@ -8,8 +8,10 @@ import typer
 
 from .. import __version__
 from . import convert, export
+from .evaluate import evaluate
 from .predict import predict
 from .push import push
+from .report import report
 from .serve import serve
 from .train import ANY_FLAG, train
 
@@ -19,7 +21,9 @@ app = typer.Typer(
 RUNS, PUBLISHING = "Train and look at the result", "Publish and serve"
 
 app.command(rich_help_panel=RUNS, **ANY_FLAG)(train)
+app.command(rich_help_panel=RUNS)(evaluate)
 app.command(rich_help_panel=RUNS)(predict)
+app.command(rich_help_panel=RUNS)(report)
 app.command(rich_help_panel=PUBLISHING)(push)
 app.command(rich_help_panel=PUBLISHING)(serve)
 app.add_typer(export.app, name="export", rich_help_panel=PUBLISHING)

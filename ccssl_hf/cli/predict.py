@@ -8,22 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
+from .options import BatchSize, Device, ImageColumn, Model, NumWorkers
 
 
 def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A published folder or Hub id.")],
+    model: Model,
     source: Annotated[
         str,
         typer.Argument(metavar="SOURCE", help="A folder of images, an image, a glob, parquet files or a Hub data set."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The parquet file to write.")],
     embedding: Annotated[bool, typer.Option("--embedding", help="Write embeddings, too.")] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: 16 on a CPU, 64 on an accelerator.")] = None,
-    num_workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode and predict; default: one a core, at most 8.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: an accelerator, or the CPU.")] = None,
-    image_column: Annotated[str, typer.Option(help="Of parquet files and data sets.")] = "image",
+    batch_size: BatchSize = None,
+    num_workers: NumWorkers = None,
+    device: Device = None,
+    image_column: ImageColumn = "image",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at an image that can't be read.")] = False,
 ) -> None:
     """Labels, confidences and embeddings of images, as a parquet file with a row for each."""
