@@ -63,7 +63,8 @@ def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_pat
     assert f"\nWritten to {tmp_path / 'made' / 'out.json'}.\n" in result.stdout
     written = json.loads((tmp_path / "made" / "out.json").read_text())
     for name in ("top1", "top5", "macro_f1", "ece", "auroc"):
-        assert written[name] == run[2][name]
+        # To the last digit but for what a convolution rounds in another memory format.
+        assert written[name] == pytest.approx(run[2][name], abs=1e-7)
         assert f"{run[2][name]:.4f}" in result.stdout
     assert (written["images"], written["unknown"], written["split"]) == (47, 10, "test")
     assert written["weights"] == "EMA weights, last step 40, seed 42"
