@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow bench lint format clean
+.PHONY: help demo test test-slow browser bench lint format clean
 
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,12 @@ test: $(VENV)/.installed-test ## Check style and types, and run the tests, a few
 
 test-slow: $(VENV)/.installed-test ## Run the tests that take longer
 	@$(BIN)/python -m pytest -m slow
+
+browser: ## Install Chromium, which the tests of the Space look at its page with (Debian, as root)
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    { apt-get update && timeout 600 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1; } || \
+	  { echo "Chromium could not be installed (Debian, as root: apt-get install chromium)"; exit 1; }
 
 bench: $(VENV)/.installed-test ## Time ours against baselines, some minutes on two quiet cores
 	@$(BIN)/python benchmarks/run.py

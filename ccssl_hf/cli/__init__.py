@@ -13,6 +13,7 @@ from .predict import predict
 from .push import push
 from .report import report
 from .serve import serve
+from .space import space
 from .train import ANY_FLAG, train
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command(rich_help_panel=RUNS)(predict)
 app.command(rich_help_panel=RUNS)(report)
 app.command(rich_help_panel=PUBLISHING)(push)
 app.command(rich_help_panel=PUBLISHING)(serve)
+app.command(rich_help_panel=PUBLISHING)(space)
 app.add_typer(export.app, name="export", rich_help_panel=PUBLISHING)
 app.add_typer(convert.app, name="convert", rich_help_panel=PUBLISHING)
 
