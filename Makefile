@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow browser bench lint format clean
+.PHONY: help demo test test-slow browser bench bench-accelerator lint format clean
 
 help: ## Say what each target does
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
@@ -45,6 +45,9 @@ browser: ## Install Chromium, which the tests of the Space look at its page with
 
 bench: $(VENV)/.installed-test ## Time ours against baselines, some minutes on two quiet cores
 	@$(BIN)/python benchmarks/run.py
+
+bench-accelerator: $(VENV)/.installed-test ## Measure steps, views and memory on a GPU
+	@$(BIN)/python benchmarks/accelerator.py
 
 lint: $(VENV)/.installed-test ## Check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
