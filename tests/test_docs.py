@@ -28,8 +28,11 @@ from ccssl_hf.algorithms import ALGORITHMS, build_algorithm
 from ccssl_hf.algorithms.__main__ import with_table
 from ccssl_hf.cli import app
 from ccssl_hf.cli.pages import pages
+from ccssl_hf.inference import Classifier
 from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, RecipeArguments, parse_recipe
+from hub_server import TOKENS, Hub
 from test_recipes import changed
+from test_serving import served
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -41,6 +44,7 @@ SMALLER = {
     "pretrained=True": "pretrained=False",
     "max_steps=20_000": "max_steps=2, mu=1, use_cpu=True, report_to='none'",
     "per_device_train_batch_size=16": "per_device_train_batch_size=4",
+    "user/moths": "anna/moths-of-the-docs",
 }
 
 
@@ -61,8 +65,8 @@ def with_blocks(language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which the pages' code finds what it names, with the quick start's model trained into it."""
+def place(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[Path]:
+    """A folder in which the pages' code finds what it names: the quick start was run in it."""
     root = tmp_path_factory.mktemp("place")
     images = root / "my_images"
     for label, photograph in zip(("moth", "fly"), load_sample_images().images, strict=True):
@@ -77,28 +81,37 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(datasets_config, "HF_DATASETS_CACHE", root / "cache")
+        patch.setenv("HF_TOKEN", TOKENS["anna"])
         for words in commands("docs/quickstart.md"):
             if words[0] == "ccssl-hf":
-                small = changed(words, image_size="32", max_steps="2") if words[1] == "train" else words
-                done = CliRunner().invoke(app, small[1:])
+                words = [SMALLER.get(word, word) for word in words]
+                words = changed(words, image_size="32", max_steps="2") if words[1] == "train" else words
+                done = CliRunner().invoke(app, words[1:])
                 assert done.exit_code == 0, f"{words}: {done.output}"
         (root / "converted").symlink_to(root / "outputs" / "mine")
         yield root
 
 
-def test_the_quick_starts_commands_leave_what_it_says(place: Path) -> None:
-    assert {"config.json", "model.safetensors", "README.md"} <= {
-        path.name for path in (place / "outputs/mine").iterdir()
-    }
+@pytest.fixture(scope="module")
+def address(place: Path) -> Iterator[str]:
+    """Where the quick start's model is served."""
+    with served(Classifier.from_pretrained(place / "outputs" / "mine", device="cpu")) as url:
+        yield url
+
+
+def test_the_quick_starts_commands_leave_what_it_says(place: Path, hub: Hub) -> None:
+    expected = {"config.json", "model.safetensors", "README.md"}
+    assert expected <= {path.name for path in (place / "outputs" / "mine").iterdir()}
     assert (place / "predictions.parquet").is_file()
+    assert ("model", SMALLER["user/moths"]) in hub.repos
 
 
 @pytest.mark.parametrize("page", with_blocks("python"))
-def test_python_runs(page: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_runs(page: str, place: Path, address: str) -> None:
     """All blocks of a page after one another, on small data and with a small network."""
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
-        for whole, tiny in SMALLER.items():
+        for whole, tiny in {**SMALLER, "http://127.0.0.1:8000": address}.items():
             block = block.replace(whole, tiny)
         assert "max_steps=20" not in block and "resnet50" not in block
         exec(compile(block, page, "exec"), names)
