@@ -20,14 +20,13 @@ from torch import Tensor
 from transformers import set_seed
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments, class_aware_contrastive_loss
-from ccssl_hf.plotting import COLORS, MARKERS
+from ccssl_hf.plotting import COLORS, GREY, MARKERS, TEXT
 from ccssl_hf.recipe import parse_recipe
 from ccssl_hf.sampling import UNLABELED
 from ccssl_hf.transforms import View, ViewSettings, make_view
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-TEXT, GREY = "#222222", "#666666"
 
 
 def save(figure: Figure, name: str) -> None:
