@@ -51,6 +51,7 @@ def test_both_ways_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPat
 
 
 @linux
+@pytest.mark.slow
 def test_start_up_has_a_row_for_time_and_memory_of_both_ways_of_decoding(tmp_path: Path) -> None:
     rows = quick("start", tmp_path)
     bars = [(row["unit"], row["bar"] and row["bar"]["value"]) for row in rows]

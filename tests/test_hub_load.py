@@ -166,7 +166,9 @@ def test_splits_load_from_the_hub_and_the_run_goes_back_there(hub, tmp_path, mon
     monkeypatch.setattr(sys, "argv", [str(recipe), *roles, *(f"--{name}={value}" for name, value in settings.items())])
     runpy.run_path(str(recipe), run_name="__main__")
     files = hub.repo("anna/digits-resnet").files()
-    assert files.keys() == {"README.md", "config.json", "model.safetensors"}
+    pictures = {name for name in files if name.startswith("images/")}
+    assert files.keys() - pictures == {"README.md", "config.json", "model.safetensors"}
+    assert all(name in files["README.md"].decode() for name in pictures)
     card = HfApi(token=ANNA).model_info("anna/digits-resnet").card_data
     assert card is not None and card.datasets == ["anna/digits"]
     assert card.eval_results is not None and {result.dataset_split for result in card.eval_results} == {"validation"}
