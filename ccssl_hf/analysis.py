@@ -149,7 +149,6 @@ def plot_reliability(logits: Any, labels: Any, path: str | Path, *, num_bins: in
     style(top, xlabel="", ylabel="Accuracy", note=f"Expected calibration error {error:.3f} ({num_bins} bins)")
     top.set(xlim=(0, 1), ylim=(0, 1))
     top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    legend(top, loc="upper left")
 
     bottom.bar(middle, counts / total, width * 0.9, color="#9A9A9A")
     style(bottom, xlabel="Confidence (largest softmax probability)", ylabel="Images")
@@ -157,6 +156,8 @@ def plot_reliability(logits: Any, labels: Any, path: str | Path, *, num_bins: in
     bottom.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bottom.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     figure.align_ylabels()
+    # Below both, because bars may reach any place within.
+    legend(figure, handles=top.get_legend_handles_labels()[0], loc="outside lower center", ncols=3, columnspacing=1)
     save(figure, path)
 
 

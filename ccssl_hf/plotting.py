@@ -47,8 +47,8 @@ def save(figure: Figure, path: str | Path) -> None:
         few.save(path, optimize=True, dpi=(DPI, DPI))
 
 
-def legend(ax: Axes, **kwargs: Any) -> None:
-    ax.legend(frameon=False, fontsize=9, labelcolor=TEXT, **kwargs)
+def legend(parent: Axes | Figure, **kwargs: Any) -> None:
+    parent.legend(frameon=False, fontsize=9, labelcolor=TEXT, **kwargs)
 
 
 def _spread_out(heights: Sequence[float], gap: float) -> list[float]:
