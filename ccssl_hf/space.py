@@ -203,7 +203,8 @@ def _write_examples(folder: Path, split: _Split) -> None:
     folder.mkdir()
     classes = np.unique(split.labels[split.labels != UNKNOWN])[:EXAMPLES_OF_CLASSES]
     rows = [int(np.flatnonzero(split.labels == number)[0]) for number in classes]
-    rows += np.flatnonzero(split.labels == UNKNOWN)[:EXAMPLES_OF_NONE].tolist()
+    unknown = np.flatnonzero(split.labels == UNKNOWN)
+    rows += unknown[:: max(1, len(unknown) // EXAMPLES_OF_NONE)][:EXAMPLES_OF_NONE].tolist()  # apart: often sorted
     for number, row in enumerate(rows):
         (folder / f"{number}.webp").write_bytes(_encoded(split.image(row), EXAMPLE_SIDE))
 

@@ -1,7 +1,7 @@
 """A page for one image classifier: drop an image, and see its classes, where the network looked, and what is near it.
 
 `python app.py` serves it. All that it reads lies beside it: `space.json`, and as they were given `model/`, `gallery/`
-and `examples/`.
+and `examples/`. One file, longer than most, so that what a Space computes and shows can be read in one place.
 """
 
 from __future__ import annotations
@@ -528,7 +528,9 @@ if __name__ == "__main__":
 
     with suppress(ModuleNotFoundError):  # lies here where timm lacks the network, and tells timm of it
         importlib.import_module("wide_resnet_cifar")
-    build(Space(Path(__file__).parent)).launch(
+    space = Space(Path(__file__).parent)
+    space.answer(Image.new("RGB", (64, 64)))  # the first answer loads more libraries: no visitor waits for it
+    build(space).launch(
         theme=gradio.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=FONT),
         css=CSS,
         max_file_size="20mb",
