@@ -384,7 +384,7 @@ def address(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             stderr=subprocess.STDOUT,
         )
         try:
-            for _ in range(1200):
+            for _ in range(3000):
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(url, timeout=5).close()
                     break
