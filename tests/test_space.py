@@ -314,6 +314,15 @@ def test_the_last_map_is_found_in_any_family_and_lies_as_the_image_does(name: st
     assert corner > 0.4 * changed.sum()
 
 
+def test_a_classifier_of_zeros_hides_no_map() -> None:
+    """Some of timm's start like that: no logit depends on anything."""
+    network = timm.create_model("test_resnet", num_classes=3).eval()
+    for parameter in network.get_classifier().parameters():
+        torch.nn.init.zeros_(parameter)
+    layer, _ = app.find_map(network, (160, 160))
+    assert layer is network.layer4
+
+
 @pytest.mark.parametrize(("backbone", "size"), [("test_resnet", 160), ("test_vit", 64), ("wide_resnet10_1_cifar", 16)])
 def test_the_heat_map_is_grad_cam_of_the_class_that_is_asked_for(backbone: str, size: int, tmp_path: Path) -> None:
     """Against the definition: the map's channels, weighted by the mean slope of the class's logit, but not below 0."""

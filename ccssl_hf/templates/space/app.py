@@ -185,7 +185,7 @@ class MapReader:
 
 
 def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, MapReader] | None:
-    """The last layer whose output is a map that the logits depend on in every place, and how to read it.
+    """The last layer whose output is a map that the pooled features depend on, and how to read it.
 
     It is found by a dry run, so any timm network will do: after the last layer of a vision transformer, say, only the
     class token matters, and its last map is before its last attention.
@@ -194,21 +194,23 @@ def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, MapReader]
         network: A timm classifier in eval mode.
         size: Height and width of its images in pixels.
     """
-    pixels = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        features = network.forward_features(pixels)
-    tokens = isinstance(features, Tensor) and features.ndim == 3
-    last = isinstance(features, Tensor) and features.shape[-1] == network.num_features != features.shape[1]
-    layout = "tokens" if tokens else "NHWC" if last else "NCHW"
-    reader = MapReader(layout, *size, prefix_tokens=getattr(network, "num_prefix_tokens", 0))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, *size, generator=generator).requires_grad_()
     outputs: list[tuple[nn.Module, Any]] = []
     modules = [module for module in network.modules() if module is not network]
     hooks = [module.register_forward_hook(lambda module, _, out: outputs.append((module, out))) for module in modules]
     try:
-        score = network(pixels.requires_grad_()).max()
+        features = network.forward_features(pixels)
+        pooled = network.forward_head(features, pre_logits=True)
     finally:
         for hook in hooks:
             hook.remove()
+    # Any direction will do: a classifier that has not been trained may be all zeros.
+    score = (pooled * torch.randn(pooled.shape, generator=generator)).sum()
+    tokens = isinstance(features, Tensor) and features.ndim == 3
+    last = isinstance(features, Tensor) and features.shape[-1] == network.num_features != features.shape[1]
+    layout = "tokens" if tokens else "NHWC" if last else "NCHW"
+    reader = MapReader(layout, *size, prefix_tokens=getattr(network, "num_prefix_tokens", 0))
     calls = Counter(module for module, _ in outputs)
     for module, output in reversed(outputs):
         if calls[module] > 1 or not isinstance(output, Tensor) or not output.requires_grad:
@@ -422,7 +424,8 @@ class Space:
             f"**“This may be none of them”** {note} Take it as a hint. A network that has learned from its own guesses "
             "(pseudo labels) can be as sure of strangers as of what it knows.",
             "**The heat map** (Grad-CAM) shows which places of the network's last feature map speak for a class, "
-            "stretched over the picture: the redder, the more. It is coarse, and says where, not why."
+            "stretched over the picture: the redder, the more, and no red at all where none does. It is coarse, and "
+            "says where, not why."
             if self.model.has_map
             else "There is no heat map: this network keeps no map of the picture that is fine enough.",
         ]
