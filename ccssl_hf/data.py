@@ -41,7 +41,7 @@ _TEXT = ("string", "large_string")
 CHUNK_BYTES = 1 << 24
 """Decoded pixels that are held and written at a time: far below the 2 GiB that an Arrow column of bytes can address."""
 
-DECODED_AT_ONCE = 16
+DECODED_AT_ONCE = 8
 """Whole images that a worker holds: enough to share the cost of drawing their boxes."""
 
 
@@ -381,9 +381,10 @@ class ImageFiles:
         for part in (slice(i, i + DECODED_AT_ONCE) for i in range(0, len(index), DECODED_AT_ONCE)):
             rows = index[part].tolist()
             encoded = self._dataset[rows][self._column]
-            images = [decode_image(item, row, self._role) for item, row in zip(encoded, rows, strict=True)]
+            # Pixels alone are held: a photograph takes as much again as PIL keeps it.
+            images = (decode_image(item, row, self._role) for item, row in zip(encoded, rows, strict=True))
             pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in images]
-            widths, heights = torch.tensor([image.size for image in images]).unbind(1)
+            heights, widths = torch.tensor([image.shape[2:] for image in pixels]).unbind(1)
             known: dict[str, Any] = {"draws": torch.from_numpy(draw[part]), "heights": heights, "widths": widths}
             for v, view in enumerate(views):
                 boxes = crop_boxes(view, self._settings, seed=self._seed, stream=self._stream, **known).tolist()

@@ -345,8 +345,8 @@ class CCSSLTrainer(PublishingTrainer):
             return metrics
         split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
         self.add_results(split, _without_prefix(metrics, metric_key_prefix))
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        self.evaluated[split] = self.eval_dataset[data] if isinstance(data, str) else data
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.evaluated[split] = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         logits, labels = output.predictions, output.label_ids
         if np.shape(logits) == (np.size(labels), len(self.class_names)):  # metrics of the user's own may change them
             logits = logits.astype(np.float32, copy=False)
