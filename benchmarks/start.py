@@ -32,7 +32,7 @@ from harness import Bar, Row, in_child, main, resident, rise_of_own_memory
 from PIL import Image
 from transformers import TrainerCallback
 
-from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments, data
+from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments, images
 from ccssl_hf.data import load_split
 
 DISTINCT = 2000
@@ -54,11 +54,11 @@ def write(path: Path, rows: int, side: int) -> None:
         Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG")
         encoded.append({"bytes": file.getvalue(), "path": None})
     schema = FEATURES.arrow_schema
-    images = pa.array(encoded, schema.field("image").type)
+    files = pa.array(encoded, schema.field("image").type)
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, 50 * DISTINCT):
             number = np.arange(start, min(rows, start + 50 * DISTINCT))
-            writer.write_table(pa.table([images.take(pa.array(number % DISTINCT)), number % len(CLASSES)], schema))
+            writer.write_table(pa.table([files.take(pa.array(number % DISTINCT)), number % len(CLASSES)], schema))
 
 
 class Stopwatch(TrainerCallback):
@@ -70,7 +70,7 @@ class Stopwatch(TrainerCallback):
 
 def prepare(folder: Path, unlabeled: str, decode: str) -> None:
     """A first run, which fills the cache; it decodes a file that repeats once per batch, as the pixels are the same."""
-    pixels = data._pixels
+    pixels = images._pixels
 
     def pixels_of_distinct(batch: dict[str, list[Any]], rows: list[int], *, column: str, **given: Any) -> Any:
         row_of = {image["bytes"]: row for row, image in enumerate(batch[column])}
@@ -79,7 +79,7 @@ def prepare(folder: Path, unlabeled: str, decode: str) -> None:
         by_file = dict(zip(row_of, decoded, strict=True))
         return {"pixels": [by_file[image["bytes"]] for image in batch[column]]}
 
-    data._pixels = pixels_of_distinct
+    images._pixels = pixels_of_distinct
     first_step(folder, unlabeled, decode)
 
 

@@ -16,7 +16,7 @@ from pil_views import pil_transform
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from ccssl_hf.data import ImageFiles
+from ccssl_hf.images import ImageFiles
 from ccssl_hf.sampling import UNLABELED
 from ccssl_hf.transforms import View, ViewSettings, make_view, normalize
 
@@ -37,7 +37,7 @@ def write_photos(folder: Path, number: int) -> list[str]:
 
 def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
-    number, batch, rounds = (8, 8, 1) if quick else (240, 16, 15)
+    number, batch, rounds = (8, 8, 1) if quick else (240, 32, 9)
     transforms = [pil_transform(view, SETTINGS) for view in VIEWS]
     with tempfile.TemporaryDirectory() as folder:
         files = write_photos(Path(folder), number)

@@ -34,7 +34,8 @@ from torch.fx.proxy import TraceError
 
 from .backbones import features_and_logits
 from .checkpoint import HEAD_FILE, find_checkpoint
-from .data import check_images, check_writable, decode_image, encoded_images, load_split
+from .data import check_images, check_writable, load_split
+from .images import decode_image, encoded_images
 from .modeling import CCSSLForImageClassification
 
 MAX_WORKERS = 8

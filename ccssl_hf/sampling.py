@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -42,6 +43,11 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
+@lru_cache(maxsize=64)
+def _key(seed: int, stream: int) -> int:
+    return int(_mix(torch.tensor(_signed(seed * 0x9E3779B97F4A7C15 + stream), dtype=torch.int64) + _GOLDEN))
+
+
 def counter_bits(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
     """64 random bits for each (seed, stream, draw, column), the same on every device.
 
@@ -54,8 +60,7 @@ def counter_bits(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
     Returns:
         int64 `[N, columns]`.
     """
-    key = _mix(torch.tensor([_signed(seed * 0x9E3779B97F4A7C15 + stream)], dtype=torch.int64) + _GOLDEN)
-    rows = _mix(draws.to(torch.int64) * _GOLDEN + int(key))
+    rows = _mix(draws.to(torch.int64) * _GOLDEN + _key(seed, stream))
     column = torch.arange(1, columns + 1, device=draws.device, dtype=torch.int64) * _GOLDEN
     return _mix(rows[:, None] + column)
 

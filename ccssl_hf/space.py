@@ -26,7 +26,8 @@ from torch import Tensor
 
 from . import wide_resnet_cifar
 from .checkpoint import find_checkpoint, is_own_backbone
-from .data import UNKNOWN, check_images, check_writable, decode_image, encoded_images, load_split, read_labels
+from .data import UNKNOWN, check_images, check_writable, load_split, read_labels
+from .images import decode_image, encoded_images
 from .metrics import top_k_accuracy
 from .modeling import CCSSLForImageClassification
 from .templates.space import app

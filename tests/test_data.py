@@ -11,19 +11,16 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from ccssl_hf.data import (
-    CHUNK_BYTES,
-    DECODED_AT_ONCE,
     UNKNOWN,
     EvaluationDataset,
-    ImageFiles,
     PairedDataset,
-    PixelTable,
     default_workers,
     drop_unreadable,
     fingerprint,
@@ -31,6 +28,7 @@ from ccssl_hf.data import (
     read_class_names,
     read_labels,
 )
+from ccssl_hf.images import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
 from ccssl_hf.sampling import UNLABELED, PairedBatchSampler
 from ccssl_hf.transforms import View, ViewSettings, crop_boxes, make_view
 from conftest import SHARED, needs_shared
@@ -358,6 +356,18 @@ def assert_nearly_equal(left: torch.Tensor, right: torch.Tensor) -> None:
     """Each of the two passes of a resize may round to the neighbouring grey level."""
     difference = (left.to(torch.int16) - right.to(torch.int16)).abs()
     assert difference.max() <= 2 and (difference > 0).float().mean() < 0.05
+
+
+def test_an_image_that_pillow_keeps_in_several_blocks_is_read_as_any_other() -> None:
+    image = picture(0, 20, 18).resize((6000, 2900))  # blocks of 16 MiB, 4 bytes a pixel
+    with pytest.raises(ValueError, match="blocks"):
+        pa.array(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    split = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}]})
+    read = streamed(split.cast_column("image", datasets.Image()), np.array([0]), np.array([5]))
+    for v, view in enumerate(VIEWS):
+        assert_nearly_equal(read[0, v], crop(image, view, 5))
 
 
 def test_streamed_crops_are_nearly_pils_and_depend_on_their_draw_alone() -> None:

@@ -15,7 +15,18 @@ from torch import Tensor
 from torchvision.transforms import functional as tvf
 
 from ccssl_hf.sampling import LABELED, UNLABELED, uniform
-from ccssl_hf.transforms import CONTRASTIVE, STRONG, WEAK, Column, View, ViewSettings, crop_boxes, make_view, normalize
+from ccssl_hf.transforms import (
+    CONTRASTIVE,
+    STRONG,
+    WEAK,
+    Column,
+    View,
+    ViewSettings,
+    crop_boxes,
+    geometry,
+    make_view,
+    normalize,
+)
 from ccssl_hf.transforms.views import _randaugment_choices
 from conftest import SHARED, needs_shared
 from test_transforms_ops import affine, from_pil, patches, to_pil
@@ -298,6 +309,14 @@ def test_the_grey_square_lies_evenly_over_the_image() -> None:
     assert_share(rows == 16, 17 / 32)
     assert_share(columns == 16, 17 / 32)
     assert int(rows.min()) == int(columns.min()) == 8
+
+
+def test_an_accelerator_fills_the_same_squares() -> None:
+    images = torch.randint(256, (64, 3, 12, 10), dtype=torch.uint8)
+    top, left = torch.randint(-7, 16, (2, 64))
+    expected = geometry.cutout(images, top, left, size=5)
+    assert torch.equal(geometry._masked_cutout(images, top, left, 5, 127), expected)
+    assert not torch.equal(expected, images)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -185,10 +185,20 @@ def cutout(images: Tensor, top: Tensor, left: Tensor, *, size: int, value: int =
         value: The grey level.
     """
 
+    if images.device.type != "cpu":
+        return _masked_cutout(images, top, left, size, value)
+    result = images.clone()
+    for image, first, start in zip(result.numpy(), top.tolist(), left.tolist(), strict=True):
+        image[:, max(first, 0) : max(first + size, 0), max(start, 0) : max(start + size, 0)] = value
+    return result
+
+
+def _masked_cutout(images: Tensor, top: Tensor, left: Tensor, size: int, value: int) -> Tensor:
+    """All squares at once, for an accelerator, where a kernel for each would take longer."""
+
     def covered(start: Tensor, side: int) -> Tensor:
         offset = torch.arange(side, device=images.device) - start.to(images.device, non_blocking=True)[:, None]
         return (offset >= 0) & (offset < size)
 
     square = covered(top, images.shape[2])[:, None, :, None] & covered(left, images.shape[3])[:, None, None]
-    square = square.to(torch.uint8)
-    return (images * (1 - square)).add_(square * value)  # several times faster than masked_fill
+    return torch.where(square, value, images)

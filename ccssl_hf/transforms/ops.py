@@ -23,10 +23,14 @@ def _truncate(values: Tensor) -> Tensor:
     return values.to(torch.int16).to(torch.uint8)
 
 
-def _blend(degenerate: Tensor | float, images: Tensor, factor: Tensor) -> Tensor:
-    """`Image.blend`: degenerate + factor * (images - degenerate) in float32, clipped and truncated."""
-    blended = images.to(torch.float32).sub_(degenerate).mul_(_per_image(factor, images, torch.float32))
-    return _truncate(blended.add_(degenerate).clamp_(0, 255))
+def _blend(degenerate: Tensor | None, images: Tensor, factor: Tensor) -> Tensor:
+    """`Image.blend`: degenerate + factor * (images - degenerate), clipped and truncated to uint8. None is black.
+
+    Images are float32 and overwritten.
+    """
+    factor = _per_image(factor, images, torch.float32)
+    blended = images.mul_(factor) if degenerate is None else images.sub_(degenerate).mul_(factor).add_(degenerate)
+    return blended.to(torch.int16).clamp_(0, 255).to(torch.uint8)  # as `_truncate`; int16 is clipped in half the time
 
 
 def _lookup(images: Tensor, table: Tensor) -> Tensor:
@@ -35,33 +39,35 @@ def _lookup(images: Tensor, table: Tensor) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """`convert("L")`: ITU-R 601 luma in 16-bit fixed point, uint8 `[N, 1, H, W]`."""
-    red, green, blue = images.to(torch.float32).split(1, dim=1)
+    """`convert("L")`: ITU-R 601 luma in 16-bit fixed point, float32 `[N, 3, H, W]` to `[N, 1, H, W]`, whole numbers."""
+    red, green, blue = images.split(1, dim=1)
     # Sums stay below 2**24, so float32 is exact here.
-    return _truncate(red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(0x8000).mul_(2.0**-16))
+    return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(0x8000).mul_(2.0**-16).floor_()
 
 
 def grayscale(images: Tensor) -> Tensor:
     """The luma in all three channels."""
-    return luma(images).repeat(1, 3, 1, 1)
+    return _truncate(luma(images.to(torch.float32))).repeat(1, 3, 1, 1)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
     """`ImageEnhance.Brightness`: blends with black. Factor 0 is black, 1 the image."""
-    return _blend(0.0, images, factor)
+    return _blend(None, images.to(torch.float32), factor)
 
 
 def color(images: Tensor, factor: Tensor) -> Tensor:
     """`ImageEnhance.Color` (saturation): blends with the image's luma. Factor 0 is grey, 1 the image."""
-    return _blend(luma(images).to(torch.float32), images, factor)
+    wide = images.to(torch.float32)
+    return _blend(luma(wide), wide, factor)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
     """`ImageEnhance.Contrast`: blends with the rounded mean of the image's luma. Factor 0 is flat, 1 the image."""
     pixels = images.shape[2] * images.shape[3]
-    total = luma(images).flatten(1).sum(1, dtype=torch.int64)
+    wide = images.to(torch.float32)
+    total = luma(wide).sum(3).flatten(1).sum(1, dtype=torch.float64).long()  # a row is exact in float32
     mean = (2 * total + pixels).div(2 * pixels, rounding_mode="floor")
-    return _blend(_per_image(mean, images, torch.float32), images, factor)
+    return _blend(_per_image(mean, images, torch.float32), wide, factor)
 
 
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     total = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :] + 4 * smooth[..., 1:-1, 1:-1]
     # (total + 6.5) / 13 is never nearer than 1/26 to an integer: its floor is certain. The border is not filtered.
     smooth[..., 1:-1, 1:-1] = total.add_(6.5).div_(13).floor_()
-    return _blend(smooth, images, factor)
+    return _blend(smooth, images.to(torch.float32), factor)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:

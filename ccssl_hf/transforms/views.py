@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import permutations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,24 +79,23 @@ def crop_boxes(
         raise ValueError(
             f"weak_crop='pad' makes the {View(view).name.lower()} view without a box: use weak_crop='resized'."
         )
-    random = _random(view, settings, seed, stream, draws)
+    # In numpy, which is quicker than torch with the few numbers of one batch.
+    random = _random(view, settings, seed, stream, draws).numpy()
+    limits = torch.stack([heights, widths], dim=1).cpu().long().numpy()
     tries = random[:, Column.CROP_TRIES : Column.CROP_TRIES + 2 * CROP_TRIES]
-    heights, widths = heights.cpu().long(), widths.cpu().long()
     low, high = settings.contrastive_crop_scale if simclr else settings.crop_scale
-    area = (heights * widths)[:, None] * (low + (high - low) * tries[:, 0::2])
-    least, most = torch.tensor(settings.crop_ratio, dtype=torch.float64)
-    ratio = (least.log() + (most.log() - least.log()) * tries[:, 1::2]).exp()
-    tried = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=2).long()
-    limits = torch.stack([heights, widths], dim=1)
-    fits = ((tried > 0) & (tried <= limits[:, None])).all(2)
+    area = limits.prod(axis=1, keepdims=True) * (low + (high - low) * tries[:, 0::2])
+    least, most = settings.crop_ratio
+    ratio = np.exp(np.log(least) + (np.log(most) - np.log(least)) * tries[:, 1::2])
+    tried = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=2).round().astype(np.int64)
+    fits = np.all((tried > 0) & (tried <= limits[:, None]), axis=2)
     # Whatever image has another shape than a crop may have keeps its shorter side.
-    central = torch.stack([(widths / least).round(), (heights * most).round()], dim=1).long()
-    central = torch.minimum(central, limits)
-    first = fits.to(torch.int8).argmax(1)
-    side = torch.where(fits.any(1)[:, None], tried[torch.arange(len(first)), first], central)
+    central = np.stack([limits[:, 1] / least, limits[:, 0] * most], axis=1).round().astype(np.int64)
+    found = np.any(fits, axis=1, keepdims=True)
+    side = np.where(found, tried[np.arange(len(fits)), fits.argmax(axis=1)], np.minimum(central, limits))
     room = limits - side
-    placed = (random[:, Column.TOP : Column.LEFT + 1] * (room + 1)).long()
-    return torch.cat([torch.where(fits.any(1)[:, None], placed, room // 2), side], dim=1)
+    placed = (random[:, Column.TOP : Column.LEFT + 1] * (room + 1)).astype(np.int64)
+    return torch.from_numpy(np.concatenate([np.where(found, placed, room // 2), side], axis=1))
 
 
 def _crop_and_flip(
