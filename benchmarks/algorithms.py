@@ -161,35 +161,43 @@ def settings_of(data: str, algorithm: str, ccssl: bool, changes: dict[str, Any])
     return {"algorithm": algorithm, **wanted}
 
 
-def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validation_only: bool) -> dict[str, Any]:
-    """Trains once, and measures the averaged weights of the last step."""
+def trainer_of(
+    data: str, root: Path, seed: int, settings: dict[str, Any], *, folder: str, callbacks: list[TrainerCallback]
+) -> tuple[CCSSLTrainer, dict[str, datasets.Dataset]]:
+    """A trainer before its first step, and all splits."""
     known, splits = DATA[data](root, seed)
     set_seed(seed)
     model = CCSSLForImageClassification.from_timm(
         BACKBONE, labels=known, image_size=IMAGE_SIZES[data], bn_momentum=BN_MOMENTUM
     )
     reads_unlabeled = settings["algorithm"] != "supervised" or settings["lambda_contrast"] > 0
+    args = CCSSLTrainingArguments(
+        folder,
+        seed=seed,
+        per_device_eval_batch_size=100,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = CCSSLTrainer(
+        model,
+        args,
+        train_dataset=splits["labeled"],
+        unlabeled_dataset=splits["unlabeled"] if reads_unlabeled else None,
+        eval_dataset=splits["validation"],
+        callbacks=callbacks,
+    )
+    return trainer, splits
+
+
+def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validation_only: bool) -> dict[str, Any]:
+    """Trains once, and measures the averaged weights of the last step."""
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
-        args = CCSSLTrainingArguments(
-            folder,
-            seed=seed,
-            per_device_eval_batch_size=100,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            **settings,
-        )
-        trainer = CCSSLTrainer(
-            model,
-            args,
-            train_dataset=splits["labeled"],
-            unlabeled_dataset=splits["unlabeled"] if reads_unlabeled else None,
-            eval_dataset=splits["validation"],
-            callbacks=[times],
-        )
+        trainer, splits = trainer_of(data, root, seed, settings, folder=folder, callbacks=[times])
         trainer.train()
         row: dict[str, float | None] = {"seconds_per_step": round(times.median(), 4)}
         row["validation_top1"] = trainer.evaluate()["eval_top1"]

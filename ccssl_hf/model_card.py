@@ -71,6 +71,7 @@ class CardFacts:
         pictures: File beside the card, by relative name, to its caption.
         limits: Further limits of this very model, in words.
         remote_code: Whether plain loading needs `trust_remote_code=True`, as our own backbones do.
+        weights_kept: Whether there are weights to load; without them the card says so, and not how to use them.
     """
 
     model_name: str
@@ -99,6 +100,7 @@ class CardFacts:
     pictures: Mapping[str, str] = field(default_factory=dict)
     limits: str | None = None
     remote_code: bool = False
+    weights_kept: bool = True
 
 
 def library_versions() -> dict[str, str]:
