@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow browser bench bench-accelerator lint format clean
+.PHONY: help demo test test-slow browser bench bench-accelerator docs lint format clean
 
 help: ## Say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -43,11 +43,15 @@ browser: ## Install Chromium, which the tests of the Space look at its page with
 	    { apt-get update && timeout 600 apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1; } || \
 	  { echo "Chromium could not be installed (Debian, as root: apt-get install chromium)"; exit 1; }
 
-bench: $(VENV)/.installed-test ## Time ours against baselines, some minutes on two quiet cores
+bench: $(VENV)/.installed-test ## Time ours against baselines, about 25 minutes on two quiet cores
 	@$(BIN)/python benchmarks/run.py
 
 bench-accelerator: $(VENV)/.installed-test ## Measure steps, views and memory on a GPU
 	@$(BIN)/python benchmarks/accelerator.py
+
+docs: $(VENV)/.installed-docs ## Build the documentation into outputs/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "Open outputs/site/index.html"
 
 lint: $(VENV)/.installed-test ## Check style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

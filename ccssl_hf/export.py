@@ -36,25 +36,29 @@ HANDLER_FILE, REQUIREMENTS_FILE = "handler.py", "requirements.txt"
 # ------------------------------------------------------------------------------------------------------------- handler
 
 
-def write_handler(folder: str | Path) -> list[Path]:
+def write_handler(folder: str | Path, out: str | Path | None = None) -> list[Path]:
     """Writes `handler.py` into a published folder, and the `requirements.txt` that its container installs.
 
     Args:
         folder: What `save_pretrained` wrote.
+        out: The folder to write to instead, made if need be.
 
     Returns:
         The files.
 
     Raises:
         FileNotFoundError: The folder holds no model.
+        ValueError: `out` can't be written to.
     """
     folder = Path(folder)
+    out = Path(out or folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"'{folder}' has no {name}: pass a folder that save_pretrained wrote.")
-    shutil.copyfile(handler.__file__, folder / HANDLER_FILE)
-    (folder / REQUIREMENTS_FILE).write_text(f"timm>={timm.__version__}\n", encoding="utf-8")
-    return [folder / HANDLER_FILE, folder / REQUIREMENTS_FILE]
+    check_writable(out)
+    shutil.copyfile(handler.__file__, out / HANDLER_FILE)
+    (out / REQUIREMENTS_FILE).write_text(f"timm>={timm.__version__}\n", encoding="utf-8")
+    return [out / HANDLER_FILE, out / REQUIREMENTS_FILE]
 
 
 # ---------------------------------------------------------------------------------------------------------------- ONNX

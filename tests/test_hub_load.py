@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,19 @@ import datasets
 import pytest
 import timm
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, InferenceClient, SpaceCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageClassification, pipeline
+from typer.testing import CliRunner
 
 from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.checkpoint import find_checkpoint
+from ccssl_hf.cli import app
 from ccssl_hf.inference import Classifier
 from hub_server import TOKENS, Hub
 from load_elsewhere import at_home
 from published import found_elsewhere, picture, write_expected
+from test_serving import PORT_LINE, line_with
 from tiny_runs import LABELED, LABELS, UNLABELED, VALIDATION, copy_of, different, model_of, trainer_of
 
 ANNA = TOKENS["anna"]
@@ -136,6 +142,52 @@ def test_branches_tags_commits_and_pull_requests_load(published, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def test_every_verb_takes_a_hub_id(published, tmp_path):
+    name = "wide_resnet10_1_cifar"
+    images = tmp_path / "images"
+    for number, label in enumerate(LABELS):
+        (images / label).mkdir(parents=True)
+        picture().save(images / label / f"{number}.png")
+
+    def answer(*words: str) -> str:
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == 0, (words, result.output)
+        return result.stdout
+
+    assert answer("report", f"anna/{name}").startswith(f"anna/{name}")
+    assert "Top-1" in answer("evaluate", f"anna/{name}", str(images))
+    assert "Top-1" in answer("report", f"anna/{name}", str(tmp_path / "card"), "--split", f"test={images}")
+    answer("predict", f"anna/{name}", str(images), str(tmp_path / "out.parquet"))
+    assert len(datasets.Dataset.from_parquet(str(tmp_path / "out.parquet"))) == len(LABELS)
+    answer("export", "onnx", f"anna/{name}", "--out", str(tmp_path / "onnx"))
+    answer("export", "handler", f"anna/{name}", "--out", str(tmp_path / "handler"))
+    assert {path.name for path in (tmp_path / "handler").iterdir()} == {"handler.py", "requirements.txt"}
+    answer("space", f"anna/{name}", str(tmp_path / "space"), "--labeled", str(images))
+    assert SpaceCard.load(tmp_path / "space" / "README.md").data.models == [f"anna/{name}"]
+    assert not (tmp_path / "space" / "model").exists()
+
+    without = CliRunner().invoke(app, ["export", "handler", f"anna/{name}"])
+    assert without.exit_code == 2 and "name one to write to with --out" in without.stderr
+
+    with serving(f"anna/{name}") as url:
+        [best, *_] = InferenceClient(model=url).image_classification(str(images / LABELS[0] / "0.png"))
+    local = pipeline("image-classification", model=str(published["root"] / name), device="cpu", trust_remote_code=True)
+    expected = local(picture(), top_k=1)[0]
+    assert (best.label, best.score) == (expected["label"], pytest.approx(expected["score"], abs=1e-5))
+
+
+@contextmanager
+def serving(model: str) -> Iterator[str]:
+    """The address of `ccssl-hf serve` in a process of its own."""
+    command = [sys.executable, "-m", "ccssl_hf.cli", "serve", model, "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        yield f"http://127.0.0.1:{line_with(process, PORT_LINE.search)[1]}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def test_splits_load_from_the_hub_and_the_run_goes_back_there(hub, tmp_path, monkeypatch):

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from ..errors import errors_in_one_line, extra
+from .options import Model
 
 app = typer.Typer(no_args_is_help=True, help="Write a published model in another form.")
 
 
 @app.command()
 def onnx(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A published folder or Hub id.")],
+    model: Model,
     out: Annotated[
         Path | None, typer.Option(help="The folder to write; default: the model's name with -ONNX, beside the folder.")
     ] = None,
@@ -44,11 +45,15 @@ def onnx(
 
 @app.command()
 def handler(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A published folder.")],
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="The folder to write to; default: MODEL, if it is a folder.")] = None,
 ) -> None:
     """handler.py for Hugging Face's Inference Endpoints, written into the folder."""
     with errors_in_one_line():
+        from ..checkpoint import find_checkpoint
         from ..export import write_handler
 
-        written = write_handler(folder)
-    typer.echo(f"Written to {folder}: {', '.join(path.name for path in written)}.")
+        if out is None and not Path(model).is_dir():
+            raise ValueError(f"{model} is no folder here: name one to write to with --out, then upload its files.")
+        written = write_handler(find_checkpoint(model), out)
+    typer.echo(f"Written to {out or model}: {', '.join(path.name for path in written)}.")

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from ..errors import errors_in_one_line, extra
+from .options import Model
 
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A published folder or Hub id.")],
+    model: Model,
     host: Annotated[
         str, typer.Option(help="Address to listen on. 0.0.0.0 lets in other machines: no one is asked who they are.")
     ] = "127.0.0.1",
