@@ -210,6 +210,7 @@ def test_a_wrong_request_gets_a_sentence(url, body, kind, status, words):
     answer = post(url, body, kind) if isinstance(body, bytes) else post(url, json.dumps(body), "application/json")
     assert answer[0] == status, answer
     assert list(answer[2]) == ["error"] and words in answer[2]["error"]
+    assert " object at 0x" not in answer[2]["error"]
 
 
 def test_wrong_places_methods_and_queries(url):

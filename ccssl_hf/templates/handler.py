@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """What is decoded. PIL knows more, but some of it runs other programs (EPS)."""
@@ -48,7 +48,8 @@ def read_image(content: bytes) -> Image.Image:
         problem = "more than twice as many pixels"
     except Exception as error:  # PIL raises nearly anything for a broken file
         formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise ValueError(f"This is no image that can be read ({error}): send a whole {formats} file.") from error
+        reason = "in none of these formats" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"This is no image that can be read ({reason}): send a whole {formats} file.") from error
     raise TooLargeError(f"The image has {problem}, but at most {MAX_PIXELS:,} are decoded: send a smaller one.")
 
 
