@@ -19,7 +19,7 @@ from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, is_own_backb
 from .data import check_images, check_writable, load_split, read_labels
 from .inference import Classifier, predict_all
 from .metrics import classification_metrics
-from .model_card import IMAGES, CardFacts, render_card, renew_results, results_of
+from .model_card import IMAGES, CardFacts, published_origin, render_card, renew_results, results_of
 from .results import PUBLISHED, Origin, Result, SplitPredictions
 
 CARD_FILE = "README.md"
@@ -93,6 +93,12 @@ def card_folder(model: str) -> Path:
         return Path(model)
     find_checkpoint(model)  # says it in one sentence where there is no such thing
     return Path(snapshot_download(model, allow_patterns=[CARD_FILE, f"{IMAGES}/*.png"]))
+
+
+def origin_of(model: str) -> Origin | None:
+    """Which weights of which run a model has, as its card says; None where it has none or says nothing."""
+    card = read_card(card_folder(model))
+    return published_origin(card) if card else None
 
 
 def read_card(folder: Path) -> ModelCard | None:

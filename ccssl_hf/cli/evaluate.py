@@ -36,18 +36,16 @@ def evaluate(
         import json
 
         from ..inference import Classifier
-        from ..model_card import published_origin
-        from ..reporting import card_folder, load_labeled, read_card, results_table, unknown_names
         from ..reporting import evaluate as measure
+        from ..reporting import load_labeled, origin_of, results_table, unknown_names
 
         dataset = load_labeled(source, split)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        card = read_card(card_folder(model))
         results, predictions = measure(
             classifier,
             dataset,
             split,
-            origin=published_origin(card) if card else None,
+            origin=origin_of(model),
             image_column=image_column,
             label_column=label_column,
             batch_size=batch_size,

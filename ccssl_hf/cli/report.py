@@ -39,8 +39,7 @@ def report(
     """
     with errors_in_one_line():
         from ..inference import Classifier
-        from ..model_card import published_origin
-        from ..reporting import card_folder, describe, evaluate, load_labeled, read_card, results_table, write_report
+        from ..reporting import describe, evaluate, load_labeled, origin_of, results_table, write_report
 
         if not split:
             if out is not None or embeddings:
@@ -52,8 +51,7 @@ def report(
             raise ValueError(f"{model} is on the Hub: name the folder to write its card to.")
         datasets = {name: load_labeled(source, name) for name, source in sources.items()}
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        card = read_card(card_folder(model))
-        origin = published_origin(card) if card else None
+        origin = origin_of(model)
         results, predictions = [], []
         for name, dataset in datasets.items():
             measured, said = evaluate(
