@@ -22,9 +22,9 @@ from algorithms import BN_MOMENTUM, DATA, RESULTS, SETTINGS, read_rows, settings
 from huggingface_hub import ModelCard
 
 from ccssl_hf.algorithms import ALGORITHMS
-from ccssl_hf.model_card import CardFacts, render_card
-from ccssl_hf.results import Origin, Result
-from ccssl_hf.run_facts import run_facts
+from ccssl_hf.card.facts import run_facts
+from ccssl_hf.card.model_card import CardFacts, render_card
+from ccssl_hf.record import Provenance, Result
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards" / "benchmarks"
 MEASURED = {
@@ -79,7 +79,7 @@ def card_of(name: str, script: str, rows: Sequence[dict[str, Any]], root: Path) 
 
 def _facts(name: str, script: str, row: dict[str, Any], root: Path) -> CardFacts:
     settings, data = row["settings"], row["data"]
-    origin = Origin("EMA", settings["max_steps"], "last", row["seed"])
+    provenance = Provenance("EMA", settings["max_steps"], "last", row["seed"])
     with tempfile.TemporaryDirectory() as folder:
         trainer, splits = trainer_of(data, root, row["seed"], settings, folder=folder, callbacks=[])
         trainer.evaluated = {split: splits[split] for split in splits if split.startswith("test")}
@@ -90,7 +90,7 @@ def _facts(name: str, script: str, row: dict[str, Any], root: Path) -> CardFacts
             metric=f"{metric}@{threshold}" if split == "unlabeled" else metric,
             value=row[key],
             split=split if split in splits else "test",
-            origin=origin,
+            provenance=provenance,
         )
         for key, (metric, split) in MEASURED.items()
         if row.get(key) is not None

@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
-from ccssl_hf.plotting import COLORS
+from ccssl_hf.card.style import COLORS
 
 BATCH = 8
 STEP, LOSS = "training step, mu", "contrastive loss, N"

@@ -25,7 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ccssl_hf import CCSSLForImageClassification
-from ccssl_hf.inference import Classifier, predict_to_parquet
+from ccssl_hf.deploy.predict import Classifier, predict_to_parquet
 
 LABELS = [f"class {number}" for number in range(10)]
 PIPELINE_BATCH = 64

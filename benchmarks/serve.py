@@ -32,7 +32,7 @@ from PIL import Image
 from predict import LABELS, SCORES_WITHIN, write_jpegs
 
 from ccssl_hf import CCSSLForImageClassification
-from ccssl_hf.inference import CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
+from ccssl_hf.deploy.predict import CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
 
 CLIENTS = 64
 

@@ -26,8 +26,8 @@ from .images import ImageFiles, PixelTable, decode_image, encoded_images
 from .sampling import LABELED, UNLABELED, PairedIndices
 from .transforms import View, ViewSettings
 
-UNKNOWN = -1
-"""The label of an image of no known class, in evaluation data and in hidden labels."""
+OUT_OF_DISTRIBUTION = -1
+"""The label of an out-of-distribution (OOD) image: one of no class of the model."""
 
 _TEXT = ("string", "large_string")
 
@@ -176,12 +176,12 @@ def _check_column(dataset: datasets.Dataset, column: str, *, role: str, argument
 
 
 def read_labels(
-    dataset: datasets.Dataset, column: str, class_names: Sequence[str], *, role: str, allow_unknown: bool
+    dataset: datasets.Dataset, column: str, class_names: Sequence[str], *, role: str, allow_ood: bool
 ) -> np.ndarray:
     """Labels as indices into `class_names`, int64 `[N]`.
 
     Named labels (a ClassLabel or strings) are aligned by name, so a folder that misses a class, or sorts its classes in
-    another way, still means the same. With `allow_unknown`, a name that is no class, and -1, become `UNKNOWN`.
+    another way, still means the same. With `allow_ood`, a name that is no class, and -1, become `OUT_OF_DISTRIBUTION`.
 
     Raises:
         ValueError: The column is missing, is no label column, or holds labels outside the classes.
@@ -201,16 +201,16 @@ def read_labels(
     else:
         raise ValueError(f"Column {column!r} of the {role} split holds {feature}, not labels: set {argument}.")
 
-    numbers = numbers.cast("int64").fill_null(UNKNOWN).to_numpy(zero_copy_only=False)
+    numbers = numbers.cast("int64").fill_null(OUT_OF_DISTRIBUTION).to_numpy(zero_copy_only=False)
     if dataset._indices is not None:  # shuffled or selected; `datasets` itself would take the rows one by one
         numbers = numbers[dataset._indices.column(0).to_numpy()]
     position = {name: index for index, name in enumerate(class_names)}
-    meaning = np.array([*(position.get(name, UNKNOWN) for name in names), UNKNOWN], np.int64)
-    labels = meaning.take(numbers, mode="clip")  # numbers beyond the names meet the last one, which is UNKNOWN
-    labels[numbers < 0] = UNKNOWN
-    wrong = (numbers < UNKNOWN) | (numbers >= len(names)) if allow_unknown else labels == UNKNOWN
-    if (labels == UNKNOWN).all():  # names that are all strange are another spelling, or another data set
-        wrong = wrong | (numbers != UNKNOWN)
+    meaning = np.array([*(position.get(name, OUT_OF_DISTRIBUTION) for name in names), OUT_OF_DISTRIBUTION], np.int64)
+    labels = meaning.take(numbers, mode="clip")  # numbers beyond the names meet the last one
+    labels[numbers < 0] = OUT_OF_DISTRIBUTION
+    wrong = (numbers < OUT_OF_DISTRIBUTION) | (numbers >= len(names)) if allow_ood else labels == OUT_OF_DISTRIBUTION
+    if (labels == OUT_OF_DISTRIBUTION).all():  # names that are all strange are another spelling, or another data set
+        wrong = wrong | (numbers != OUT_OF_DISTRIBUTION)
     if wrong.any():
         stray = [names[n] if 0 <= n < len(names) else str(n) for n in np.unique(numbers[wrong])]
         raise ValueError(

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from sklearn.metrics import f1_score, roc_auc_score
 from transformers import EvalPrediction
 
-OUT_OF_DISTRIBUTION = -1
-"""The label of an image that belongs to no known class."""
+from .data import OUT_OF_DISTRIBUTION
 
 
 def to_numpy(values: Any) -> np.ndarray:

@@ -17,9 +17,9 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from .card.facts import run_facts, run_pictures
+from .card.model_card import render_card
 from .hub import plan_push, upload
-from .model_card import render_card
-from .run_facts import run_facts, run_pictures
 
 logger = logging.getLogger(__name__)
 

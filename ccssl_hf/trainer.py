@@ -19,14 +19,14 @@ from transformers.trainer_callback import ProgressCallback
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
+from .callbacks import ProgressBar, StepMonitor, UpdateAverage
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
-from .monitor import ProgressBar, StepMonitor
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
 from .publishing import PublishingTrainer
-from .results import METRICS, Origin, Result, SplitPredictions
+from .record import METRICS, Provenance, Result, SplitPredictions
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views, unlabeled_views
@@ -122,7 +122,8 @@ class CCSSLTrainer(PublishingTrainer):
         self.base_model: str | None = None  # what the card calls the weights that training started from
         self._best_step: int | None = None
         self._loop_output: Any = None  # of the evaluation that is going on
-        self.add_callback(_UpdateEma(self))
+        if self.ema is not None:
+            self.add_callback(UpdateAverage(self.ema))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar)
@@ -137,9 +138,7 @@ class CCSSLTrainer(PublishingTrainer):
         evaluation: datasets.Dataset | dict[str, datasets.Dataset] | None,
     ) -> None:
         data.check_images(labeled, role="labeled", image_column=args.image_column)
-        self.labels = data.read_labels(
-            labeled, args.label_column, self.class_names, role="labeled", allow_unknown=False
-        )
+        self.labels = data.read_labels(labeled, args.label_column, self.class_names, role="labeled", allow_ood=False)
         batch = args.per_device_train_batch_size * args.world_size
         if len(labeled) < batch and not args.repeat_labeled:
             raise ValueError(
@@ -156,7 +155,7 @@ class CCSSLTrainer(PublishingTrainer):
                 )
             if args.hidden_label_column is not None:
                 self.hidden_labels = data.read_labels(
-                    unlabeled, args.hidden_label_column, self.class_names, role="unlabeled", allow_unknown=True
+                    unlabeled, args.hidden_label_column, self.class_names, role="unlabeled", allow_ood=True
                 )
         for name, split in evaluation.items() if isinstance(evaluation, dict) else [("evaluation", evaluation)]:
             if split is not None:
@@ -164,7 +163,7 @@ class CCSSLTrainer(PublishingTrainer):
 
     def _evaluation_labels(self, split: datasets.Dataset, role: str, args: CCSSLTrainingArguments) -> np.ndarray:
         data.check_images(split, role=role, image_column=args.image_column)
-        return data.read_labels(split, args.label_column, self.class_names, role=role, allow_unknown=True)
+        return data.read_labels(split, args.label_column, self.class_names, role=role, allow_ood=True)
 
     def _build_algorithm(self, model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> Algorithm:
         algorithm = build_algorithm(
@@ -266,7 +265,7 @@ class CCSSLTrainer(PublishingTrainer):
         has_labels = self.args.label_column in test_dataset.column_names
         data.check_images(test_dataset, role="test", image_column=self.args.image_column)
         labels = self._evaluation_labels(test_dataset, "test", self.args) if has_labels else None
-        if labels is not None and (labels == data.UNKNOWN).all():
+        if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
             labels = None  # withheld, as in many a test split: there is nothing to measure
         return self._evaluation_dataloader(test_dataset, labels, "test")
 
@@ -312,8 +311,8 @@ class CCSSLTrainer(PublishingTrainer):
             return result.loss
         output = model(pixel_values=inputs["pixel_values"])
         logits = output.logits
-        known = (inputs["labels"] != data.UNKNOWN).sum()
-        loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.UNKNOWN, reduction="sum")
+        known = (inputs["labels"] != data.OUT_OF_DISTRIBUTION).sum()
+        loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
         loss = loss / known.clamp(min=1)  # a batch without a known class must not make the split's mean NaN
         outputs = {"logits": logits}
         if self._measures_open_set_score:
@@ -350,14 +349,14 @@ class CCSSLTrainer(PublishingTrainer):
         logits, labels = output.predictions, output.label_ids
         if np.shape(logits) == (np.size(labels), len(self.class_names)):  # metrics of the user's own may change them
             logits = logits.astype(np.float32, copy=False)
-            self.predictions[split] = SplitPredictions(split, self.origin, logits, labels)
+            self.predictions[split] = SplitPredictions(split, self.provenance, logits, labels)
         return metrics
 
     @property
-    def origin(self) -> Origin:
+    def provenance(self) -> Provenance:
         """Which weights are evaluated and saved now."""
         which, step = ("last", self.state.global_step) if self._best_step is None else ("best", self._best_step)
-        return Origin(self.args.eval_weights, step, which, self.args.seed)
+        return Provenance(self.args.eval_weights, step, which, self.args.seed)
 
     def add_results(self, split: str, metrics: Mapping[str, float]) -> None:
         """Puts numbers onto the card that were measured on `split` with the weights that are evaluated now.
@@ -368,7 +367,7 @@ class CCSSLTrainer(PublishingTrainer):
             split: Such as `test`.
             metrics: By the names of `ccssl_hf.metrics`, which may carry a confidence, as in `precision@0.95`.
         """
-        self.results[split] = [Result(name, value, split, self.origin) for name, value in metrics.items()]
+        self.results[split] = [Result(name, value, split, self.provenance) for name, value in metrics.items()]
 
     @property
     def _measures_open_set_score(self) -> bool:
@@ -442,17 +441,6 @@ class CCSSLTrainer(PublishingTrainer):
             prefix = "eval" if split == "validation" else f"eval_{split}"
             self.add_results(split, _without_prefix({k: v for entry in logged for k, v in entry.items()}, prefix))
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
-
-
-class _UpdateEma(TrainerCallback):
-    """Moves the averaged weights after each optimizer step. Holds no state of its own: it would be lost on resume."""
-
-    def __init__(self, trainer: CCSSLTrainer) -> None:
-        self.trainer = trainer
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.update()
 
 
 def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

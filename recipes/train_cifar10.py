@@ -15,9 +15,11 @@ import numpy as np
 from transformers import set_seed
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
+from ccssl_hf.callbacks import TimeLimit
+from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.data import load_split, read_class_names, read_labels
 from ccssl_hf.errors import errors_in_one_line
-from ccssl_hf.recipe import TimeLimit, parse_recipe, train
+from ccssl_hf.recipe import train
 
 CONFIG = Path(__file__).parent / "configs" / "cifar10.yaml"
 
@@ -81,7 +83,7 @@ if __name__ == "__main__":
         # The data: a few labeled images, all of them as unlabeled ones.
         splits = load(recipe)
         classes = read_class_names(splits["train"], args.label_column)
-        labels = read_labels(splits["train"], args.label_column, classes, role="train", allow_unknown=False)
+        labels = read_labels(splits["train"], args.label_column, classes, role="train", allow_ood=False)
         labeled = splits["train"].select(labeled_rows(recipe, labels, len(classes)))
 
         # The network, from random weights.

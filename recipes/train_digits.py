@@ -22,11 +22,11 @@ from transformers import AutoModelForImageClassification, pipeline, set_seed
 from transformers.utils import logging
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
-from ccssl_hf.analysis import format_table, plot_confusion_matrix
-from ccssl_hf.curves import plot_convergence
+from ccssl_hf.card.curves import plot_convergence
+from ccssl_hf.card.plots import format_table, plot_confusion_matrix
+from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.errors import errors_in_one_line
 from ccssl_hf.metrics import pseudo_label_quality
-from ccssl_hf.recipe import parse_recipe
 
 CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 KNOWN = [str(digit) for digit in range(6)]

@@ -8,8 +8,9 @@ are in ccssl_hf/configs/imagefolder.yaml; a flag overrides the file.
 """
 
 from ccssl_hf import CCSSLTrainingArguments
+from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.errors import errors_in_one_line
-from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, build_trainer, parse_recipe, train
+from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, build_trainer, train
 
 if __name__ == "__main__":
     with errors_in_one_line():

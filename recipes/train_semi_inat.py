@@ -9,8 +9,9 @@ a flag overrides the file, and `--config mine.yaml` takes another one.
 from pathlib import Path
 
 from ccssl_hf import CCSSLTrainingArguments
+from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.errors import errors_in_one_line
-from ccssl_hf.recipe import RecipeArguments, build_trainer, parse_recipe, train
+from ccssl_hf.recipe import RecipeArguments, build_trainer, train
 
 CONFIG = Path(__file__).parent / "configs" / "semi_inat.yaml"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from ccssl_hf.model_card import results_of
+from ccssl_hf.card.model_card import results_of
 from conftest import SHARED, needs_shared
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -35,7 +35,7 @@ def test_every_reported_run_has_a_card_that_says_its_numbers(cards: ModuleType, 
     for name, (_, rows) in methods.items():
         card = ModelCard.load(cards.CARDS / f"{name}.md")
         card.validate(repo_type="model")
-        found = {(r.metric.partition("@")[0], r.split[:4], r.origin.seed): r.value for r in results_of(card)}
+        found = {(r.metric.partition("@")[0], r.split[:4], r.provenance.seed): r.value for r in results_of(card)}
         for row in rows:
             for key, (metric, split) in cards.MEASURED.items():
                 value = found.get((metric, split[:4], row["seed"]))

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import ccssl_hf
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.cli import app
-from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, build_trainer, parse_recipe
+from ccssl_hf.cli.flags import parse_recipe
+from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, build_trainer
 from test_recipes import ROOT, assert_is_published, changed, environment, launch, place, results
 
 COMMAND = str(Path(sys.executable).with_name("ccssl-hf"))

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from ccssl_hf.data import (
-    UNKNOWN,
+    OUT_OF_DISTRIBUTION,
     EvaluationDataset,
     PairedDataset,
     default_workers,
@@ -127,7 +127,7 @@ def test_a_pack_is_read_with_its_class_names() -> None:
     found = load_split(str(SHARED / "data" / "butterfly10_mini" / "labeled.parquet"), role="labeled")
     names = read_class_names(found, "label")
     assert (len(found), len(names)) == (73, 10)
-    assert read_labels(found, "label", names, role="labeled", allow_unknown=False).tolist() == found["label"]
+    assert read_labels(found, "label", names, role="labeled", allow_ood=False).tolist() == found["label"]
 
 
 # --------------------------------------------------------------------------------------------------------------- labels
@@ -184,7 +184,7 @@ def test_a_fingerprint_of_a_large_split_reads_images_spread_over_it(monkeypatch:
 )
 def test_labels_are_aligned_by_name(values: list[Any], feature: Any, expected: list[int]) -> None:
     split = labeled(values, feature)
-    read = read_labels(split, "label", ["ant", "cat", "dog"], role="validation", allow_unknown=False)
+    read = read_labels(split, "label", ["ant", "cat", "dog"], role="validation", allow_ood=False)
     assert read.dtype == np.int64 and read.tolist() == expected
 
 
@@ -201,9 +201,9 @@ def test_strange_classes_are_unknown_only_where_that_is_allowed(
     values: list[Any], feature: Any, expected: list[int]
 ) -> None:
     split, names = labeled(values, feature), ["ant", "cat", "dog"]
-    assert read_labels(split, "label", names, role="validation", allow_unknown=True).tolist() == expected
+    assert read_labels(split, "label", names, role="validation", allow_ood=True).tolist() == expected
     with pytest.raises(ValueError, match=r"labels of the labeled split are none of the 3 classes .*: drop those rows"):
-        read_labels(split, "label", names, role="labeled", allow_unknown=False)
+        read_labels(split, "label", names, role="labeled", allow_ood=False)
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_strange_classes_are_unknown_only_where_that_is_allowed(
 )
 def test_labels_that_can_not_be_meant_are_an_error_anywhere(values: list[Any], feature: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        read_labels(labeled(values, feature), "label", ["ant", "cat", "dog"], role="validation", allow_unknown=True)
+        read_labels(labeled(values, feature), "label", ["ant", "cat", "dog"], role="validation", allow_ood=True)
 
 
 def test_labels_follow_the_rows_of_a_selection_in_any_format() -> None:
     split = labeled(["b", "a", "c", "a"], datasets.Value("string")).select([3, 2, 0]).with_format("torch")
-    assert read_labels(split, "label", ["a", "b", "c"], role="test", allow_unknown=False).tolist() == [0, 2, 1]
+    assert read_labels(split, "label", ["a", "b", "c"], role="test", allow_ood=False).tolist() == [0, 2, 1]
 
 
 def test_a_million_labels_are_read_in_bulk() -> None:
@@ -233,8 +233,8 @@ def test_a_million_labels_are_read_in_bulk() -> None:
     numbers = np.random.default_rng(0).integers(0, 1000, 1_000_000)
     split = datasets.Dataset.from_dict({"label": np.array(names)[numbers], "number": numbers})
     split = split.cast_column("number", datasets.ClassLabel(names=names))
-    wanted: dict[str, Any] = {"role": "unlabeled", "allow_unknown": True}
-    known = np.where(numbers < 500, numbers, UNKNOWN)
+    wanted: dict[str, Any] = {"role": "unlabeled", "allow_ood": True}
+    known = np.where(numbers < 500, numbers, OUT_OF_DISTRIBUTION)
     assert np.array_equal(read_labels(split, "label", names[::-1], **wanted), 999 - numbers)
     assert np.array_equal(read_labels(split, "number", names[:500], **wanted), known)
 

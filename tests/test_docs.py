@@ -27,12 +27,13 @@ from ccssl_hf import CCSSLTrainingArguments
 from ccssl_hf.algorithms import ALGORITHMS, build_algorithm
 from ccssl_hf.algorithms.__main__ import with_table
 from ccssl_hf.cli import app
+from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.cli.pages import pages
-from ccssl_hf.inference import Classifier
-from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, RecipeArguments, parse_recipe
+from ccssl_hf.deploy.predict import Classifier
+from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, RecipeArguments
 from hub_server import TOKENS, Hub
+from test_deploy_serve import served
 from test_recipes import changed
-from test_serving import served
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

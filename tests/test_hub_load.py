@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.checkpoint import find_checkpoint
 from ccssl_hf.cli import app
-from ccssl_hf.inference import Classifier
+from ccssl_hf.deploy.predict import Classifier
 from hub_server import TOKENS, Hub
 from load_elsewhere import at_home
 from published import found_elsewhere, picture, write_expected
-from test_serving import PORT_LINE, line_with
+from test_deploy_serve import PORT_LINE, line_with
 from tiny_runs import LABELED, LABELS, UNLABELED, VALIDATION, copy_of, different, model_of, trainer_of
 
 ANNA = TOKENS["anna"]

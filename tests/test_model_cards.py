@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from ccssl_hf.analysis import format_table
-from ccssl_hf.model_card import published_origin, results_of
+from ccssl_hf.card.model_card import published_provenance, results_of
+from ccssl_hf.card.plots import format_table
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 METHODS = {"supervised": "Supervised", "fixmatch": "FixMatch", "fixmatch_ccssl": "FixMatch + CCSSL"}
@@ -37,8 +37,12 @@ def test_the_table_says_what_the_cards_say() -> None:
 def test_a_card_is_whole(name: str, hub: Any) -> None:
     card = ModelCard.load(CARDS / name / "README.md")
     card.validate(repo_type="model")
-    origin = published_origin(card)
-    assert origin is not None and f"_seed{origin.seed}" in name and (origin.weights, origin.which) == ("EMA", "last")
+    provenance = published_provenance(card)
+    assert (
+        provenance is not None
+        and f"_seed{provenance.seed}" in name
+        and (provenance.weights, provenance.which) == ("EMA", "last")
+    )
     files = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
     assert len(files) == 4
     assert sorted(files) == sorted(f"images/{path.name}" for path in (CARDS / name / "images").iterdir())

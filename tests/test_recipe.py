@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from ccssl_hf import CCSSLTrainingArguments
+from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.errors import errors_in_one_line
-from ccssl_hf.recipe import OWN_IMAGES, RecipeArguments, load_splits, parse_recipe
+from ccssl_hf.recipe import OWN_IMAGES, RecipeArguments, load_splits
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from ccssl_hf import CCSSLTrainingArguments
-from ccssl_hf.recipe import OWN_IMAGES, RecipeArguments, build_trainer, parse_recipe
+from ccssl_hf.cli.flags import parse_recipe
+from ccssl_hf.recipe import OWN_IMAGES, RecipeArguments, build_trainer
 from conftest import SHARED, needs_shared
 from test_bad_input import rows
 
@@ -298,7 +299,7 @@ def test_a_run_out_of_time_stops_with_a_checkpoint_and_goes_on(
     words = command("cifar10_speed")
     once = {"bf16": "false", "torch_compile": "false", "max_steps": "6", "logging_steps": "2", "save_strategy": "no"}
     whole = cifar10_run(words, place, monkeypatch, output_dir="outputs/whole", **once)
-    with caplog.at_level("WARNING", logger="ccssl_hf.recipe"):
+    with caplog.at_level("WARNING", logger="ccssl_hf.callbacks"):
         cut = cifar10_run(words, place, monkeypatch, output_dir="outputs/cut", time_limit="1e-9", **once)
     assert "Stopped after 2 of 6 steps by time_limit" in caplog.text
     assert (whole["train_steps"], cut["train_steps"]) == (6, 2) and 0 <= cut["test_top1"] <= 1

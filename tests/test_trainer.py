@@ -220,8 +220,8 @@ def test_the_chosen_weights_are_evaluated_predicted_with_and_saved(tmp_path, eva
     assert different(saved, copy_of(chosen.backbone)) == []
     assert trainer.results == {}
     trainer.evaluate()
-    assert {result.origin for result in trainer.results["validation"]} == {trainer.origin}
-    assert trainer.origin.weights.lower() == eval_weights
+    assert {result.provenance for result in trainer.results["validation"]} == {trainer.provenance}
+    assert trainer.provenance.weights.lower() == eval_weights
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -556,7 +556,7 @@ def test_the_best_step_comes_back_at_the_end(tmp_path):
     weights = [name for name in now if not name.startswith("optimizer")]
     assert [name for name in weights if not torch.equal(now[name], kept[best][name])] == []
     from_the_log = trainer.results["validation"]
-    assert {(result.origin.which, result.origin.step) for result in from_the_log} == {("best", best)}
+    assert {(result.provenance.which, result.provenance.step) for result in from_the_log} == {("best", best)}
     assert trainer.predictions == {}
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == losses[best]

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..analysis import format_table
+from ..card.plots import format_table
 from . import algorithm_hyperparameters, algorithm_table
 
 SECTION = re.compile(r"(<!-- algorithms.*?-->\n).*?(<!-- /algorithms -->)", re.DOTALL)

@@ -40,7 +40,7 @@ def _names(labels: str) -> list[str]:
 
 def _convert(source: str, checkpoint: Path, out: Path, labels: str, **options: Any) -> None:
     with errors_in_one_line():
-        from .. import convert as functions
+        from ..deploy import convert as functions
 
         report = getattr(functions, f"convert_{source}")(checkpoint, out, labels=_names(labels), **options)
     typer.echo(report)

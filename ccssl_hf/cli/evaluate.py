@@ -35,9 +35,10 @@ def evaluate(
     with errors_in_one_line():
         import json
 
-        from ..inference import Classifier
-        from ..reporting import evaluate as measure
-        from ..reporting import load_labeled, origin_of, results_table, unknown_names
+        from ..card.report import provenance_of, results_table
+        from ..deploy.evaluate import evaluate as measure
+        from ..deploy.evaluate import load_labeled, unknown_names
+        from ..deploy.predict import Classifier
 
         dataset = load_labeled(source, split)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
@@ -45,7 +46,7 @@ def evaluate(
             classifier,
             dataset,
             split,
-            origin=origin_of(model),
+            provenance=provenance_of(model),
             image_column=image_column,
             label_column=label_column,
             batch_size=batch_size,
@@ -58,7 +59,12 @@ def evaluate(
     typer.echo(f"{model} on {source}: {images:,} images{strangers}\n\n{results_table(results)}")
     if json_out is not None:
         numbers = {result.metric: result.value for result in results}
-        facts = {"model": model, "source": source, "split": split, "weights": str(predictions.origin or "published")}
+        facts = {
+            "model": model,
+            "source": source,
+            "split": split,
+            "weights": str(predictions.provenance or "published"),
+        }
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps({**facts, "images": images, "unknown": unknown, **numbers}, indent=2) + "\n")
         typer.echo(f"\nWritten to {json_out}.")

@@ -28,7 +28,7 @@ def onnx(
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
 
-        from ..export import export_onnx
+        from ..deploy.export import export_onnx
         from ..modeling import CCSSLForImageClassification
 
         with warnings.catch_warnings():
@@ -51,7 +51,7 @@ def handler(
     """handler.py for Hugging Face's Inference Endpoints, written into the folder."""
     with errors_in_one_line():
         from ..checkpoint import find_checkpoint
-        from ..export import write_handler
+        from ..deploy.export import write_handler
 
         if out is None and not Path(model).is_dir():
             raise ValueError(f"{model} is no folder here: name one to write to with --out, then upload its files.")

@@ -12,9 +12,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import typer
 import yaml
 
-from ..recipe import OWN_IMAGES, FolderArguments, first_paragraph, flags_by_class
+from ..recipe import OWN_IMAGES, FolderArguments
 from ..training_args import CCSSLTrainingArguments
 from . import app
+from .flags import first_paragraph, flags_by_class
 
 # Commands are typed `Any`, and types are read from the functions' annotations: typer has moved both about.
 

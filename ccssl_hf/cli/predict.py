@@ -27,7 +27,7 @@ def predict(
 ) -> None:
     """Labels, confidences and embeddings of images, as a parquet file with a row for each."""
     with errors_in_one_line():
-        from ..inference import Classifier, check_output, open_images, predict_to_parquet
+        from ..deploy.predict import Classifier, check_output, open_images, predict_to_parquet
 
         images = open_images(source, image_column=image_column)
         check_output(out, source)

@@ -38,8 +38,9 @@ def report(
     the results; a card without these gets them at its end.
     """
     with errors_in_one_line():
-        from ..inference import Classifier
-        from ..reporting import describe, evaluate, load_labeled, origin_of, results_table, write_report
+        from ..card.report import describe, provenance_of, results_table, write_report
+        from ..deploy.evaluate import evaluate, load_labeled
+        from ..deploy.predict import Classifier
 
         if not split:
             if out is not None or embeddings:
@@ -51,14 +52,14 @@ def report(
             raise ValueError(f"{model} is on the Hub: name the folder to write its card to.")
         datasets = {name: load_labeled(source, name) for name, source in sources.items()}
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        origin = origin_of(model)
+        provenance = provenance_of(model)
         results, predictions = [], []
         for name, dataset in datasets.items():
             measured, said = evaluate(
                 classifier,
                 dataset,
                 name,
-                origin=origin,
+                provenance=provenance,
                 image_column=image_column,
                 label_column=label_column,
                 batch_size=batch_size,

@@ -33,10 +33,10 @@ def serve(
     """Answer requests over HTTP as hosted image classification does, for `InferenceClient(model=URL)` and others."""
     with errors_in_one_line():
         with extra("serve"):
-            from ..serving import ServingSettings
-            from ..serving import serve as serve_classifier
+            from ..deploy.serve import ServingSettings
+            from ..deploy.serve import serve as serve_classifier
 
-        from ..inference import Classifier
+        from ..deploy.predict import Classifier
 
         classifier = Classifier.from_pretrained(model, device=device)
         settings = ServingSettings(

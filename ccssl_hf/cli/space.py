@@ -36,7 +36,7 @@ def space(
 ) -> None:
     """A page to try the model on: drop an image, see its classes, a heat map, and the nearest labeled images."""
     with errors_in_one_line():
-        from ..space import write_space
+        from ..deploy.space import write_space
 
         columns = dict(image_column=image_column, label_column=label_column)
         write_space(model, out, labeled=labeled, validation=validation, title=title, **columns)

@@ -27,9 +27,10 @@ def train(context: typer.Context) -> None:
     overrides the defaults; `--flag none` unsets what the file sets.
     """
     with errors_in_one_line():
-        from ..recipe import OWN_IMAGES, FolderArguments, build_trainer, parse_recipe
+        from ..recipe import OWN_IMAGES, FolderArguments, build_trainer
         from ..recipe import train as run
         from ..training_args import CCSSLTrainingArguments
+        from .flags import parse_recipe
 
         recipe, args = parse_recipe(
             FolderArguments,

@@ -24,13 +24,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import wide_resnet_cifar
-from .checkpoint import find_checkpoint, is_own_backbone
-from .data import UNKNOWN, check_images, check_writable, load_split, read_labels
-from .images import decode_image, encoded_images
-from .metrics import top_k_accuracy
-from .modeling import CCSSLForImageClassification
-from .templates.space import app
+from .. import wide_resnet_cifar
+from ..checkpoint import find_checkpoint, is_own_backbone
+from ..data import OUT_OF_DISTRIBUTION, check_images, check_writable, load_split, read_labels
+from ..images import decode_image, encoded_images
+from ..metrics import top_k_accuracy
+from ..modeling import CCSSLForImageClassification
+from .space_page import app
 
 TEMPLATE = Path(app.__file__).parent
 
@@ -148,8 +148,8 @@ class _Split:
         dataset = load_split(source, role=role)
         check_images(dataset, role=role, image_column=image_column)
         unknown = role == "validation"
-        self.labels = read_labels(dataset, label_column, classes, role=role, allow_unknown=unknown)
-        known, needed = int((self.labels != UNKNOWN).sum()), round(1 / QUANTILE)
+        self.labels = read_labels(dataset, label_column, classes, role=role, allow_ood=unknown)
+        known, needed = int((self.labels != OUT_OF_DISTRIBUTION).sum()), round(1 / QUANTILE)
         if unknown and known < needed:
             raise ValueError(
                 f"--validation {source}: {known} images of the model's classes are too few to say what "
@@ -202,9 +202,9 @@ def _write_gallery(out: Path, network: app.Model, split: _Split) -> None:
 def _write_examples(folder: Path, split: _Split) -> None:
     """The first image of some classes, and some of no class."""
     folder.mkdir()
-    classes = np.unique(split.labels[split.labels != UNKNOWN])[:EXAMPLES_OF_CLASSES]
+    classes = np.unique(split.labels[split.labels != OUT_OF_DISTRIBUTION])[:EXAMPLES_OF_CLASSES]
     rows = [int(np.flatnonzero(split.labels == number)[0]) for number in classes]
-    unknown = np.flatnonzero(split.labels == UNKNOWN)
+    unknown = np.flatnonzero(split.labels == OUT_OF_DISTRIBUTION)
     rows += unknown[:: max(1, len(unknown) // EXAMPLES_OF_NONE)][:EXAMPLES_OF_NONE].tolist()  # apart: often sorted
     for number, row in enumerate(rows):
         (folder / f"{number}.webp").write_bytes(_encoded(split.image(row), EXAMPLE_SIDE))
@@ -226,7 +226,7 @@ def thresholds(logits: Tensor, labels: np.ndarray, *, source: str) -> app.Thresh
         labels: `[N]`, class numbers, and -1 for an image of no class.
         source: What the images are.
     """
-    known = labels != UNKNOWN
+    known = labels != OUT_OF_DISTRIBUTION
     limits = [float(np.quantile(scores[known].double(), QUANTILE)) for scores in app.confidence_and_energy(logits)]
     noted = app.may_be_none(logits, confidence=limits[0], energy=limits[1]).numpy()
     strangers = int((~known).sum())

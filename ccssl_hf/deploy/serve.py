@@ -32,10 +32,10 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from torch import Tensor
 
-from .errors import near_misses
-from .inference import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
-from .model_card import library_versions
-from .templates.handler import TooLargeError, check_parameters, decode_base64, read_image
+from ..card.model_card import library_versions
+from ..errors import near_misses
+from .handler import TooLargeError, check_parameters, decode_base64, read_image
+from .predict import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
 
 TOP_K = 5
 """Classes of an answer where the request doesn't say; transformers' pipeline has the same."""

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
-from .backbones import features_and_logits
-from .checkpoint import HEAD_FILE, find_checkpoint
-from .data import check_images, check_writable, load_split
-from .images import decode_image, encoded_images
-from .modeling import CCSSLForImageClassification
+from ..backbones import features_and_logits
+from ..checkpoint import HEAD_FILE, find_checkpoint
+from ..data import check_images, check_writable, load_split
+from ..images import decode_image, encoded_images
+from ..modeling import CCSSLForImageClassification
 
 MAX_WORKERS = 8
 """Threads by default at most: more of them wait for Python's lock."""

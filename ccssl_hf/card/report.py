@@ -9,76 +9,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 from huggingface_hub import ModelCard, snapshot_download
 
-from .analysis import format_table
-from .card_pictures import draw_pictures
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, is_own_backbone
-from .data import check_images, check_writable, load_split, read_labels
-from .inference import Classifier, predict_all
-from .metrics import classification_metrics
-from .model_card import IMAGES, CardFacts, published_origin, render_card, renew_results, results_of
-from .results import PUBLISHED, Origin, Result, SplitPredictions
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, is_own_backbone
+from ..data import check_writable
+from ..record import PUBLISHED, Provenance, Result, SplitPredictions
+from .model_card import IMAGES, CardFacts, published_provenance, render_card, renew_results, results_of
+from .pictures import draw_pictures
+from .plots import format_table
 
 CARD_FILE = "README.md"
-
-
-def load_labeled(source: str, split: str) -> datasets.Dataset:
-    """A labeled split from an image folder (`<class>/<image>`), parquet files or the Hub.
-
-    Args:
-        source: What `data.load_split` takes.
-        split: Its name; of a Hub data set, the split that is taken where `source` names none.
-
-    Raises:
-        ValueError: It can't be read.
-    """
-    role = "test" if split in ("labeled", "unlabeled") else split  # as these, other rules would hold
-    try:
-        return load_split(source, role=role)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix(f"--{role} ")) from error
-
-
-def evaluate(
-    classifier: Classifier,
-    dataset: datasets.Dataset,
-    split: str,
-    *,
-    origin: Origin | None = None,
-    image_column: str = "image",
-    label_column: str = "label",
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-) -> tuple[list[Result], SplitPredictions]:
-    """What `CCSSLTrainer.evaluate` would measure of a published model, but for what takes heads of training.
-
-    Args:
-        classifier: The model, not folded where every digit counts.
-        dataset: Labeled images. Labels are aligned by name; those that are no class of the model, and -1, are images of
-            no known class.
-        split: What the results call it.
-        origin: Which weights these are.
-        image_column, label_column: Of `dataset`.
-        batch_size, num_workers: As of `inference.predict_to_parquet`.
-
-    Raises:
-        ValueError: The data can't be measured on; the sentence names the fix.
-    """
-    check_images(dataset, role=split, image_column=image_column)
-    labels = read_labels(dataset, label_column, classifier.labels, role=split, allow_unknown=True)
-    said = predict_all(classifier, dataset, image_column=image_column, batch_size=batch_size, num_workers=num_workers)
-    logits = said.logits.numpy()
-    results = [Result(name, value, split, origin) for name, value in classification_metrics(logits, labels).items()]
-    return results, SplitPredictions(split, origin, logits, labels, said.embeddings.numpy())
 
 
 def results_table(results: Iterable[Result]) -> str:
     """Results as plain text, each with its split and weights."""
     rows = [
-        {"metric": r.name, "value": r.value, "split": r.split, "weights": str(r.origin or PUBLISHED)} for r in results
+        {"metric": r.name, "value": r.value, "split": r.split, "weights": str(r.provenance or PUBLISHED)}
+        for r in results
     ]
     return format_table(rows, ["metric", "value", "split", "weights"], digits=4)
 
@@ -95,10 +42,10 @@ def card_folder(model: str) -> Path:
     return Path(snapshot_download(model, allow_patterns=[CARD_FILE, f"{IMAGES}/*.png"]))
 
 
-def origin_of(model: str) -> Origin | None:
+def provenance_of(model: str) -> Provenance | None:
     """Which weights of which run a model has, as its card says; None where it has none or says nothing."""
     card = read_card(card_folder(model))
-    return published_origin(card) if card else None
+    return published_provenance(card) if card else None
 
 
 def read_card(folder: Path) -> ModelCard | None:
@@ -181,15 +128,3 @@ def describe(model: str) -> str:
         without_pictures = re.sub(r"^!\[.*\n\n\*.*\*\n+", "", training[0], flags=re.MULTILINE)
         lines += ["", without_pictures.strip()]
     return "\n".join(lines)
-
-
-def unknown_names(dataset: datasets.Dataset, label_column: str, classes: Sequence[str]) -> list[str]:
-    """The names among the labels of a split that are no class of the model."""
-    feature = dataset.features[label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        names = [feature.names[number] for number in np.unique(dataset[label_column][:]) if number >= 0]
-    elif str(feature.dtype).endswith("string"):
-        names = [name for name in dataset.unique(label_column) if name is not None]
-    else:
-        names = []
-    return sorted(set(names) - set(classes))

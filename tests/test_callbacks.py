@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ccssl_hf.algorithms import SSLLoss
-from ccssl_hf.monitor import StepMonitor
+from ccssl_hf.callbacks import StepMonitor
 
 NAMES = ["ant", "bee", "cat"]
 

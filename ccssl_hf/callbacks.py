@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from .algorithms import SSLLoss
+from .distributed import all_reduce_mean
+from .ema import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 
 class StepMonitor:
@@ -99,3 +106,42 @@ class ProgressBar(ProgressCallback):
             if name in logs:
                 self._shown[name.removeprefix("eval_")] = f"{logs[name]:.3f}"
         self.training_bar.set_postfix(self._shown)
+
+
+class UpdateAverage(TrainerCallback):
+    """Moves the averaged weights after each optimizer step. Holds no state of its own: it would be lost on resume."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average.update()
+
+
+class TimeLimit(TrainerCallback):
+    """Ends training with a checkpoint, from which it can go on, at the first log after `minutes` of wall time.
+
+    Which images a step sees and which learning rate it has still follow from its number alone: a run that is cut short
+    is the beginning of the whole one. Looked at on steps that are logged, as these wait for the device anyway.
+
+    Args:
+        minutes: Counted from here on.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        if minutes <= 0:
+            raise ValueError(f"time_limit is {minutes}: give minutes above 0, or none for no limit.")
+        self.minutes, self._end = minutes, time.monotonic() + 60 * minutes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not control.should_log or state.global_step >= state.max_steps:
+            return
+        late = torch.tensor(float(time.monotonic() >= self._end), device=args.device)
+        if all_reduce_mean(late).item() > 0:  # processes have clocks of their own, and must stop at one step
+            control.should_save = control.should_training_stop = True
+            logger.warning(
+                "Stopped after %d of %d steps by time_limit (%g minutes): resume_from_checkpoint goes on from here.",
+                state.global_step,
+                state.max_steps,
+                self.minutes,
+            )

@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .analysis import (
+from ..metrics import confidences
+from ..record import Provenance, SplitPredictions
+from .curves import plot_training
+from .model_card import CONFIDENCE, CONFUSION_MATRIX, CURVES, EMBEDDINGS, RELIABILITY
+from .plots import (
     plot_confidence_histogram,
     plot_confusion_matrix,
     plot_embeddings,
     plot_reliability,
     shown_classes,
 )
-from .curves import plot_training
-from .metrics import confidences
-from .model_card import CONFIDENCE, CONFUSION_MATRIX, CURVES, EMBEDDINGS, RELIABILITY
-from .results import Origin, SplitPredictions
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def draw_pictures(
     class_names: Sequence[str],
     *,
     history: Sequence[Mapping[str, Any]] = (),
-    origin: Origin | None = None,
+    provenance: Provenance | None = None,
     only_these: bool = False,
 ) -> dict[str, str]:
     """Draw what there is something to draw from; a picture that fails is logged and left out.
@@ -40,7 +40,7 @@ def draw_pictures(
         predictions: Of each split.
         class_names: `C` names.
         history: `trainer.state.log_history`, for the curves.
-        origin: The weights that were evaluated, for their caption.
+        provenance: The weights that were evaluated, for their caption.
         only_these: Whether pictures go that lie there from before and are not drawn anew, as they are of other weights.
 
     Returns:
@@ -50,7 +50,7 @@ def draw_pictures(
     pictures = {}
     ordered = sorted(predictions, key=lambda each: each.split == "test")  # stable: the last one measured comes last
     drawings: dict[str, Callable[[Path], str | None]] = {
-        CURVES: lambda path: _curves(path, history, origin),
+        CURVES: lambda path: _curves(path, history, provenance),
         CONFUSION_MATRIX: lambda path: _confusion_matrix(path, ordered, class_names),
         RELIABILITY: lambda path: _reliability(path, ordered),
         CONFIDENCE: lambda path: _confidence(path, ordered),
@@ -73,11 +73,15 @@ def _last(predictions: Sequence[SplitPredictions], holds: Callable[[SplitPredict
     return next((each for each in reversed(predictions) if holds(each)), None)
 
 
-def _curves(path: Path, history: Sequence[Mapping[str, Any]], origin: Origin | None) -> str | None:
+def _curves(path: Path, history: Sequence[Mapping[str, Any]], provenance: Provenance | None) -> str | None:
     shown = plot_training(history, path)
     if not shown:
         return None
-    run = f" (evaluated: {origin.weights} weights, trained: raw weights; seed {origin.seed})" if origin else ""
+    run = (
+        f" (evaluated: {provenance.weights} weights, trained: raw weights; seed {provenance.seed})"
+        if provenance
+        else ""
+    )
     return f"The run over its optimizer steps{run}: {'; '.join(shown)}."
 
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .backbones import authors_key
-from .checkpoint import is_own_backbone
-from .modeling import CCSSLForImageClassification
+from ..backbones import authors_key
+from ..checkpoint import is_own_backbone
+from ..modeling import CCSSLForImageClassification
 
 Weights = Literal["ema", "raw"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccssl_hf import analysis, curves, plotting
+from ccssl_hf.card import curves, plots, style
 from ccssl_hf.metrics import expected_calibration_error
 
 
@@ -34,17 +34,17 @@ def draw(name: str, path) -> None:
         curves.plot_convergence(histories(), path, "Top-1 accuracy, test split, EMA weights")
     elif name == "confusion":
         truth = np.concatenate([labels, np.full(9, -1)])
-        analysis.plot_confusion_matrix(truth, np.resize(logits.argmax(1), len(truth)), list("abcdef"), path)
+        plots.plot_confusion_matrix(truth, np.resize(logits.argmax(1), len(truth)), list("abcdef"), path)
     elif name == "reliability":
-        analysis.plot_reliability(logits, labels, path)
+        plots.plot_reliability(logits, labels, path)
     elif name == "embeddings":
         rng = np.random.default_rng(0)
         truth = np.concatenate([labels, np.full(9, -1)])
-        analysis.plot_embeddings(rng.normal(size=(len(truth), 8)) + truth[:, None], truth, list("abcdef"), path)
+        plots.plot_embeddings(rng.normal(size=(len(truth), 8)) + truth[:, None], truth, list("abcdef"), path)
     elif name == "training":
         curves.plot_training(log_history(), path)
     else:
-        analysis.plot_confidence_histogram(np.linspace(0.5, 1, 40), np.linspace(0.1, 0.8, 30), path)
+        plots.plot_confidence_histogram(np.linspace(0.5, 1, 40), np.linspace(0.1, 0.8, 30), path)
 
 
 NAMES = ["convergence", "training", "confusion", "reliability", "histogram", "embeddings"]
@@ -136,15 +136,15 @@ def test_histories_with_nothing_to_draw_are_refused(bad, tmp_path):
 
 
 def test_labels_are_moved_apart_in_order_and_no_further_than_needed():
-    assert plotting._spread_out([0.0, 1.0, 3.0], gap=0.5) == [0.0, 1.0, 3.0]
-    assert plotting._spread_out([1.0, 1.0], gap=0.5) == pytest.approx([0.75, 1.25])
-    placed = plotting._spread_out([0.9, 0.1, 0.92, 0.91], gap=0.1)
+    assert style._spread_out([0.0, 1.0, 3.0], gap=0.5) == [0.0, 1.0, 3.0]
+    assert style._spread_out([1.0, 1.0], gap=0.5) == pytest.approx([0.75, 1.25])
+    placed = style._spread_out([0.9, 0.1, 0.92, 0.91], gap=0.1)
     assert placed == pytest.approx([0.81, 0.1, 1.01, 0.91])
 
 
 def test_confusion_rows_are_percents_of_the_true_class(tmp_path, text_in_svg):
     labels, predictions = [0, 0, 0, 0, 1, 1, -1], [0, 0, 0, 1, 1, 1, 0]
-    analysis.plot_confusion_matrix(labels, predictions, ["cat", "dog"], tmp_path / "p.svg")
+    plots.plot_confusion_matrix(labels, predictions, ["cat", "dog"], tmp_path / "p.svg")
     texts = words(tmp_path / "p.svg")
     assert {"cat (4)", "dog (2)", "no known class (1)"} <= set(texts)
     assert sorted(text for text in texts if text.isdigit()) == ["100", "100", "25", "75"]
@@ -155,9 +155,9 @@ def test_of_many_classes_a_confusion_matrix_shows_those_that_are_mistaken_most(t
     predictions = labels.copy()
     predictions[[400, 401, 20]] = [777, 777, 11]  # class 200 twice for 777, class 10 once for 11
     labels, predictions = [*labels, -1, -1], [*predictions, 777, 5]
-    shown = analysis.shown_classes(np.array(labels), np.array(predictions), 810)
+    shown = plots.shown_classes(np.array(labels), np.array(predictions), 810)
     assert shown.tolist()[:4] == [200, 777, 10, 11] and len(shown) == 20
-    analysis.plot_confusion_matrix(labels, predictions, [f"species {i}" for i in range(810)], tmp_path / "p.svg")
+    plots.plot_confusion_matrix(labels, predictions, [f"species {i}" for i in range(810)], tmp_path / "p.svg")
     texts = words(tmp_path / "p.svg")
     assert {"species 200 (2)", "species 777 (2)", "another class", "no known class (2)"} <= set(texts)
     assert any("the 20 of 810 classes" in text for text in texts)
@@ -166,20 +166,20 @@ def test_of_many_classes_a_confusion_matrix_shows_those_that_are_mistaken_most(t
 
 
 def test_of_many_images_some_are_embedded(tmp_path, text_in_svg, monkeypatch):
-    monkeypatch.setattr(analysis, "EMBEDDED_IMAGES", 50)
+    monkeypatch.setattr(plots, "EMBEDDED_IMAGES", 50)
     points = np.random.default_rng(0).normal(size=(120, 4))
     labels = np.arange(120) % 30
-    assert analysis.plot_embeddings(points, labels, [f"species {i}" for i in range(30)], tmp_path / "p.svg") == 50
+    assert plots.plot_embeddings(points, labels, [f"species {i}" for i in range(30)], tmp_path / "p.svg") == 50
     assert words(tmp_path / "p.svg") == ["t-SNE of 50 images, coloured by their true class"]
     with pytest.raises(ValueError, match="N >= 4"):
-        analysis.plot_embeddings(points[:3], labels[:3], ["a"], tmp_path / "p.svg")
+        plots.plot_embeddings(points[:3], labels[:3], ["a"], tmp_path / "p.svg")
 
 
 @pytest.mark.parametrize("num_classes", [12, 20, 50])
 def test_confusions_of_many_classes_keep_every_name(num_classes, tmp_path, text_in_svg):
     labels = np.arange(num_classes * 2) % num_classes
     names = [f"species {i}" for i in range(num_classes)]
-    analysis.plot_confusion_matrix(labels, labels, names, tmp_path / "p.svg")
+    plots.plot_confusion_matrix(labels, labels, names, tmp_path / "p.svg")
     assert {*names, *(f"{name} (2)" for name in names)} <= set(words(tmp_path / "p.svg"))
 
 
@@ -188,15 +188,15 @@ def test_confusions_of_many_classes_keep_every_name(num_classes, tmp_path, text_
 )
 def test_confusions_outside_the_classes_are_refused(labels, predictions, tmp_path):
     with pytest.raises(ValueError, match=r"labels and predictions|one of the 2 classes"):
-        analysis.plot_confusion_matrix(labels, predictions, ["cat", "dog"], tmp_path / "p.png")
+        plots.plot_confusion_matrix(labels, predictions, ["cat", "dog"], tmp_path / "p.png")
 
 
 def test_reliability_and_histogram_name_their_numbers(tmp_path, text_in_svg):
     logits, labels = some_logits()
-    analysis.plot_reliability(logits, labels, tmp_path / "r.svg", num_bins=10)
+    plots.plot_reliability(logits, labels, tmp_path / "r.svg", num_bins=10)
     error = expected_calibration_error(logits, labels, num_bins=10)
     assert f"Expected calibration error {error:.3f} (10 bins)" in words(tmp_path / "r.svg")
-    analysis.plot_confidence_histogram([0.9, 0.8], [0.1, 0.85], tmp_path / "h.svg")
+    plots.plot_confidence_histogram([0.9, 0.8], [0.1, 0.85], tmp_path / "h.svg")
     texts = words(tmp_path / "h.svg")
     assert "AUROC 0.750 (1: told apart, 0.5: not at all)" in texts and "No known class (2 images)" in texts
 
@@ -204,7 +204,7 @@ def test_reliability_and_histogram_name_their_numbers(tmp_path, text_in_svg):
 @pytest.mark.parametrize("bad", [([], [0.5]), ([0.5], [1.5]), ([0.5], [float("nan")])])
 def test_confidences_that_are_none_are_refused(bad, tmp_path):
     with pytest.raises(ValueError, match="confidences in"):
-        analysis.plot_confidence_histogram(*bad, tmp_path / "p.png")
+        plots.plot_confidence_histogram(*bad, tmp_path / "p.png")
 
 
 ROWS = [
@@ -214,7 +214,7 @@ ROWS = [
 
 
 def test_a_plain_table_lines_up():
-    assert analysis.format_table(ROWS, ["method", "top1", "steps", "ece"]).splitlines() == [
+    assert plots.format_table(ROWS, ["method", "top1", "steps", "ece"]).splitlines() == [
         "method             top1  steps    ece",
         "--------  -------------  -----  -----",
         "FixMatch  0.950 ± 0.010    600  0.021",
@@ -223,7 +223,7 @@ def test_a_plain_table_lines_up():
 
 
 def test_a_markdown_table_escapes_bars_and_aligns_numbers():
-    assert analysis.format_table(ROWS, ["method", "top1"], digits=2, markdown=True).splitlines() == [
+    assert plots.format_table(ROWS, ["method", "top1"], digits=2, markdown=True).splitlines() == [
         "| method   |        top1 |",
         "| -------- | ----------: |",
         "| FixMatch | 0.95 ± 0.01 |",
@@ -233,4 +233,4 @@ def test_a_markdown_table_escapes_bars_and_aligns_numbers():
 
 def test_a_table_without_columns_is_refused():
     with pytest.raises(ValueError, match="column"):
-        analysis.format_table(ROWS, [])
+        plots.format_table(ROWS, [])

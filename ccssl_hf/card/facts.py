@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 
-from .checkpoint import is_own_backbone
-from .data import fingerprint, name_of, read_labels
+from ..checkpoint import is_own_backbone
+from ..data import fingerprint, name_of, read_labels
+from ..record import Provenance, Result
+from ..step import unlabeled_views
+from ..training_args import CCSSLTrainingArguments, HyperparameterArguments
+from ..transforms import View
 from .model_card import CardFacts, library_versions
-from .results import Origin, Result
-from .step import unlabeled_views
-from .training_args import CCSSLTrainingArguments, HyperparameterArguments
-from .transforms import View
 
 if TYPE_CHECKING:
-    from .trainer import CCSSLTrainer
+    from ..trainer import CCSSLTrainer
 
 IN_EFFECT = (
     "gradient_accumulation_steps",
@@ -84,7 +84,7 @@ def run_facts(trainer: CCSSLTrainer, model_name: str) -> CardFacts:
         device=args.device.type,
         num_processes=args.world_size,
         run_time=next((h["train_runtime"] for h in trainer.state.log_history if "train_runtime" in h), None),
-        published=trainer.origin,
+        published=trainer.provenance,
         results=[*(result for results in trainer.results.values() for result in results), *_logged(trainer)],
         remote_code=is_own_backbone(config.architecture),
     )
@@ -92,11 +92,11 @@ def run_facts(trainer: CCSSLTrainer, model_name: str) -> CardFacts:
 
 def run_pictures(trainer: CCSSLTrainer, folder: Path) -> dict[str, str]:
     """Draws the pictures of the run into the folder of its card; see `card_pictures.draw_pictures`."""
-    from .card_pictures import draw_pictures  # matplotlib takes a while, and training does without
+    from .pictures import draw_pictures  # matplotlib takes a while, and training does without
 
     history, predictions = trainer.state.log_history, list(trainer.predictions.values())
     return draw_pictures(
-        folder, predictions, trainer.class_names, history=history, origin=trainer.origin, only_these=True
+        folder, predictions, trainer.class_names, history=history, provenance=trainer.provenance, only_these=True
     )
 
 
@@ -104,7 +104,7 @@ def _fingerprint(trainer: CCSSLTrainer, split: str, data: datasets.Dataset) -> s
     args, names = trainer.args, [*trainer.class_names, ""]  # the last one: of -1
     if split == "unlabeled" or args.label_column not in data.column_names:
         return fingerprint(data, args.image_column)
-    labels = read_labels(data, args.label_column, trainer.class_names, role=split, allow_unknown=True)
+    labels = read_labels(data, args.label_column, trainer.class_names, role=split, allow_ood=True)
     return fingerprint(data, args.image_column, [names[label] for label in labels.tolist()])
 
 
@@ -145,8 +145,8 @@ def _logged(trainer: CCSSLTrainer) -> list[Result]:
     """What the log said last of the pseudo labels: of raw weights in training, and of the steps up to that log."""
     names = {"mask_rate": "mask_rate", "pseudo_label_precision": "training_precision"}
     entry: dict[str, Any] = next((entry for entry in reversed(trainer.state.log_history) if "mask_rate" in entry), {})
-    origin = Origin("raw", entry.get("step", 0), "last", trainer.args.seed)
-    return [Result(metric, entry[key], "unlabeled", origin) for key, metric in names.items() if key in entry]
+    provenance = Provenance("raw", entry.get("step", 0), "last", trainer.args.seed)
+    return [Result(metric, entry[key], "unlabeled", provenance) for key, metric in names.items() if key in entry]
 
 
 def _plain(value: Any) -> Any:

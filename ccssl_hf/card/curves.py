@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from .plotting import COLORS, MARKERS, name_lines, save, style
+from .style import COLORS, MARKERS, name_lines, save, style
 
 
 def _mean_and_spread(

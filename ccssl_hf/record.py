@@ -48,7 +48,7 @@ _BY_HUB_NAME = {metric.hub_name: name for name, metric in METRICS.items()}
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Which weights of which run a number or a picture belongs to.
 
     Args:
@@ -68,23 +68,23 @@ class Origin:
 
     def __post_init__(self) -> None:
         if self.weights.lower() not in ("ema", "raw"):
-            raise ValueError(f"Origin.weights is {self.weights!r}: say 'EMA' or 'raw'.")
+            raise ValueError(f"Provenance.weights is {self.weights!r}: say 'EMA' or 'raw'.")
         if self.which not in ("last", "best"):
-            raise ValueError(f"Origin.which is {self.which!r}: say 'last' or 'best'.")
+            raise ValueError(f"Provenance.which is {self.which!r}: say 'last' or 'best'.")
         object.__setattr__(self, "weights", {"ema": "EMA", "raw": "raw"}[self.weights.lower()])
 
     def __str__(self) -> str:
         return f"{self.weights} weights, {self.which} step {self.step}, seed {self.seed}"
 
     @classmethod
-    def parse(cls, text: str) -> Origin | None:
-        """The origin that `text` names in the words of `str(origin)`; None where it names none."""
+    def parse(cls, text: str) -> Provenance | None:
+        """The provenance that `text` names in the words of `str(provenance)`; None where it names none."""
         found = re.search(r"(EMA|raw) weights, (last|best) step (\d+), seed (\d+)", text)
         return cls(found[1], int(found[3]), found[2], int(found[4])) if found else None
 
 
 PUBLISHED = "published weights"
-"""What is said in place of an origin where nothing is known of the run."""
+"""What is said in place of an provenance where nothing is known of the run."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ class Result:
         metric: A name of `METRICS`, or any other.
         value: As a fraction in [0, 1].
         split: The split's name, such as `test`.
-        origin: The weights; None where the run is not known, as of weights that were downloaded.
+        provenance: The weights; None where the run is not known, as of weights that were downloaded.
     """
 
     metric: str
     value: float
     split: str
-    origin: Origin | None = None
+    provenance: Provenance | None = None
 
     @property
     def name(self) -> str:
@@ -126,7 +126,7 @@ class Result:
             dataset_name=dataset,
             dataset_split=self.split,
             metric_type=(METRICS[name].hub_name if name in METRICS else name) + at + confidence,
-            metric_name=f"{self.name} ({self.origin or PUBLISHED})",
+            metric_name=f"{self.name} ({self.provenance or PUBLISHED})",
             metric_value=round(float(self.value), 6),
         )
 
@@ -134,12 +134,12 @@ class Result:
     def from_hub(cls, found: EvalResult) -> Result | None:
         """The inverse of `to_hub`; None of a result that was not written by it."""
         how = found.metric_name or ""
-        origin = Origin.parse(how)
-        if origin is None and not how.endswith(f"({PUBLISHED})"):
+        provenance = Provenance.parse(how)
+        if provenance is None and not how.endswith(f"({PUBLISHED})"):
             return None
         hub_name, at, confidence = found.metric_type.partition("@")
         metric = _BY_HUB_NAME.get(hub_name, hub_name) + at + confidence
-        return cls(metric, found.metric_value, found.dataset_split or "", origin)
+        return cls(metric, found.metric_value, found.dataset_split or "", provenance)
 
 
 def hub_results(results: Iterable[Result], dataset_of_split: dict[str, str]) -> list[EvalResult]:
@@ -154,14 +154,14 @@ class SplitPredictions:
 
     Args:
         split: The split's name.
-        origin: The weights; None where the run is not known.
+        provenance: The weights; None where the run is not known.
         logits: float32 `[N, C]`.
         labels: `[N]`, -1 for an image of no known class.
         embeddings: `[N, D]`, where they are to be drawn.
     """
 
     split: str
-    origin: Origin | None
+    provenance: Provenance | None
     logits: np.ndarray
     labels: np.ndarray
     embeddings: np.ndarray | None = None
@@ -172,4 +172,4 @@ class SplitPredictions:
         return self.labels >= 0
 
     def __str__(self) -> str:
-        return f"{self.split} split, {self.origin or PUBLISHED}"
+        return f"{self.split} split, {self.provenance or PUBLISHED}"

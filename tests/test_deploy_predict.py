@@ -16,8 +16,9 @@ import transformers
 from PIL import Image, ImageOps
 from torch import nn
 
-from ccssl_hf import CCSSLForImageClassification, inference
-from ccssl_hf.inference import Classifier, open_images, predict_to_parquet
+from ccssl_hf import CCSSLForImageClassification
+from ccssl_hf.deploy import predict as inference
+from ccssl_hf.deploy.predict import Classifier, open_images, predict_to_parquet
 from small_models import LABELS, picture, published
 
 

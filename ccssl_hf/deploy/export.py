@@ -16,10 +16,10 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_json
-from .data import check_writable
-from .modeling import CCSSLForImageClassification
-from .templates import handler
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_json
+from ..data import check_writable
+from ..modeling import CCSSLForImageClassification
+from . import handler
 
 OPSET = 18
 """The lowest that torch's exporter writes; runtimes from 2023 on read it."""

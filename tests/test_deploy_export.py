@@ -17,9 +17,10 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from ccssl_hf import CCSSLForImageClassification, export
+from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.cli import app
-from ccssl_hf.export import export_onnx, preprocessor_config
+from ccssl_hf.deploy import export
+from ccssl_hf.deploy.export import export_onnx, preprocessor_config
 from small_models import LABELS, picture, published
 
 BACKBONES = {"test_resnet": 96, "test_vit": 64, "wide_resnet10_1_cifar": 32}

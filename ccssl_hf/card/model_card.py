@@ -20,9 +20,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .data import FINGERPRINTED_IMAGES
-from .papers import ALGORITHM_PAPERS, CCSSL
-from .results import PUBLISHED, Origin, Result, hub_results
+from ..data import FINGERPRINTED_IMAGES
+from ..papers import ALGORITHM_PAPERS, CCSSL
+from ..record import PUBLISHED, Provenance, Result, hub_results
 
 TAGS = ("image-classification", "timm")
 CCSSL_TAGS = ("semi-supervised-learning", "ccssl")
@@ -34,7 +34,7 @@ PICTURES = CURVES, CONFUSION_MATRIX, RELIABILITY, CONFIDENCE, EMBEDDINGS = tuple
     f"{IMAGES}/{name}.png" for name in ("curves", "confusion_matrix", "reliability", "confidence", "embeddings")
 )
 
-_RESULTS = re.compile(r"<!-- results of (?P<origin>[^>]*?);[^>]*-->.*?<!-- /results -->", re.DOTALL)
+_RESULTS = re.compile(r"<!-- results of (?P<provenance>[^>]*?);[^>]*-->.*?<!-- /results -->", re.DOTALL)
 """What `render_results` writes, in a card."""
 
 _PICTURE = re.compile(r"!\[(?P<caption>.*?)\]\((?P<file>[^)]*)\)")
@@ -95,7 +95,7 @@ class CardFacts:
     device: str | None = None
     num_processes: int = 1
     run_time: float | None = None
-    published: Origin | None = None
+    published: Provenance | None = None
     results: Sequence[Result] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)
     limits: str | None = None
@@ -200,7 +200,7 @@ def _metadata(facts: CardFacts, model_name: str, base_model: tuple[str, bool] | 
 
 
 def _template(name: str) -> str:
-    return resources.files("ccssl_hf").joinpath(f"templates/{name}.md.j2").read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath(f"templates/{name}.md.j2").read_text(encoding="utf-8")
 
 
 def _tidy(text: str) -> str:
@@ -212,7 +212,7 @@ def _links(pictures: Mapping[str, str]) -> dict[str, str]:
     return {quote(_last_part(file) if _is_path(file) else file): caption for file, caption in pictures.items()}
 
 
-def render_results(results: Sequence[Result], pictures: Mapping[str, str], published: Origin | None) -> str:
+def render_results(results: Sequence[Result], pictures: Mapping[str, str], published: Provenance | None) -> str:
     """The part of a card that `renew_results` replaces: numbers and pictures between two marks.
 
     Args:
@@ -231,7 +231,7 @@ def render_results(results: Sequence[Result], pictures: Mapping[str, str], publi
         pictures={file: caption for file, caption in pictures.items() if file not in (CURVES, CONFIDENCE)},
         confidence=pictures.get(CONFIDENCE),
         confidence_file=CONFIDENCE,
-        on_the_way=any(r.origin and published and r.origin.step != published.step for r in results),
+        on_the_way=any(r.provenance and published and r.provenance.step != published.step for r in results),
         published=published,
         unknown=PUBLISHED,
         cell=_cell,
@@ -281,10 +281,10 @@ def render_card(facts: CardFacts) -> ModelCard:
     return card
 
 
-def published_origin(card: ModelCard) -> Origin | None:
+def published_provenance(card: ModelCard) -> Provenance | None:
     """The weights beside a card, as its mark names them; None of a card that was not written here."""
     mark = _RESULTS.search(card.text)
-    return Origin.parse(mark["origin"]) if mark else None
+    return Provenance.parse(mark["provenance"]) if mark else None
 
 
 def results_of(card: ModelCard) -> list[Result]:
@@ -321,7 +321,7 @@ def renew_results(
     card.data["eval_results"] = now = [*kept, *hub_results(results, names)]
     card.data["metrics"] = sorted({*card.data.get("metrics", ()), *(each.metric_type for each in now)})
     card.data["model_name"] = card.data.get("model_name") or model_name
-    mark, published = _RESULTS.search(card.text), published_origin(card)
+    mark, published = _RESULTS.search(card.text), published_provenance(card)
     old_pictures = {found["file"]: found["caption"] for found in _PICTURE.finditer(mark[0])} if mark else {}
     section = render_results(results_of(card), old_pictures | dict(pictures), published)
     if mark:

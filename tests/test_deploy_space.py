@@ -30,8 +30,8 @@ from typer.testing import CliRunner
 
 from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.cli import app as cli
-from ccssl_hf.space import thresholds, write_space
-from ccssl_hf.templates.space import app
+from ccssl_hf.deploy.space import thresholds, write_space
+from ccssl_hf.deploy.space_page import app
 from tiny_runs import LABELED, LABELS, VALIDATION, model_of, trainer_of
 
 REPOSITORY = Path(__file__).parents[1]

@@ -32,9 +32,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ccssl_hf.cli import app
-from ccssl_hf.inference import Classifier
-from ccssl_hf.serving import Batcher, ServingSettings, create_app
-from ccssl_hf.templates import handler
+from ccssl_hf.deploy import handler
+from ccssl_hf.deploy.predict import Classifier
+from ccssl_hf.deploy.serve import Batcher, ServingSettings, create_app
 from small_models import LABELS, picture, published
 
 PORT_LINE = re.compile(r"running on http://127\.0\.0\.1:(\d+)")

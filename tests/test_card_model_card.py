@@ -11,21 +11,21 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 
 from ccssl_hf.algorithms import ALGORITHMS
-from ccssl_hf.metrics import classification_metrics, pseudo_label_quality
-from ccssl_hf.model_card import (
+from ccssl_hf.card.model_card import (
     CONFIDENCE,
     CURVES,
     CardFacts,
     library_versions,
-    published_origin,
+    published_provenance,
     render_card,
     renew_results,
     results_of,
 )
+from ccssl_hf.metrics import classification_metrics, pseudo_label_quality
 from ccssl_hf.papers import ALGORITHM_PAPERS
-from ccssl_hf.results import METRICS, Origin, Result
+from ccssl_hf.record import METRICS, Provenance, Result
 
-LAST, BEST = Origin("EMA", 800, "last", 3), Origin("raw", 700, "best", 3)
+LAST, BEST = Provenance("EMA", 800, "last", 3), Provenance("raw", 700, "best", 3)
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +253,7 @@ def test_many_classes_are_folded():
 @pytest.mark.parametrize(("change", "hint"), [({"weights": "swa"}, "'EMA' or 'raw'"), ({"which": "first"}, "'best'")])
 def test_an_origin_that_is_none_is_refused(change, hint):
     with pytest.raises(ValueError, match=hint):
-        Origin(**{"weights": "EMA", "step": 1, "which": "last", "seed": 0, **change})
+        Provenance(**{"weights": "EMA", "step": 1, "which": "last", "seed": 0, **change})
 
 
 @pytest.mark.parametrize(
@@ -261,11 +261,11 @@ def test_an_origin_that_is_none_is_refused(change, hint):
 )
 def test_results_come_back_from_the_metadata(result):
     back = Result.from_hub(result.to_hub("anna/butterfly10"))
-    assert back == Result(result.metric, pytest.approx(float(result.value)), result.split, result.origin)
+    assert back == Result(result.metric, pytest.approx(float(result.value)), result.split, result.provenance)
 
 
 def test_what_ran_is_told_of_pseudo_labels_and_strangers():
-    raw = Origin("raw", 800, "last", 3)
+    raw = Provenance("raw", 800, "last", 3)
     text = render_card(
         full_facts(
             results=[
@@ -305,9 +305,9 @@ def test_renewed_results_take_the_place_of_their_splits_and_leave_the_rest():
         str(render_card(facts)).replace("## Intended use", "## Notes\n\nBy   hand.\n\n\n\n## Intended use")
     )
     before = card.text
-    origin = published_origin(card)
-    assert origin == LAST
-    new = [Result("top1", 0.7, "test", origin)]
+    provenance = published_provenance(card)
+    assert provenance == LAST
+    new = [Result("top1", 0.7, "test", provenance)]
     card = renew(card, new, **{"images/confusion_matrix.png": "New"})
     assert [(r.metric, r.split, r.value) for r in results_of(card)] == [
         ("top1", "validation", pytest.approx(0.645)),

@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .metrics import (
-    OUT_OF_DISTRIBUTION,
+from ..data import OUT_OF_DISTRIBUTION
+from ..metrics import (
     expected_calibration_error,
     out_of_distribution_auroc,
     reliability_bins,
     to_numpy,
 )
-from .plotting import COLORS, GREY, TEXT, legend, save, style
+from .style import COLORS, GREY, TEXT, legend, save, style
 
 NAMED_CLASSES = 50
 """Up to so many classes a confusion matrix shows all; of more, the `MOST_MISTAKEN`."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from ccssl_hf import CCSSLForImageClassification
-from ccssl_hf.convert import convert_moco, convert_semicls, convert_usb
+from ccssl_hf.deploy.convert import convert_moco, convert_semicls, convert_usb
 from conftest import SHARED, needs_shared
 
 LABELS = [f"class {index}" for index in range(10)]
