@@ -57,7 +57,7 @@ class SimMatch(Algorithm):
         name="SimMatch",
         key="zheng2022simmatch",
         authors="Zheng, Mingkai and You, Shan and Huang, Lang and Wang, Fei and Qian, Chen and Xu, Chang",
-        title="SimMatch: Semi-Supervised Learning with Similarity Matching",
+        title="SimMatch: Semi-supervised Learning with Similarity Matching",
         venue="Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition",
         year=2022,
         arxiv="2203.06915",
