@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -95,11 +95,10 @@ def create_backbone(
     except TypeError as error:
         raise ValueError(f"The arguments are saved as JSON, so pass layers by name: {error}.") from None
     backbone = _create(name, pretrained, num_classes=num_classes, **timm_kwargs)
-    source = backbone.pretrained_cfg
-    crop = {}
+    source = {**backbone.pretrained_cfg, "input_size": (backbone.pretrained_cfg["input_size"][0], *size)}
     if max(size) <= MAX_SIDE_UNCROPPED and "crop_pct" not in (timm_kwargs.get("pretrained_cfg_overlay") or {}):
-        crop["crop_pct"] = 1.0
-    set_input(backbone, {**source, **crop, "input_size": (source["input_size"][0], *size)})
+        source["crop_pct"] = 1.0
+    set_input(backbone, source)
     return backbone, model_args
 
 
@@ -121,13 +120,10 @@ def set_input(backbone: Any, pretrained_cfg: Mapping[str, Any]) -> None:
 
     Entries about the original weights (their address, labels, test size) would be wrong after training.
     """
-    kept = {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg}
     architecture = pretrained_cfg.get("architecture") or backbone.pretrained_cfg["architecture"]
-    backbone.pretrained_cfg = backbone.default_cfg = {
-        "architecture": architecture,
-        "num_classes": backbone.num_classes,
-        **kept,
-    }
+    cfg = {"architecture": architecture, "num_classes": backbone.num_classes}
+    cfg |= {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg}
+    backbone.pretrained_cfg = backbone.default_cfg = cfg
 
 
 def features_and_logits(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,36 +180,37 @@ def projection_head(backbone: nn.Module, width: int, projection_dim: int) -> nn.
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, projection_dim))
 
 
+_LAYERS: dict[type[nn.Module], Callable[[Any], list[Any]]] = {
+    nn.Linear: lambda layer: [layer.in_features, layer.out_features, layer.bias is not None],
+    nn.BatchNorm1d: lambda layer: [layer.num_features],
+    nn.LeakyReLU: lambda layer: [layer.negative_slope],
+    nn.ReLU: lambda layer: [],
+}
+"""Layers that a head may have, and their arguments."""
+
+
 def describe_head(module: nn.Module) -> list[Any]:
     """Describes a head as JSON for `build_head`: a list of `[layer, *arguments]`.
 
     Raises:
         ValueError: The head is not a Sequential of Linear, BatchNorm1d, ReLU and LeakyReLU, or one of these layers.
     """
-    described: list[Any] = []
+    described = []
     for layer in module if isinstance(module, nn.Sequential) else [module]:
-        if isinstance(layer, nn.Linear):
-            described.append(["Linear", layer.in_features, layer.out_features, layer.bias is not None])
-        elif isinstance(layer, nn.BatchNorm1d):
-            described.append(["BatchNorm1d", layer.num_features])
-        elif isinstance(layer, nn.LeakyReLU):
-            described.append(["LeakyReLU", layer.negative_slope])
-        elif isinstance(layer, nn.ReLU):
-            described.append(["ReLU"])
-        else:
+        kind = next((kind for kind in _LAYERS if isinstance(layer, kind)), None)
+        if kind is None:
             raise ValueError(
                 f"A head cannot contain {type(layer).__name__}: use a Sequential of Linear, BatchNorm1d, ReLU and "
                 "LeakyReLU, so that it can be saved without code."
             )
+        described.append([kind.__name__, *_LAYERS[kind](layer)])
     return described
 
 
 def build_head(description: list[Any]) -> nn.Sequential:
     """Builds a new head from the description of `describe_head`."""
-    kinds: dict[str, type[nn.Module]] = {
-        kind.__name__: kind for kind in (nn.Linear, nn.BatchNorm1d, nn.LeakyReLU, nn.ReLU)
-    }
-    return nn.Sequential(*(kinds[kind](*arguments) for kind, *arguments in description))
+    kinds = {kind.__name__: kind for kind in _LAYERS}
+    return nn.Sequential(*(kinds[name](*arguments) for name, *arguments in description))
 
 
 def authors_key(key: str) -> str:

@@ -72,7 +72,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged ({error}): take an earlier checkpoint.") from error
+        raise ValueError(f"'{path}' is damaged ({error}): use an earlier checkpoint.") from error
 
 
 def plain_config(model: PreTrainedModel) -> dict[str, Any]:

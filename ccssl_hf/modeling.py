@@ -71,9 +71,8 @@ class CCSSLForImageClassification(PreTrainedModel):
         super().__init__(config)
         if backbone is None:
             check_backbone(config.architecture)
-            backbone = timm.create_model(
-                config.architecture, num_classes=config.num_labels, **(config.model_args or {})
-            )
+            model_args = config.model_args or {}
+            backbone = timm.create_model(config.architecture, num_classes=config.num_labels, **model_args)
             set_input(backbone, config.pretrained_cfg or backbone.pretrained_cfg)
         self.backbone: Any = backbone
         self.feature_dim = feature_width(backbone)

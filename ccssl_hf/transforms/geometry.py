@@ -58,11 +58,6 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     return moved.bitwise_and_(inside.to(torch.uint8)[:, None])
 
 
-def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """`Image.rotate(degrees)`: counter-clockwise around the centre."""
-    return affine(images, rotation_matrices(degrees, *images.shape[2:]))
-
-
 def put_rows(images: Tensor, index: Tensor, rows: Tensor) -> None:
     """Replaces the images at `index` (int64 `[n]`, on the CPU) by `rows` `[n, 3, H, W]`, in place."""
     if images.device.type == "cpu":
