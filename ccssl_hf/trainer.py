@@ -29,14 +29,11 @@ from .publishing import PublishingTrainer
 from .record import METRICS, Provenance, Result, SplitPredictions
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
-from .step import forward_views, make_views, unlabeled_views
+from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import ViewSettings
+from .transforms import MAX_SIDE_HELD, ViewSettings
 
 logger = logging.getLogger(__name__)
-
-SMALL_IMAGE = 64
-"""Up to this side, in pixels, `auto` means images held decoded and shifted crops, as for CIFAR."""
 
 
 class CCSSLTrainer(PublishingTrainer):
@@ -176,12 +173,12 @@ class CCSSLTrainer(PublishingTrainer):
             **args.hyperparameters(),
         )
         model.add_heads({name: make(model.feature_dim) for name, make in algorithm.heads.items()})
-        if algorithm.needs_unlabeled and self.unlabeled_dataset is None:
+        if algorithm.views and self.unlabeled_dataset is None:
             raise ValueError(
                 f"Algorithm {args.algorithm!r} with these settings learns from "
                 "unlabeled images: pass unlabeled_dataset, or set algorithm='supervised' and lambda_contrast=0."
             )
-        if not algorithm.needs_unlabeled and self.unlabeled_dataset is not None:
+        if not algorithm.views and self.unlabeled_dataset is not None:
             logger.warning("Algorithm %r reads no unlabeled images: unlabeled_dataset is left alone.", args.algorithm)
         return algorithm
 
@@ -212,7 +209,7 @@ class CCSSLTrainer(PublishingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of both splits; one long epoch, because each split has epochs of its own inside the sampler."""
         args, algorithm = self.args, self.algorithm
-        unlabeled = self.unlabeled_dataset if algorithm.needs_unlabeled else None
+        unlabeled = self.unlabeled_dataset if algorithm.views else None
         with args.main_process_first(desc="decoding images"):
             dataset = data.PairedDataset(
                 self.train_dataset,
@@ -220,7 +217,7 @@ class CCSSLTrainer(PublishingTrainer):
                 unlabeled,
                 hidden_labels=self.hidden_labels,
                 image_column=args.image_column,
-                views=unlabeled_views(algorithm),
+                views=algorithm.views,
                 settings=self.settings,
                 seed=args.seed,
                 decode="stream" if self._cropped else "memory",
@@ -296,9 +293,7 @@ class CCSSLTrainer(PublishingTrainer):
     ) -> Any:
         """The algorithm's loss in training; plain cross-entropy over the known classes in evaluation."""
         if "labeled_images" in inputs:
-            views = make_views(
-                inputs, unlabeled_views(self.algorithm), self.settings, seed=self.args.seed, cropped=self._cropped
-            )
+            views = make_views(inputs, self.algorithm.views, self.settings, seed=self.args.seed, cropped=self._cropped)
             batch = forward_views(
                 model,
                 views,
@@ -465,7 +460,7 @@ def _view_settings(model: CCSSLForImageClassification, args: CCSSLTrainingArgume
     size = own["input_size"][-1]
     weak_crop = args.weak_crop
     if weak_crop == "auto":
-        weak_crop = "pad" if size <= SMALL_IMAGE else "resized"
+        weak_crop = "pad" if size <= MAX_SIDE_HELD else "resized"
     return ViewSettings(
         image_size=size,
         mean=tuple(own["mean"]),
@@ -475,13 +470,13 @@ def _view_settings(model: CCSSLForImageClassification, args: CCSSLTrainingArgume
         randaugment_ops=args.randaugment_ops,
         randaugment_magnitude=args.randaugment_magnitude,
         cutout_size=args.cutout_size,
-        contrastive=args.contrastive_view,
+        contrastive_view=args.contrastive_view,
         normalize_contrastive=args.normalize_contrastive,
     )
 
 
 def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
-    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > SMALL_IMAGE)
+    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MAX_SIDE_HELD)
     if streamed and settings.weak_crop == "pad":
         raise ValueError("weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream.")
     return streamed

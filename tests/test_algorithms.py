@@ -1,4 +1,4 @@
-"""What all algorithms share: the registry and its errors, state, composition with CCSSL; FixMatch and the baseline."""
+"""Common behaviour of all algorithms: registry, errors, state, CCSSL; and tests of FixMatch and the baseline."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccssl_hf.algorithms import ALGORITHMS, SSLBatch, algorithm_hyperparameters, algorithm_table, build_algorithm
+from ccssl_hf.algorithms import ALGORITHMS, CCSSL_PAPER, SSLBatch, algorithm_hyperparameters, build_algorithm
 from ccssl_hf.algorithms.alignment import DistributionAlignment
 from ccssl_hf.losses import class_aware_contrastive_loss
+from ccssl_hf.transforms import View
 
 CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
 
 def example_algorithm() -> str | None:
-    """The file of an algorithm that CONTRIBUTING.md shows."""
+    """The example of a new algorithm in CONTRIBUTING.md."""
     text = CONTRIBUTING.read_text(encoding="utf-8") if CONTRIBUTING.is_file() else ""
     return next((code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "(Algorithm):" in code), None)
 
 
 SIZES = {"num_unlabeled": 60, "embedding_dim": 8, "batch_size": 4, "mu": 3}
-"""Facts of the run that `make_batch` is a step of."""
+"""Sizes of the run that `make_batch` belongs to."""
 
 
 def make_batch(seed: int = 0, num_labeled: int = 4, num_unlabeled: int = 12, num_classes: int = 5) -> SSLBatch:
-    """A batch with all that any algorithm reads; some of its unlabeled images occur twice."""
+    """A batch with all parts that an algorithm may read. Some unlabeled images occur twice."""
     generator = torch.Generator().manual_seed(seed)
 
     def logits(count: int, width: int = num_classes) -> Tensor:
@@ -61,7 +62,7 @@ def make_batch(seed: int = 0, num_labeled: int = 4, num_unlabeled: int = 12, num
 
 
 def cast(batch: SSLBatch, dtype: torch.dtype) -> SSLBatch:
-    """The same batch with floating point as `dtype`."""
+    """The same batch with floating-point tensors converted to `dtype`."""
 
     def one(value: Any) -> Any:
         if isinstance(value, dict):
@@ -117,7 +118,7 @@ def test_contrast_is_added_to_any_algorithm(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_a_loss_is_told_in_detached_terms_and_reaches_no_weak_view(name: str) -> None:
+def test_terms_are_detached_and_weak_views_get_no_gradient(name: str) -> None:
     batch, algorithm = make_batch(), build(name, lambda_contrast=1)
     result = algorithm(batch)
     weights = {
@@ -159,29 +160,31 @@ def test_supervised_takes_pseudo_labels_from_the_weak_view_for_the_contrast() ->
     ("name", "options", "needs"),
     [
         ("supervised", {}, ""),
-        ("supervised", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
-        ("fixmatch", {}, "unlabeled"),
-        ("fixmatch", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
-        ("comatch", {}, "unlabeled contrastive_view embeddings"),
-        ("flexmatch", {}, "unlabeled index"),
-        ("freematch", {}, "unlabeled"),
-        ("softmatch", {}, "unlabeled"),
-        ("simmatch", {}, "unlabeled embeddings"),
-        ("simmatch", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
-        ("iomatch", {}, "unlabeled"),
+        ("supervised", {"lambda_contrast": 1}, "weak strong contrastive embeddings"),
+        ("fixmatch", {}, "weak strong"),
+        ("fixmatch", {"lambda_contrast": 1}, "weak strong contrastive embeddings"),
+        ("comatch", {}, "weak strong contrastive embeddings"),
+        ("flexmatch", {}, "weak strong index"),
+        ("freematch", {}, "weak strong"),
+        ("softmatch", {}, "weak strong"),
+        ("simmatch", {}, "weak strong embeddings"),
+        ("simmatch", {"lambda_contrast": 1}, "weak strong contrastive embeddings"),
+        ("iomatch", {}, "weak strong"),
     ],
 )
-def test_an_algorithm_says_what_it_reads(name: str, options: dict[str, Any], needs: str) -> None:
+def test_an_algorithm_declares_what_it_reads(name: str, options: dict[str, Any], needs: str) -> None:
     algorithm = build(name, **options)
-    for part in ("unlabeled", "contrastive_view", "embeddings", "index"):
-        assert getattr(algorithm, f"needs_{part}") == (part in needs.split()), part
+    expected = needs.split()
+    assert algorithm.views == tuple(view for view in View if view.name.lower() in expected)
+    for part in ("embeddings", "index"):
+        assert getattr(algorithm, f"needs_{part}") == (part in expected), part
     assert set(algorithm.heads) == ({"one_vs_all", "open"} if name == "iomatch" else set())
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_what_an_algorithm_does_not_say_it_reads_may_be_missing(name: str) -> None:
+def test_parts_that_an_algorithm_does_not_read_may_be_none(name: str) -> None:
     batch, algorithm = make_batch(), build(name)
-    if not algorithm.needs_contrastive_view:
+    if View.CONTRASTIVE not in algorithm.views:
         batch.embeddings_contrast = None
     if not algorithm.needs_embeddings:
         batch.embeddings_labeled = batch.embeddings_weak = batch.embeddings_strong = None
@@ -189,7 +192,7 @@ def test_what_an_algorithm_does_not_say_it_reads_may_be_missing(name: str) -> No
         batch.index = None
     if not algorithm.heads:
         batch.heads = None
-    if not algorithm.needs_unlabeled:
+    if not algorithm.views:
         batch.logits_weak = batch.logits_strong = None
     assert algorithm(batch).loss.isfinite()
 
@@ -224,7 +227,7 @@ def test_a_missing_head_is_named() -> None:
     batch = make_batch()
     assert batch.heads is not None
     del batch.heads["open"]
-    with pytest.raises(ValueError, match=r"lacks open: give the model algorithm\.heads"):
+    with pytest.raises(ValueError, match=r"lacks open: add algorithm\.heads to the model"):
         build("iomatch")(batch)
 
 
@@ -365,12 +368,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_table_says_what_each_algorithm_is() -> None:
-    rows = {row["algorithm"]: row for row in algorithm_table()}
-    assert {name: row["hyperparameters"] for name, row in rows.items()} == {
-        name: {**CCSSL, **DEFAULTS[name]} for name in ALGORITHMS
+def test_each_class_declares_its_paper_views_terms_and_defaults() -> None:
+    defaults = {
+        name: {key: row.default for key, row in algorithm.hyperparameters_class.table().items()}
+        for name, algorithm in ALGORITHMS.items()
     }
-    assert {name: row["arxiv"] for name, row in rows.items()} == {
+    assert defaults == {name: {**CCSSL, **DEFAULTS[name]} for name in ALGORITHMS}
+    papers = {name: algorithm.paper for name, algorithm in ALGORITHMS.items()}
+    assert {name: paper and paper.arxiv for name, paper in papers.items()} == {
         "supervised": None,
         "fixmatch": "2001.07685",
         "comatch": "2011.11183",
@@ -380,22 +385,23 @@ def test_the_table_says_what_each_algorithm_is() -> None:
         "simmatch": "2203.06915",
         "iomatch": "2308.13168",
     }
-    assert rows["supervised"]["paper"] is None and rows["supervised"]["views"] == []
-    assert rows["iomatch"]["paper"].startswith("IOMatch: ") and rows["iomatch"]["paper"].endswith(" Utilization")
-    assert all(row["paper"].lower().startswith(f"{name}: ") for name, row in rows.items() if name != "supervised")
-    assert rows["comatch"]["views"] == ["weak", "strong", "contrastive"]
-    assert rows["flexmatch"]["views"] == ["weak", "strong"]
-    assert rows["freematch"]["terms"] == ["loss_x", "loss_u", "loss_fairness"]
-    assert json.dumps(list(rows.values()))
+    for name, paper in papers.items():
+        if paper is not None:
+            assert paper.title.startswith(f"{paper.name}: ") and paper.name.lower() == name
+            assert str(paper.year) in paper.key and paper.authors.count(" and ") == paper.authors.count(",") - 1
+    assert CCSSL_PAPER.arxiv == "2203.02261"
+    assert {name for name, algorithm in ALGORITHMS.items() if algorithm.views == tuple(View)} == {"comatch"}
+    assert ALGORITHMS["supervised"].views == () and ALGORITHMS["flexmatch"].views == (View.WEAK, View.STRONG)
+    assert ALGORITHMS["freematch"].terms == ("loss_x", "loss_u", "loss_fairness")
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "iomatch"])
-def test_confidence_is_the_open_set_score_unless_an_algorithm_knows_better(name: str) -> None:
+def test_the_default_open_set_score_is_the_confidence(name: str) -> None:
     logits = torch.tensor([[3.0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
     assert torch.equal(build(name).open_set_score(logits), logits.softmax(1).amax(1))
 
 
-def test_hyperparameters_are_told_resolved() -> None:
+def test_hyperparameters_include_defaults() -> None:
     algorithm = build_algorithm("fixmatch", num_classes=5, lambda_u=2, push_threshold=0.9)
     assert json.loads(json.dumps(algorithm.hyperparameters))["lambda_u"] == 2.0
     assert isinstance(algorithm.hyperparameters["lambda_u"], float)
@@ -454,15 +460,15 @@ def test_a_wrong_name_or_value_is_an_error_that_names_the_fix(name: str, options
         ("simmatch", {"embedding_dim", "batch_size"}),
     ],
 )
-def test_a_missing_fact_of_the_run_is_an_error(name: str, needed: set[str]) -> None:
+def test_a_missing_size_of_the_run_is_an_error(name: str, needed: set[str]) -> None:
     facts = {key: SIZES[key] for key in needed}
     assert build_algorithm(name, num_classes=5, **facts)
     for key in needed:
-        with pytest.raises(ValueError, match=f"{name} needs {key}=... besides num_classes"):
+        with pytest.raises(ValueError, match=f"{name} needs {key}=... in addition to num_classes"):
             build_algorithm(name, num_classes=5, **{**facts, key: None})
 
 
-@pytest.mark.skipif(example_algorithm() is None, reason="needs the example of a checkout's CONTRIBUTING.md")
+@pytest.mark.skipif(example_algorithm() is None, reason="needs CONTRIBUTING.md of a checkout")
 def test_the_example_of_a_new_algorithm_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "uda.py").write_text(example_algorithm() or "", encoding="utf-8")
     spec = importlib.util.spec_from_file_location("ccssl_hf.algorithms.uda", tmp_path / "uda.py")
@@ -471,7 +477,7 @@ def test_the_example_of_a_new_algorithm_works(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     monkeypatch.setitem(ALGORITHMS, "uda", module.UDA)
-    test_a_loss_is_told_in_detached_terms_and_reaches_no_weak_view("uda")
+    test_terms_are_detached_and_weak_views_get_no_gradient("uda")
     test_contrast_is_added_to_any_algorithm("uda")
-    (row,) = [row for row in algorithm_table() if row["algorithm"] == "uda"]
-    assert row["arxiv"] == "1904.12848"
+    paper = ALGORITHMS["uda"].paper
+    assert paper is not None and paper.arxiv == "1904.12848"
