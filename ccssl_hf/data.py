@@ -35,78 +35,83 @@ _TEXT = ("string", "large_string")
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
-def load_split(source: str, *, role: str) -> datasets.Dataset:
+def load_split(source: str | os.PathLike[str], *, role: str) -> datasets.Dataset:
     """Load one split from an image folder, parquet files or the Hub.
 
+    Unlike `load_dataset("imagefolder", data_dir=...)`, this reads every image of a folder: that function treats words
+    such as `train`, `test` and `val` in file and folder names as names of splits, and drops the other images.
+
     Args:
-        source: A folder of images (labels are the names of the folders they lie in), a folder, file or glob of parquet,
-            or a Hub data set as `user/name` or `user/name:split`.
-        role: `labeled`, `unlabeled`, `validation` or `test`. Names the split in errors, and is the split that is taken
-            from a Hub data set where the source names none; for training, `train` will do too. Unlabeled folders lose
-            their labels.
+        source: One of
+            - a folder of images, `<class>/<image>`; an image's label is the name of the folder that holds it,
+            - parquet files: a folder of them, a file or a glob,
+            - a data set on the Hub: `user/name` or `user/name:split`.
+        role: `labeled`, `unlabeled`, `validation` or `test`: the name of the split in error messages, and the split to
+            take from a Hub data set when `source` names none (`train` if there is no `labeled` or `unlabeled`).
+            An unlabeled image folder may be nested in any way and has no labels.
 
     Raises:
-        ValueError: `source` is neither readable here nor the name of a data set, or lacks that split.
+        ValueError: `source` cannot be read or does not hold that split.
     """
-    path = Path(source).expanduser()
+    name, path = f"The {role} split {str(source)!r}", Path(source).expanduser()
     if path.is_dir() and not any(path.glob("*.parquet")):
-        return _load_image_folder(path, role)
+        return _load_image_folder(name, path, labeled=role != "unlabeled")
     if path.is_dir():
-        return _load_parquet(f"{glob.escape(str(path))}/*.parquet", role)
+        return _load_parquet(name, f"{glob.escape(path.as_posix())}/*.parquet")
     if path.suffix == ".parquet":
-        return _load_parquet(glob.escape(str(path)) if path.is_file() else str(path), role)
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return _load_parquet(name, glob.escape(str(path)) if path.is_file() else str(path))
+    if path.exists() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
         raise ValueError(
-            f"--{role} {source}: not a folder or parquet file; give an image folder, parquet files or a Hub data set."
+            f"{name} is not a folder or parquet file: give an image folder, parquet files or a Hub data set."
         )
-    return _load_from_hub(source, role)
+    return _load_from_hub(name, str(source), role)
 
 
-def _load_image_folder(path: Path, role: str) -> datasets.Dataset:
+def _load_image_folder(name: str, path: Path, *, labeled: bool) -> datasets.Dataset:
     def is_image(file: Path) -> bool:
         return file.suffix.lower() in ImageFolder.EXTENSIONS
 
     if not any(map(is_image, path.rglob("*"))):
-        raise ValueError(f"--{role} {path}: no images below this folder; point it at a folder that holds image files.")
-    unlabeled = role == "unlabeled"
-    stray = [] if unlabeled else sorted(file.name for file in path.iterdir() if is_image(file))
+        raise ValueError(f"{name} has no images in this folder or below it: give a folder that holds image files.")
+    stray = sorted(file.name for file in path.iterdir() if is_image(file)) if labeled else []
     if stray:
-        raise ValueError(f"--{role} {path}: {stray[0]} lies in no class folder; sort images as <class>/<image>.")
-    # A pattern of files, not data_dir: from a root, `datasets` guesses splits by words such as "test" in paths.
+        raise ValueError(f"{name} has images outside of class folders ({stray[0]}): sort images as <class>/<image>.")
+    # A pattern of files and not data_dir, with which `datasets` looks for names of splits in paths.
     return datasets.load_dataset(
         "imagefolder",
-        data_files={"train": [f"{glob.escape(str(path))}/**"]},
-        drop_labels=unlabeled,
-        drop_metadata=unlabeled,
+        data_files={"train": [f"{glob.escape(path.as_posix())}/**"]},
+        drop_labels=not labeled,
+        drop_metadata=not labeled,
         split="train",
     )
 
 
-def _load_parquet(files: str, role: str) -> datasets.Dataset:
+def _load_parquet(name: str, files: str) -> datasets.Dataset:
     if not glob.glob(files):
-        raise ValueError(f"--{role} {files}: no such parquet file; check the path.")
+        raise ValueError(f"{name} does not exist (no such parquet file): check the path.")
     try:
         return datasets.load_dataset("parquet", data_files={"train": [files]}, split="train")
     except (DatasetGenerationError, ValueError) as error:  # Arrow's errors are ValueErrors
-        raise ValueError(f"--{role} {files}: can't be read ({error.__cause__ or error}); write it anew.") from error
+        raise ValueError(f"{name} cannot be read ({error.__cause__ or error}): write the file again.") from error
 
 
-def _load_from_hub(source: str, role: str) -> datasets.Dataset:
-    name, _, split = source.partition(":")
+def _load_from_hub(name: str, source: str, role: str) -> datasets.Dataset:
+    repository, _, split = source.partition(":")
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(repository)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
-            f"--{role} {source}: neither a path here nor a data set from the Hub ({type(error).__name__}: {error}); "
-            "check the spelling and the network, or give an image folder or parquet files."
+            f"{name} is neither a path nor a data set on the Hub ({type(error).__name__}: {error}): check the spelling "
+            "and the network, or give an image folder or parquet files."
         ) from error
-    # A run that is evaluated on its own training images by default would look too good.
+    # `train` never replaces a missing validation or test split: accuracy on training images would be too high.
     wanted = [split] if split else [role, "train"] if role in ("labeled", "unlabeled") else [role]
-    for name_of_split in wanted:
-        if name_of_split in found:
-            return found[name_of_split]
+    for each in wanted:
+        if each in found:
+            return found[each]
     raise ValueError(
-        f"--{role} {source}: no split {wanted[0]!r} in this data set (it has {', '.join(found)}); write {name}:<split>."
+        f"{name} is not in this data set, which has no split {wanted[0]!r} (it has {', '.join(found)}): write "
+        f"{repository}:<split>."
     )
 
 

@@ -46,9 +46,7 @@ def load(recipe: Cifar10Arguments) -> dict[str, datasets.Dataset]:
     """Both splits, from the Hub or from a folder, with the columns `image` and `label`."""
     folder = Path(recipe.data)
     splits = {
-        split: load_split(
-            str(folder / f"{split}.parquet") if folder.is_dir() else f"{recipe.data}:{split}", role="data"
-        )
+        split: load_split(folder / f"{split}.parquet" if folder.is_dir() else f"{recipe.data}:{split}", role=split)
         for split in ("train", "test")
     }
     if "img" in splits["train"].column_names:  # what the Hub's CIFAR-10 calls it

@@ -247,21 +247,24 @@ def folder(root: Path, *files: str) -> str:
 SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
     "a path that there is not": (
         lambda p: "/nope",
-        "--labeled /nope: not a folder or parquet file; give an image folder, parquet",
+        "^The labeled split '/nope' is not a folder or parquet file: give an image folder, parquet",
     ),
-    "a relative path that there is not": (lambda p: "./nope/a", "--labeled ./nope/a: not a folder or parquet file"),
-    "a file of another kind": (lambda p: folder(p, "x.zip") + "/x.zip", "x.zip: not a folder or parquet file"),
-    "a parquet file that there is not": (lambda p: f"{p}/x.parquet", "no such parquet file; check the path"),
-    "a pattern that matches nothing": (lambda p: f"{p}/*.parquet", "no such parquet file; check the path"),
+    "a relative path that there is not": (
+        lambda p: "./nope/a",
+        "^The labeled split './nope/a' is not a folder or parquet file",
+    ),
+    "a file of another kind": (lambda p: folder(p, "x.zip") + "/x.zip", "x.zip' is not a folder or parquet file"),
+    "a parquet file that there is not": (lambda p: f"{p}/x.parquet", r"\(no such parquet file\): check the path"),
+    "a pattern that matches nothing": (lambda p: f"{p}/*.parquet", r"\(no such parquet file\): check the path"),
     "a parquet file that is none": (
         lambda p: folder(p, "x.parquet") + "/x.parquet",
-        "x.parquet: can't be read .*write it anew",
+        "x.parquet' cannot be read .*write the file again",
     ),
-    "a folder without images": (lambda p: folder(p, "a/notes.txt"), "no images below this folder; point it at"),
-    "an empty folder": (lambda p: folder(p / "sub", "x.txt")[: -len("/sub")], "no images below this folder"),
+    "a folder without images": (lambda p: folder(p, "a/notes.txt"), "has no images in this folder or below it: give a"),
+    "an empty folder": (lambda p: folder(p / "sub", "x.txt")[: -len("/sub")], "has no images in this folder"),
     "images beside the class folders": (
         lambda p: folder(p, "cat/1.png", "dog/1.png", "3.png"),
-        "3.png lies in no class folder; sort images as <class>/<image>",
+        r"images outside of class folders \(3.png\): sort images as <class>/<image>",
     ),
     "a single class": (
         lambda p: folder(p, "cat/1.png", "cat/2.png"),

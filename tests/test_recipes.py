@@ -361,7 +361,9 @@ def test_wrong_input_ends_in_one_line_and_no_traceback(place: Path) -> None:
     run = subprocess.run(recipe, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: --labeled someone/photos:train: neither a path here nor a data set from the Hub (")
+    assert last.startswith(
+        "error: The labeled split 'someone/photos:train' is neither a path nor a data set on the Hub ("
+    )
     assert "check the spelling and the network, or give an image folder or parquet files" in last
 
 
@@ -373,7 +375,7 @@ def test_wrong_input_ends_in_one_line_and_no_traceback(place: Path) -> None:
         (["--data_dir", "my_images", "--lamda_u", "1"], "error: Unknown argument --lamda_u. Did you mean 'lambda_u'"),
         (
             ["--data_dir", "my_images", "--unlabeled", "none.parquet"],
-            "error: --unlabeled none.parquet: no such parquet",
+            "error: The unlabeled split 'none.parquet' does not exist .no such parquet file",
         ),
         (["--data_dir", "my_images"], "error: 12 labeled images are fewer than a batch of 16"),
     ],
