@@ -15,11 +15,11 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
-from .callbacks import ProgressBar, StepMonitor, UpdateAverage
+from .callbacks import StepMonitor, UpdateAverage, progress_callback
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
 from .metrics import compute_metrics as default_metrics
@@ -125,8 +125,8 @@ class CCSSLTrainer(PublishingTrainer):
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
         if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressBar)
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+            self.add_callback(progress_callback())
 
     # ----------------------------------------------------------------------------------------------------------- set-up
 
