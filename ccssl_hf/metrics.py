@@ -169,7 +169,7 @@ def _to_arrow(array: np.ndarray) -> pa.Array:
 
 
 _LABELS = datasets.Value("int64")
-_LOGITS = _ArrowFeatures(predictions=datasets.List(datasets.Value("float64")), references=_LABELS)  # exact for float32
+_LOGITS = _ArrowFeatures(predictions=datasets.List(datasets.Value("float32")), references=_LABELS)
 _SCORES = _ArrowFeatures(predictions=datasets.Value("float64"), references=_LABELS)
 
 
@@ -177,7 +177,7 @@ class _InMemoryMetric(evaluate.Metric):
     """An `evaluate.Metric` that writes no files, so several instances can be used at the same time."""
 
     features_of_inputs: ClassVar[Any] = _LOGITS
-    inputs = "predictions: logits, C numbers for each image. references: labels in 0..C-1, or -1 for OOD images."
+    inputs = "predictions: float32 logits [N, C]. references: labels [N] in 0..C-1, or -1 for OOD images."
 
     def __init__(self, config_name: str | None = None, *, num_process: int = 1, **kwargs: Any) -> None:
         kwargs.setdefault("keep_in_memory", num_process == 1)
@@ -228,8 +228,8 @@ class OutOfDistributionAUROC(_InMemoryMetric):
 
     features_of_inputs: ClassVar[Any] = [_LOGITS, _SCORES]
     inputs = (
-        "predictions: logits, C numbers for each image, or one score for each image, higher for in-distribution "
-        "images. references: labels, -1 for OOD images."
+        "predictions: float32 logits [N, C], or scores [N], higher for in-distribution images. references: labels [N], "
+        "-1 for OOD images."
     )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
@@ -243,7 +243,7 @@ def classification_metrics(logits: Any, labels: Any, *, open_set_scores: Any = N
     """The metrics that the trainer reports for a split, computed by the metrics above through `evaluate.combine`.
 
     Args:
-        logits: `[N, C]`.
+        logits: `[N, C]`; computed as float32.
         labels: `[N]`, in 0..C-1, or -1 for OOD images, which only count for AUROC.
         open_set_scores: `[N]`, higher for in-distribution images, if the algorithm has an open-set score.
 

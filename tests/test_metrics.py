@@ -243,9 +243,8 @@ def test_combined_metrics_take_all_rows_and_give_the_numbers_of_the_functions(no
     assert m.classification_metrics(logits, labels) == expected  # equal, not nearly equal
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_logits_reach_a_metric_unchanged(dtype, monkeypatch):
-    logits = np.random.default_rng(0).normal(size=(60, 5)).astype(dtype)
+def test_logits_reach_a_metric_unchanged(monkeypatch):
+    logits = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
     seen = []
     monkeypatch.setattr(m, "macro_f1", lambda logits, labels: seen.append(m.to_numpy(logits)) or 0.0)
     metric = m.MacroF1()
