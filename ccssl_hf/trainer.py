@@ -32,7 +32,7 @@ from .sampling import PairedBatchSampler
 from .step import forward_views, make_views, unlabeled_views
 from .training_args import CCSSLTrainingArguments
 from .transforms import ViewSettings
-from .transforms.settings import MEMORY_SIZE
+from .transforms.settings import MAX_SIDE_HELD
 
 logger = logging.getLogger(__name__)
 
@@ -459,7 +459,7 @@ def _check_types(model: Any, args: Any) -> None:
 
 
 def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
-    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MEMORY_SIZE)
+    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MAX_SIDE_HELD)
     if streamed and settings.weak_crop == "pad":
         raise ValueError("weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream.")
     return streamed

@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from .algorithms import ALGORITHMS, algorithm_hyperparameters
 from .errors import near_misses
 from .transforms import ViewSettings
-from .transforms.settings import MEMORY_SIZE
+from .transforms.settings import MAX_SIDE_HELD
 
 CONFIGS = Path(__file__).parent / "configs"
 """Folder of the packaged YAML files, which `from_config` reads by name."""
@@ -99,7 +99,7 @@ class ViewArguments:
         chosen = {f.name: getattr(self, f.name) for f in fields(ViewArguments)}
         size = pretrained_cfg["input_size"][-1]
         if chosen["weak_crop"] == "auto":
-            chosen["weak_crop"] = "pad" if size <= MEMORY_SIZE else "resized"
+            chosen["weak_crop"] = "pad" if size <= MAX_SIDE_HELD else "resized"
         return ViewSettings(size, tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"]), **chosen)
 
 
@@ -209,7 +209,7 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         packaged = CONFIGS / f"{config}.yaml"
         path = packaged if packaged.is_file() else Path(config)
         plain, structured = read_config(path, [f.name for f in fields(cls) if f.init])
-        parser = HfArgumentParser(cls, exit_on_error=False)  # type: ignore[arg-type]
+        parser = HfArgumentParser(cls, exit_on_error=False)
         unset = [name for name, word in plain.items() if word.lower() == "none" and parser.get_default(name) is None]
         words = [f"--{name}={word}" for name, word in plain.items() if name not in unset]
         try:

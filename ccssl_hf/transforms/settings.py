@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
+MAX_SIDE_HELD = 64
+"""Image side in pixels up to which `auto` decodes the images once, holds them, and crops with padding, as for CIFAR."""
+
 
 class View(IntEnum):
     """The views of one image. A view has random numbers of its own: stream number `16 * stream + view`."""
@@ -40,9 +43,6 @@ class Column(IntEnum):
     CROP_TRIES = 12
     RANDAUGMENT = 32
 
-
-MEMORY_SIZE = 64
-"""Largest side, in pixels, for which images are decoded once to the training size and weak crops are padded."""
 
 CROP_TRIES = 10
 """Boxes tried before the central crop is taken, as in torchvision."""
