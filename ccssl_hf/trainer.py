@@ -29,14 +29,11 @@ from .publishing import PublishingTrainer
 from .record import METRICS, Provenance, Result, SplitPredictions
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
-from .step import forward_views, make_views, unlabeled_views
+from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import ViewSettings
+from .transforms import MAX_SIDE_HELD, ViewSettings
 
 logger = logging.getLogger(__name__)
-
-SMALL_IMAGE = 64
-"""Up to this side, in pixels, `auto` means images held decoded and shifted crops, as for CIFAR."""
 
 
 class CCSSLTrainer(PublishingTrainer):
@@ -77,7 +74,7 @@ class CCSSLTrainer(PublishingTrainer):
     ) -> None:
         _check_types(model, args)
         self.class_names = model.config.labels
-        self.settings = _view_settings(model, args)
+        self.settings = args.view_settings(model.backbone.pretrained_cfg)
         self._cropped = _is_streamed(args, self.settings)  # then each view comes with a crop of its own
         self.unlabeled_dataset = unlabeled_dataset
         self._check_data(args, train_dataset, unlabeled_dataset, eval_dataset)
@@ -176,12 +173,12 @@ class CCSSLTrainer(PublishingTrainer):
             **args.hyperparameters(),
         )
         model.add_heads({name: make(model.feature_dim) for name, make in algorithm.heads.items()})
-        if algorithm.needs_unlabeled and self.unlabeled_dataset is None:
+        if algorithm.views and self.unlabeled_dataset is None:
             raise ValueError(
                 f"Algorithm {args.algorithm!r} with these settings learns from "
                 "unlabeled images: pass unlabeled_dataset, or set algorithm='supervised' and lambda_contrast=0."
             )
-        if not algorithm.needs_unlabeled and self.unlabeled_dataset is not None:
+        if not algorithm.views and self.unlabeled_dataset is not None:
             logger.warning("Algorithm %r reads no unlabeled images: unlabeled_dataset is left alone.", args.algorithm)
         return algorithm
 
@@ -212,7 +209,7 @@ class CCSSLTrainer(PublishingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of both splits; one long epoch, because each split has epochs of its own inside the sampler."""
         args, algorithm = self.args, self.algorithm
-        unlabeled = self.unlabeled_dataset if algorithm.needs_unlabeled else None
+        unlabeled = self.unlabeled_dataset if algorithm.views else None
         with args.main_process_first(desc="decoding images"):
             dataset = data.PairedDataset(
                 self.train_dataset,
@@ -220,7 +217,7 @@ class CCSSLTrainer(PublishingTrainer):
                 unlabeled,
                 hidden_labels=self.hidden_labels,
                 image_column=args.image_column,
-                views=unlabeled_views(algorithm),
+                views=algorithm.views,
                 settings=self.settings,
                 seed=args.seed,
                 decode="stream" if self._cropped else "memory",
@@ -296,9 +293,7 @@ class CCSSLTrainer(PublishingTrainer):
     ) -> Any:
         """The algorithm's loss in training; plain cross-entropy over the known classes in evaluation."""
         if "labeled_images" in inputs:
-            views = make_views(
-                inputs, unlabeled_views(self.algorithm), self.settings, seed=self.args.seed, cropped=self._cropped
-            )
+            views = make_views(inputs, self.algorithm.views, self.settings, seed=self.args.seed, cropped=self._cropped)
             batch = forward_views(
                 model,
                 views,
@@ -460,28 +455,8 @@ def _check_types(model: Any, args: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
 
 
-def _view_settings(model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> ViewSettings:
-    own = model.backbone.pretrained_cfg
-    size = own["input_size"][-1]
-    weak_crop = args.weak_crop
-    if weak_crop == "auto":
-        weak_crop = "pad" if size <= SMALL_IMAGE else "resized"
-    return ViewSettings(
-        image_size=size,
-        mean=tuple(own["mean"]),
-        std=tuple(own["std"]),
-        weak_crop=weak_crop,
-        horizontal_flip=args.horizontal_flip,
-        randaugment_ops=args.randaugment_ops,
-        randaugment_magnitude=args.randaugment_magnitude,
-        cutout_size=args.cutout_size,
-        contrastive=args.contrastive_view,
-        normalize_contrastive=args.normalize_contrastive,
-    )
-
-
 def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
-    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > SMALL_IMAGE)
+    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MAX_SIDE_HELD)
     if streamed and settings.weak_crop == "pad":
         raise ValueError("weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream.")
     return streamed

@@ -13,7 +13,6 @@ import numpy as np
 from ..checkpoint import is_own_backbone
 from ..data import fingerprint, name_of, read_labels
 from ..record import Provenance, Result
-from ..step import unlabeled_views
 from ..training_args import CCSSLTrainingArguments, HyperparameterArguments
 from ..transforms import View
 from .model_card import CardFacts, library_versions
@@ -75,7 +74,7 @@ def run_facts(trainer: CCSSLTrainer, model_name: str) -> CardFacts:
         base_model=trainer.base_model,
         steps=trainer.state.global_step,
         batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        mu=args.mu if trainer.algorithm.needs_unlabeled else None,
+        mu=args.mu if trainer.algorithm.views else None,
         seed=args.seed,
         labeled_per_class=dict(zip(trainer.class_names, counts, strict=True)),
         num_unlabeled=None if trainer.unlabeled_dataset is None else len(trainer.unlabeled_dataset),
@@ -127,18 +126,17 @@ def _optimization(args: CCSSLTrainingArguments) -> dict[str, Any]:
 def _views(trainer: CCSSLTrainer) -> dict[str, Any]:
     """The settings of the views that are made."""
     settings = asdict(trainer.settings)
-    made = unlabeled_views(trainer.algorithm) if trainer.algorithm.needs_unlabeled else ()
+    made = trainer.algorithm.views
     names = ["image_size", "mean", "std", "weak_crop", "horizontal_flip"]
     if settings["weak_crop"] == "resized":
         names += ["crop_scale", "crop_ratio"]
     if View.STRONG in made:
         names += ["randaugment_ops", "randaugment_magnitude", "cutout_size"]
     if View.CONTRASTIVE in made:
-        names += ["contrastive", "normalize_contrastive"]
-        if settings["contrastive"] == "simclr":
+        names += ["contrastive_view", "normalize_contrastive"]
+        if settings["contrastive_view"] == "simclr":
             names += ["contrastive_crop_scale", "jitter", "jitter_probability", "grayscale_probability"]
-    views = {"contrastive_view" if name == "contrastive" else name: settings[name] for name in names}
-    return {**views, "decode": "stream" if trainer._cropped else "memory"}
+    return {**{name: settings[name] for name in names}, "decode": "stream" if trainer._cropped else "memory"}
 
 
 def _logged(trainer: CCSSLTrainer) -> list[Result]:
