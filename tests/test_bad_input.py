@@ -283,7 +283,7 @@ def test_sources_that_can_not_be_read_are_refused(case: str, tmp_path: Path, mon
 
 
 def test_a_recipe_needs_labeled_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--labeled is missing: name the labeled images"):
+    with pytest.raises(ValueError, match="There is no labeled split: set labeled to an image folder"):
         build_trainer(RecipeArguments(backbone=BACKBONE), arguments(tmp_path))
 
 
