@@ -29,7 +29,8 @@ class Cifar10Arguments:
     """The data, the labeled images and the model of a run on CIFAR-10."""
 
     data: str = field(
-        default="uoft-cs/cifar10", metadata={"help": "Data set on the Hub, or folder with train.parquet and test.parquet."}
+        default="uoft-cs/cifar10",
+        metadata={"help": "Data set on the Hub, or folder with train.parquet and test.parquet."},
     )
     num_labels: int = field(default=250, metadata={"help": "Number of labeled images, the same for each class."})
     split_seed: int = field(default=0, metadata={"help": "Seed that selects the labeled images; seed is for the rest."})

@@ -2,8 +2,8 @@
 
     accelerate launch recipes/train_imagefolder.py --data_dir photos --backbone resnet50 --pretrained
 
-`photos` holds `labeled/<class>/*.jpg` and optionally `unlabeled/**`, `validation/<class>/*.jpg` and `test/<class>/*.jpg`.
-`--labeled`, `--unlabeled`, `--validation` and `--test` name splits elsewhere. Settings are in
+`photos` holds `labeled/<class>/*.jpg` and optionally `unlabeled/**`, `validation/<class>/*.jpg` and
+`test/<class>/*.jpg`. `--labeled`, `--unlabeled`, `--validation` and `--test` name splits elsewhere. Settings are in
 ccssl_hf/configs/imagefolder.yaml; a flag overrides the file.
 """
 
