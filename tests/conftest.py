@@ -1,7 +1,7 @@
 """Shared by all tests: the mark for tests that need the reference data, and a Hub on loopback.
 
-No test reaches the real Hub. The variables that set its address, its caches and its token are changed before any module
-reads them: the address is on loopback, where the fixture `hub` starts a server, and the caches are in a temporary folder.
+No test reaches the real Hub. The environment variables for its address, caches and token are changed before any module
+reads them: the address is on loopback, where the fixture `hub` starts a server, and the caches are temporary.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ needs_shared = pytest.mark.skipif(
 def hub() -> Iterator[Hub]:
     """The Hub for this process and the processes that it starts.
 
-    A process with another cache or user gets `hub.environment(home, user)` on top of `os.environ`. Calls in this process
-    pass `token=TOKENS["anna"]`. Repositories live until the tests end: use other names in each test.
+    A process with another cache or user gets `hub.environment(home, user)` on top of `os.environ`. Calls in this
+    process pass `token=TOKENS["anna"]`. Repositories live until the tests end: use other names in each test.
     """
     server = Hub(_PORT).start()
     yield server
