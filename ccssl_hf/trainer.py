@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo, run_as_future
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
 from .callbacks import ProgressBar, StepMonitor, UpdateAverage
+from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
+from .hub import plan_push, upload
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
-from .publishing import PublishingTrainer
-from .record import METRICS, Provenance, Result, SplitPredictions
+from .publishing import files_of_checkpoint, upload_in_background
+from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import MAX_SIDE_HELD, ViewSettings
+from .transforms import MAX_SIDE_HELD, View, ViewSettings
 
 logger = logging.getLogger(__name__)
 
 
-class CCSSLTrainer(PublishingTrainer):
+class CCSSLTrainer(Trainer):
     """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
 
     Everything else is `transformers.Trainer`: `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks,
@@ -58,6 +66,7 @@ class CCSSLTrainer(PublishingTrainer):
     """
 
     args: CCSSLTrainingArguments
+    push_in_progress: PushInProgress | None = None
 
     def __init__(
         self,
@@ -112,13 +121,14 @@ class CCSSLTrainer(PublishingTrainer):
         copy_from_main_process(self.model)  # DDP does so too late for that
         self.ema = WeightAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names)
-        self.results: dict[str, list[Result]] = {}  # what the card says of each split, and, below, draws of it
+        # For the record: the last evaluation of each split, and names that the trainer cannot know.
+        self.results: dict[str, list[Result]] = {}
         self.predictions: dict[str, SplitPredictions] = {}
         self.evaluated: dict[str, datasets.Dataset] = {}
-        self.dataset_names: dict[str, str] = {}  # what the card calls the splits, where their own name is not it
-        self.base_model: str | None = None  # what the card calls the weights that training started from
+        self.dataset_names: dict[str, str] = {}
+        self.base_model: str | None = None
         self._best_step: int | None = None
-        self._loop_output: Any = None  # of the evaluation that is going on
+        self._loop_output: Any = None  # of the current evaluation
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
         if not args.disable_tqdm:
@@ -382,16 +392,6 @@ class CCSSLTrainer(PublishingTrainer):
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The plain folder, with the weights that are evaluated. No `training_args.bin`: it holds the Hub token."""
-        if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `transformers.Trainer`, and the card beside it. Call it in every process: all have a part in it."""
-        with self._published_weights():  # not in _save, which some releases call on one process only
-            super().save_model(output_dir, _internal_call)
-
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -437,6 +437,181 @@ class CCSSLTrainer(PublishingTrainer):
             self.add_results(split, _without_prefix({k: v for entry in logged for k, v in entry.items()}, prefix))
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
 
+    # ------------------------------------------------------------------------------------------------------- publishing
+
+    def run_record(self) -> RunRecord:
+        """What the run knows of itself at this moment: the card is written from it."""
+        args, state = self.args, self.state
+        counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return RunRecord(
+            backbone=self.model.config.architecture,
+            class_names=self.class_names,
+            algorithm=args.algorithm,
+            hyperparameters=self.algorithm.hyperparameters,
+            optimization=args.optimization_settings(),
+            views=_views_made(self.settings, self.algorithm.views)
+            | {"decode": "stream" if self._cropped else "memory"},
+            splits=self._splits(),
+            labeled_per_class=dict(zip(self.class_names, counts, strict=True)),
+            base_model=self.base_model,
+            steps=state.global_step,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            mu=args.mu if self.algorithm.views else None,
+            seed=args.seed,
+            versions=library_versions(),
+            device=args.device.type,
+            num_processes=args.world_size,
+            run_time=next((entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry), None),
+            history=state.log_history,
+            provenance=self.provenance,
+            results=[*(result for results in self.results.values() for result in results), *self._logged_results()],
+            predictions=list(self.predictions.values()),
+        )
+
+    def _splits(self) -> dict[str, Split]:
+        """All splits with names and fingerprints. The fingerprint of a labeled split includes its labels."""
+        args, names = self.args, [*self.class_names, ""]  # the last name is for -1
+        splits = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset} | self.evaluated
+        splits.setdefault("validation", self.eval_dataset)
+        found = {}
+        for role, split in splits.items():
+            if not isinstance(split, datasets.Dataset):
+                continue
+            labels = []
+            if role != "unlabeled" and args.label_column in split.column_names:
+                numbers = data.read_labels(split, args.label_column, self.class_names, role=role, allow_ood=True)
+                labels = [names[number] for number in numbers.tolist()]
+            name = self.dataset_names.get(role) or data.name_of(split)
+            found[role] = Split(name, len(split), data.fingerprint(split, args.image_column, labels))
+        return found
+
+    def _logged_results(self) -> list[Result]:
+        """Mask rate and precision of the last log: of the raw weights, as means over the steps before it."""
+        keys = {"mask_rate": "mask_rate", "pseudo_label_precision": "training_precision"}
+        logs = (entry for entry in reversed(self.state.log_history) if "mask_rate" in entry)
+        last: dict[str, Any] = next(logs, {})
+        provenance = Provenance("raw", last.get("step", 0), "last", self.args.seed)
+        return [Result(metric, last[key], "unlabeled", provenance) for key, metric in keys.items() if key in last]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the published model. Upstream also writes `training_args.bin`, which holds the Hub token."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the published model and its card, and push both with `args.push_to_hub`.
+
+        Call it in every process: the main process writes, but all average the BatchNorm statistics.
+        """
+        with self._published_weights():  # not in _save, which some releases call on one process only
+            super().save_model(output_dir, _internal_call=True)
+        if not _internal_call:
+            self.create_model_card(folder=output_dir)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(  # upstream's other arguments are in the record
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: list[str] | None = None,
+        limits: str | None = None,
+        folder: str | None = None,
+    ) -> None:
+        """Write README.md and its pictures. An error is logged, so that a failing card never loses a run.
+
+        Results and pictures show the last evaluation of each split. An existing card is overwritten; `ccssl-hf report`
+        keeps text that was added by hand.
+
+        Args:
+            model_name: Hub id, or a title.
+            license: The Hub's identifier, such as `apache-2.0`.
+            tags: Further tags.
+            limits: Known limits of this model, in words.
+            folder: Where to write; default `args.output_dir`.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = Path(folder or str(self.args.output_dir))
+        name = model_name or self.hub_model_id or path.name
+        try:
+            write_card(self.run_record(), path, model_name=name, license=license, tags=tags, limits=limits)
+        except Exception:
+            logger.exception("The model card could not be written; the model is saved. Call create_model_card again.")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        with_head: bool = False,
+        **card: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save and upload the published model and its card. Call it in every process.
+
+        If the upload fails, everything is saved: call it again, or run `ccssl-hf push`.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in `transformers.Trainer`.
+            with_head: Whether to upload the projection head and the algorithm's heads, too.
+            **card: Arguments of `create_model_card`.
+        """
+        self.save_model(_internal_call=True)
+        if private is not None:
+            self.args.hub_private_repo = private
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card)
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        files = plan_push(str(self.args.output_dir), with_head=with_head).files
+        options = self._upload_options(commit_message) | {
+            k: v for k, v in (("token", token), ("revision", revision)) if v
+        }
+        if blocking:
+            return upload(files, str(self.hub_model_id), **options)
+        return run_as_future(upload, files, str(self.hub_model_id), **options)
+
+    def _upload_options(self, message: str | None) -> dict[str, Any]:
+        args = self.args
+        return {
+            "message": message,
+            "private": args.hub_private_repo,
+            "revision": args.hub_revision,
+            "token": args.hub_token,
+        }
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint in the background, as `hub_strategy` asks. Upstream also uploads `training_args.bin`."""
+        args, push = self.args, self.push_in_progress
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if push is not None and push.is_done():
+            self._finish_current_push()
+            push = None
+        if push is not None and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        job = upload_in_background(
+            files_of_checkpoint(Path(checkpoint_folder), HubStrategy(args.hub_strategy)),
+            str(self.hub_model_id),
+            keep_in=Path(str(args.output_dir)),
+            **self._upload_options(f"Training in progress, step {self.state.global_step}"),
+        )
+        self.push_in_progress = PushInProgress([*(push.jobs if push else []), job])
+
+    def _finish_current_push(self) -> None:
+        """Wait for uploads of checkpoints. An error is logged: the checkpoint is saved here, and training goes on."""
+        super()._finish_current_push()
+        for job in self.push_in_progress.jobs if self.push_in_progress else []:
+            if error := job.exception():
+                logger.warning("A checkpoint was not pushed: %s", error)
+        self.push_in_progress = None
+
 
 def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     """Those of an evaluation that a card names, by their own names."""
@@ -460,3 +635,16 @@ def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
     if streamed and settings.weak_crop == "pad":
         raise ValueError("weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream.")
     return streamed
+
+
+def _views_made(settings: ViewSettings, views: Sequence[View]) -> dict[str, Any]:
+    """The settings of the views that a run makes, by name."""
+    simclr = {"contrastive_crop_scale", "jitter", "jitter_probability", "grayscale_probability"}
+    unused = {"crop_scale", "crop_ratio"} if settings.weak_crop == "pad" else set()
+    if View.STRONG not in views:
+        unused |= {"randaugment_ops", "randaugment_magnitude", "cutout_size"}
+    if View.CONTRASTIVE not in views:
+        unused |= {"contrastive_view", "normalize_contrastive"} | simclr
+    elif settings.contrastive_view == "randaugment":
+        unused |= simclr
+    return {name: value for name, value in asdict(settings).items() if name not in unused}

@@ -111,6 +111,21 @@ _WITHOUT_EFFECT = {
 }
 """Arguments of transformers that have no effect here, or would break reproducibility."""
 
+_OPTIMIZATION = (
+    *("gradient_accumulation_steps", "optim", "learning_rate", "schedule", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "ema_decay", "eval_weights", "weak_forward", "repeat_labeled"),
+)
+"""Arguments that the card always shows."""
+
+_ELSEWHERE = (
+    *("algorithm", "mu", "max_steps", "per_device_train_batch_size", "seed", "decode"),  # in other parts of the record
+    *("output_dir", "run_name", "project", "trackio", "report_to", "log", "disable_tqdm", "save", "hub", "push"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval", "prediction_loss", "do_"),
+    *("dataloader", "ddp", "use_cpu", "accelerator_config", "skip_memory", "debug", "resume", "restore", "local_rank"),
+    *("label_names", "label_column", "image_column", "hidden_label", "remove_unused", "include_"),
+)
+"""Starts of the names of arguments that do not affect the weights, or that the record has elsewhere."""
+
 
 @dataclass
 class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArguments):  # output_dir stays first
@@ -297,6 +312,20 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
             f.name: value for f in fields(HyperparameterArguments) if (value := getattr(self, f.name)) is not None
         }
         return {"lambda_contrast": 0.0 if self.algorithm == "supervised" else 1.0, **values}
+
+    def optimization_settings(self) -> dict[str, Any]:
+        """Settings that affect the weights, without hyperparameters and views: the main ones, and all that were set."""
+        names = list(_OPTIMIZATION)
+        position = names.index("learning_rate") + 1
+        names[position:position] = ["sgd_momentum", "nesterov"] if self.optim == "sgd" else []
+        names += ["lr_scheduler_type"] if self.schedule == "lr_scheduler_type" else []
+        elsewhere = {f.name for cls in (HyperparameterArguments, ViewArguments) for f in fields(cls)} | set(names)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            is_set = value != f.default and not (f.default is None and not value)
+            if is_set and f.name not in elsewhere and not f.name.startswith(_ELSEWHERE):
+                names.append(f.name)
+        return {name: getattr(self, name) for name in names}
 
 
 def read_config(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
