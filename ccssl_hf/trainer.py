@@ -1,4 +1,4 @@
-"""`CCSSLTrainer`: a `transformers.Trainer` that feeds three views of two splits to one algorithm."""
+"""`CCSSLTrainer`: a `transformers.Trainer` for one algorithm, two splits and up to three views."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ logger = logging.getLogger(__name__)
 class CCSSLTrainer(Trainer):
     """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
 
-    Everything else is `transformers.Trainer`: `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks,
-    DDP through accelerate, resuming. Evaluation, saving and publishing use the averaged weights (`args.eval_weights`).
+    `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks, resuming and DDP through accelerate work as in
+    `transformers.Trainer`. Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
 
     Args:
         model: The model to train.
         args: The run's arguments.
         train_dataset: Labeled images.
-        unlabeled_dataset: Unlabeled images; may be None only where the algorithm reads none.
-        eval_dataset: Labeled images, or a dictionary of such splits. Rows labeled -1, or with a name that is none of
-            the model's classes, count as out of distribution.
+        unlabeled_dataset: Unlabeled images. None is allowed only if the algorithm uses none.
+        eval_dataset: Labeled images, or a dictionary of such splits. Images with the label -1, or with a name that is
+            not a class of the model, count as out-of-distribution.
         compute_metrics: As in `transformers.Trainer`; default `classification_metrics`.
         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `transformers.Trainer`.
 
     Raises:
-        TypeError: `model` or `args` is of another class.
-        ValueError: The data can't be trained on; the sentence names the fix. Raised before any work is done.
+        TypeError: `model` or `args` has the wrong class.
+        ValueError: The data do not fit the arguments. Raised before any work is done.
     """
 
     args: CCSSLTrainingArguments
@@ -84,19 +84,19 @@ class CCSSLTrainer(Trainer):
         _check_types(model, args)
         self.class_names = model.config.labels
         self.settings = args.view_settings(model.backbone.pretrained_cfg)
-        self._cropped = _is_streamed(args, self.settings)  # then each view comes with a crop of its own
+        self._cropped = _is_streamed(args, self.settings)  # if so, the dataset crops every view separately
         self.unlabeled_dataset = unlabeled_dataset
         self._check_data(args, train_dataset, unlabeled_dataset, eval_dataset)
         self.algorithm = self._build_algorithm(model, args)
         data.check_writable(args.output_dir)
 
-        # What no loss reaches is frozen, or DDP would wait for its gradient.
+        # Freeze parameters that receive no gradient; DDP would wait for them.
         model.projection.requires_grad_(self.algorithm.needs_embeddings)
         for name, head in model.heads.items():
             head.requires_grad_(name in self.algorithm.heads)
         if args.device.type != "cpu":
-            # On a CPU, convolutions bring weights into a format of their own, and the fused SGD copies those that are
-            # not contiguous: images alone in channels_last are as fast there, and the optimizer four times.
+            # Not on a CPU: convolutions convert weights anyway, and the fused SGD takes 4x as long on weights that are
+            # not contiguous. There, channels_last images alone are as fast.
             model.to(memory_format=torch.channels_last)
         super().__init__(
             model=model,
@@ -112,13 +112,13 @@ class CCSSLTrainer(Trainer):
         )
         if args.n_gpu > 1:
             raise ValueError(
-                f"One process sees {args.n_gpu} GPUs, and DataParallel would split the batch's pairs: start the "
-                "run with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+                f"One process sees {args.n_gpu} GPUs, and DataParallel would split the pairs of a batch: use "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of one batch
         self.algorithm.to(args.device)
-        self.model.to(args.device)  # upstream waits with it under bf16_full_eval, but the average starts as a copy
-        copy_from_main_process(self.model)  # DDP does so too late for that
+        self.model.to(args.device)  # upstream delays this under bf16_full_eval, but the EMA starts as a copy
+        copy_from_main_process(self.model)  # DDP copies too late for the EMA
         self.ema = WeightAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names)
         # For the record: the last evaluation of each split, and names that the trainer cannot know.
@@ -150,7 +150,7 @@ class CCSSLTrainer(Trainer):
         if len(labeled) < batch and not args.repeat_labeled:
             raise ValueError(
                 f"{len(labeled)} labeled images are fewer than a batch of {batch}: lower per_device_train_batch_size, "
-                "or set repeat_labeled=True to let images repeat in a batch, as the paper does with 40 labels."
+                "or set repeat_labeled=True to repeat images within a batch, as the paper does with 40 labels."
             )
         self.hidden_labels = None
         if unlabeled is not None:
@@ -176,7 +176,7 @@ class CCSSLTrainer(Trainer):
         algorithm = build_algorithm(
             args.algorithm,
             num_classes=len(self.class_names),
-            num_unlabeled=len(self.unlabeled_dataset or ()),  # none at all is answered below
+            num_unlabeled=len(self.unlabeled_dataset or ()),  # None is an error below
             embedding_dim=model.config.projection_dim,
             batch_size=args.per_device_train_batch_size * args.world_size,
             mu=args.mu,
@@ -185,15 +185,15 @@ class CCSSLTrainer(Trainer):
         model.add_heads({name: make(model.feature_dim) for name, make in algorithm.heads.items()})
         if algorithm.views and self.unlabeled_dataset is None:
             raise ValueError(
-                f"Algorithm {args.algorithm!r} with these settings learns from "
-                "unlabeled images: pass unlabeled_dataset, or set algorithm='supervised' and lambda_contrast=0."
+                f"Algorithm {args.algorithm!r} with these settings needs unlabeled images: pass unlabeled_dataset, or "
+                "set algorithm='supervised' and lambda_contrast=0."
             )
         if not algorithm.views and self.unlabeled_dataset is not None:
-            logger.warning("Algorithm %r reads no unlabeled images: unlabeled_dataset is left alone.", args.algorithm)
+            logger.warning("Algorithm %r uses no unlabeled images: unlabeled_dataset is ignored.", args.algorithm)
         return algorithm
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Found by module type; upstream goes by name, and timm's `bn1` and `norm1` are names it does not know."""
+        """Decayed parameters by module type. Upstream goes by name, and does not know timm's `bn1` and `norm1`."""
         return decayed_parameter_names(model)
 
     @staticmethod
@@ -217,7 +217,7 @@ class CCSSLTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------------- data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of both splits; one long epoch, because each split has epochs of its own inside the sampler."""
+        """Batches of both splits in one long epoch: the sampler handles the epochs of each split."""
         args, algorithm = self.args, self.algorithm
         unlabeled = self.unlabeled_dataset if algorithm.views else None
         with args.main_process_first(desc="decoding images"):
@@ -242,14 +242,14 @@ class CCSSLTrainer(Trainer):
         )
         loader = DataLoader(
             dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]  # torch's stub knows lists only; any index will do
+            batch_sampler=sampler,  # type: ignore[arg-type]  # torch's stub has lists only
             collate_fn=_already_a_batch,
             **self._loading(decodes=self._cropped),
         )
         return self.accelerator.prepare(loader)
 
     def _loading(self, *, decodes: bool) -> dict[str, Any]:
-        """The flags of a loader, `decodes`: of one whose batches take decoding."""
+        """Arguments of a DataLoader; `decodes`: whether its dataset decodes images."""
         args, workers = self.args, self.args.dataloader_num_workers
         if workers == -1:
             workers = data.default_workers(args.device) if decodes else 0
@@ -265,7 +265,7 @@ class CCSSLTrainer(Trainer):
         split = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         split = self.eval_dataset if split is None else split
         if split is None:
-            raise ValueError("There is nothing to evaluate on: pass eval_dataset to CCSSLTrainer or to evaluate().")
+            raise ValueError("There is no evaluation split: pass eval_dataset to CCSSLTrainer or to evaluate().")
         return self._evaluation_dataloader(split, self._evaluation_labels(split, name, self.args), name)
 
     def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
@@ -273,7 +273,7 @@ class CCSSLTrainer(Trainer):
         data.check_images(test_dataset, role="test", image_column=self.args.image_column)
         labels = self._evaluation_labels(test_dataset, "test", self.args) if has_labels else None
         if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
-            labels = None  # withheld, as in many a test split: there is nothing to measure
+            labels = None  # the split withholds its labels
         return self._evaluation_dataloader(test_dataset, labels, "test")
 
     def _evaluation_dataloader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
@@ -287,7 +287,7 @@ class CCSSLTrainer(Trainer):
         loader = DataLoader(
             dataset,
             batch_size=self.args.per_device_eval_batch_size,
-            generator=torch.Generator(),  # else each evaluation draws a number that dropout in training would have had
+            generator=torch.Generator(),  # else an evaluation changes the random numbers of dropout in training
             **self._loading(decodes=True),
         )
         return self.accelerator.prepare(loader)
@@ -301,7 +301,7 @@ class CCSSLTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The algorithm's loss in training; plain cross-entropy over the known classes in evaluation."""
+        """The algorithm's loss in training; cross-entropy over in-distribution images in evaluation."""
         if "labeled_images" in inputs:
             views = make_views(inputs, self.algorithm.views, self.settings, seed=self.args.seed, cropped=self._cropped)
             batch = forward_views(
@@ -316,9 +316,9 @@ class CCSSLTrainer(Trainer):
             return result.loss
         output = model(pixel_values=inputs["pixel_values"])
         logits = output.logits
-        known = (inputs["labels"] != data.OUT_OF_DISTRIBUTION).sum()
+        count = (inputs["labels"] != data.OUT_OF_DISTRIBUTION).sum()
         loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
-        loss = loss / known.clamp(min=1)  # a batch without a known class must not make the split's mean NaN
+        loss = loss / count.clamp(min=1)  # a batch of OOD images only must not turn the split's mean into NaN
         outputs = {"logits": logits}
         if self._measures_open_set_score:
             outputs["open_set_scores"] = self.algorithm.open_set_score(logits.float(), output.heads)
@@ -335,48 +335,49 @@ class CCSSLTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- evaluation
 
     def _published_weights(self) -> Any:
-        """Context in which `self.model` holds the weights that are evaluated and saved."""
+        """A context in which `self.model` holds the weights that are evaluated and saved."""
         return published_weights(self.model, self.ema if self.args.eval_weights == "ema" else None)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in `transformers.Trainer`; what was measured last on each split goes onto the card."""
+        """As in `transformers.Trainer`. The card shows the last evaluation of each split."""
         self._loop_output = None
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         output, self._loop_output = self._loop_output, None
-        if output is None:  # a dictionary of splits: each of them has come by here
+        if output is None:  # a dictionary of splits: upstream has called evaluate for each
             return metrics
         split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
         self.add_results(split, _without_prefix(metrics, metric_key_prefix))
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.evaluated[split] = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         logits, labels = output.predictions, output.label_ids
-        if np.shape(logits) == (np.size(labels), len(self.class_names)):  # metrics of the user's own may change them
+        if np.shape(logits) == (
+            np.size(labels),
+            len(self.class_names),
+        ):  # preprocess_logits_for_metrics may change them
             logits = logits.astype(np.float32, copy=False)
             self.predictions[split] = SplitPredictions(split, self.provenance, logits, labels)
         return metrics
 
     @property
     def provenance(self) -> Provenance:
-        """Which weights are evaluated and saved now."""
+        """The weights that are evaluated and saved now."""
         which, step = ("last", self.state.global_step) if self._best_step is None else ("best", self._best_step)
         return Provenance(self.args.eval_weights, step, which, self.args.seed)
 
     def add_results(self, split: str, metrics: Mapping[str, float]) -> None:
-        """Puts numbers onto the card that were measured on `split` with the weights that are evaluated now.
-
-        They take the place of what the card said of this split. `evaluate` calls it by itself.
+        """Add results with the current provenance to the record. `evaluate` calls it.
 
         Args:
-            split: Such as `test`.
-            metrics: By the names of `ccssl_hf.metrics`, which may carry a confidence, as in `precision@0.95`.
+            split: Name of the split, such as `test`. Earlier results of this split are replaced.
+            metrics: Values by the names of `ccssl_hf.metrics`, with a threshold if there is one: `precision@0.95`.
         """
         self.results[split] = [Result(name, value, split, self.provenance) for name, value in metrics.items()]
 
     @property
     def _measures_open_set_score(self) -> bool:
-        """Whether the algorithm has an open-set score besides confidence. Metrics of the user's get logits alone."""
+        """Whether the algorithm has its own open-set score. A user's metrics get logits only."""
         own = type(self.algorithm).open_set_score is not Algorithm.open_set_score
         return own and self.compute_metrics is default_metrics and self.preprocess_logits_for_metrics is None
 
@@ -385,7 +386,7 @@ class CCSSLTrainer(Trainer):
         with self._published_weights():
             output = super().evaluation_loop(*args, **kwargs)
         self.model.train(training)  # upstream leaves the model in eval mode
-        if self._measures_open_set_score and isinstance(output.predictions, tuple):  # the scores were for the metrics
+        if self._measures_open_set_score and isinstance(output.predictions, tuple):  # scores are for metrics
             output = output._replace(predictions=output.predictions[0])
         self._loop_output = output
         return output
@@ -398,17 +399,16 @@ class CCSSLTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in `transformers.Trainer`; with True the run goes on from the last checkpoint that is whole."""
-        if resume_from_checkpoint in (True, "true", "True"):  # the command line knows texts only
+        """As in `transformers.Trainer`. With True, the run resumes from the last complete checkpoint."""
+        if resume_from_checkpoint in (True, "true", "True"):  # the command line passes text
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"{self.args.output_dir} holds no whole checkpoint to go on from: start without "
-                    "resume_from_checkpoint."
+                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start anew."
                 )
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
-        set_seed(self.args.seed)  # for dropout, which must not depend on what was drawn since the trainer was made
+        set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _modules_with_state(self) -> dict[str, nn.Module]:
@@ -421,7 +421,7 @@ class CCSSLTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the state that the main process writes next marks a whole checkpoint
+        self.accelerator.wait_for_everyone()  # the state that is written next marks a complete checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_training_state(resume_from_checkpoint, self._modules_with_state())
@@ -429,7 +429,7 @@ class CCSSLTrainer(Trainer):
     def _load_best_model(self) -> None:
         logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
         self._best_step = self.state.best_global_step
-        # What was measured last was another step's: the log still knows this one's numbers.
+        # The last evaluation was of another step. The log has the results of the best one.
         self.predictions.clear()
         logged = [entry for entry in self.state.log_history if entry["step"] == self._best_step]
         for split in self.results:
@@ -614,7 +614,7 @@ class CCSSLTrainer(Trainer):
 
 
 def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Those of an evaluation that a card names, by their own names."""
+    """The metrics of an evaluation that a card shows, without their prefix."""
     names = [name for name, metric in METRICS.items() if metric.section != "pseudo labels"]
     return {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
 
@@ -633,7 +633,7 @@ def _check_types(model: Any, args: Any) -> None:
 def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
     streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MAX_SIDE_HELD)
     if streamed and settings.weak_crop == "pad":
-        raise ValueError("weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream.")
+        raise ValueError("weak_crop='pad' needs images at the training size: set weak_crop='resized' to stream.")
     return streamed
 
 

@@ -120,7 +120,7 @@ def test_report_says_what_a_folder_is(run: Any) -> None:
     assert result.exit_code == 0, result.output
     assert "wide_resnet10_1_cifar, 16 px, 0.3 MB, 4 classes (zero, one, two, three)" in result.stdout
     assert "Top-1 accuracy" in result.stdout and re.search(r"^confidence_threshold +0\.3$", result.stdout, re.MULTILINE)
-    assert re.search(r"^unlabeled +\S+ +96$", result.stdout, re.MULTILINE)
+    assert re.search(r"^unlabeled  .* 96$", result.stdout, re.MULTILINE)
     assert "![" not in result.stdout and "bibtex" not in result.stdout
 
 
