@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 class CCSSLTrainer(Trainer):
     """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
 
-    `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks, resuming and DDP through accelerate work as in
-    `transformers.Trainer`. Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
+    Training, evaluation, callbacks, resuming, DDP through accelerate and pushes work as in `transformers.Trainer`.
+    Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
 
     Args:
         model: The model to train.
@@ -404,7 +404,7 @@ class CCSSLTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start anew."
+                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start."
                 )
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
