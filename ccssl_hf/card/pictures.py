@@ -86,7 +86,7 @@ def _curves(path: Path, history: Sequence[Mapping[str, Any]], provenance: Proven
 
 
 def _confusion_matrix(path: Path, predictions: Sequence[SplitPredictions], class_names: Sequence[str]) -> str | None:
-    shown = _last(predictions, lambda each: each.known.any())
+    shown = _last(predictions, lambda each: each.in_distribution.any())
     if shown is None:
         return None
     guesses = shown.logits.argmax(1)
@@ -101,19 +101,19 @@ def _confusion_matrix(path: Path, predictions: Sequence[SplitPredictions], class
 
 
 def _reliability(path: Path, predictions: Sequence[SplitPredictions]) -> str | None:
-    shown = _last(predictions, lambda each: each.known.any())
+    shown = _last(predictions, lambda each: each.in_distribution.any())
     if shown is None:
         return None
-    plot_reliability(shown.logits[shown.known], shown.labels[shown.known], path)
+    plot_reliability(shown.logits[shown.in_distribution], shown.labels[shown.in_distribution], path)
     return f"Reliability diagram: how often answers of a confidence are right, and how many there are; {shown}."
 
 
 def _confidence(path: Path, predictions: Sequence[SplitPredictions]) -> str | None:
-    shown = _last(predictions, lambda each: each.known.any() and not each.known.all())
+    shown = _last(predictions, lambda each: each.in_distribution.any() and not each.in_distribution.all())
     if shown is None:
         return None
     confidence = confidences(shown.logits)
-    plot_confidence_histogram(confidence[shown.known], confidence[~shown.known], path)
+    plot_confidence_histogram(confidence[shown.in_distribution], confidence[~shown.in_distribution], path)
     return f"How confident the model is of images of known classes, and of images of no known class; {shown}."
 
 
