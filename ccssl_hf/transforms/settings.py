@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 MAX_SIDE_HELD = 64
 """Image side in pixels up to which `auto` decodes images once, keeps them in memory and crops with padding."""
@@ -121,3 +122,15 @@ class ViewSettings:
         for name, (holds, wanted) in checks.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use {wanted}.")
+
+    def in_effect(self, views: Sequence[View]) -> dict[str, Any]:
+        """The settings that affect a run with these views of its unlabeled images, by name."""
+        simclr = {"contrastive_crop_scale", "jitter", "jitter_probability", "grayscale_probability"}
+        unused = {"crop_scale", "crop_ratio"} if self.weak_crop == "pad" else set()
+        if View.STRONG not in views:
+            unused |= {"randaugment_ops", "randaugment_magnitude", "cutout_size"}
+        if View.CONTRASTIVE not in views:
+            unused |= {"contrastive_view", "normalize_contrastive", *simclr}
+        elif self.contrastive_view == "randaugment":
+            unused |= simclr
+        return {name: value for name, value in asdict(self).items() if name not in unused}
