@@ -32,11 +32,9 @@ from .sampling import PairedBatchSampler
 from .step import forward_views, make_views, unlabeled_views
 from .training_args import CCSSLTrainingArguments
 from .transforms import ViewSettings
+from .transforms.settings import MAX_SIDE_HELD
 
 logger = logging.getLogger(__name__)
-
-SMALL_IMAGE = 64
-"""Up to this side, in pixels, `auto` means images held decoded and shifted crops, as for CIFAR."""
 
 
 class CCSSLTrainer(PublishingTrainer):
@@ -77,7 +75,7 @@ class CCSSLTrainer(PublishingTrainer):
     ) -> None:
         _check_types(model, args)
         self.class_names = model.config.labels
-        self.settings = _view_settings(model, args)
+        self.settings = args.view_settings(model.backbone.pretrained_cfg)
         self._cropped = _is_streamed(args, self.settings)  # then each view comes with a crop of its own
         self.unlabeled_dataset = unlabeled_dataset
         self._check_data(args, train_dataset, unlabeled_dataset, eval_dataset)
@@ -460,28 +458,8 @@ def _check_types(model: Any, args: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
 
 
-def _view_settings(model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> ViewSettings:
-    own = model.backbone.pretrained_cfg
-    size = own["input_size"][-1]
-    weak_crop = args.weak_crop
-    if weak_crop == "auto":
-        weak_crop = "pad" if size <= SMALL_IMAGE else "resized"
-    return ViewSettings(
-        image_size=size,
-        mean=tuple(own["mean"]),
-        std=tuple(own["std"]),
-        weak_crop=weak_crop,
-        horizontal_flip=args.horizontal_flip,
-        randaugment_ops=args.randaugment_ops,
-        randaugment_magnitude=args.randaugment_magnitude,
-        cutout_size=args.cutout_size,
-        contrastive=args.contrastive_view,
-        normalize_contrastive=args.normalize_contrastive,
-    )
-
-
 def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
-    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > SMALL_IMAGE)
+    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MAX_SIDE_HELD)
     if streamed and settings.weak_crop == "pad":
         raise ValueError("weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream.")
     return streamed

@@ -118,7 +118,7 @@ def naive_view(
     image: Image.Image, view: View, settings: ViewSettings, *, seed: int, stream: int, draw: int
 ) -> Image.Image:
     random = uniform(seed, 16 * stream + view, torch.tensor([draw]), 64)[0].tolist()
-    side, simclr = settings.image_size, view == CONTRASTIVE and settings.contrastive == "simclr"
+    side, simclr = settings.image_size, view == CONTRASTIVE and settings.contrastive_view == "simclr"
     if simclr or settings.weak_crop == "resized":
         top, left, height, width = naive_box(random, settings, simclr, image.height, image.width)
         image = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BILINEAR)
@@ -146,14 +146,18 @@ def assert_views_equal_pil(images: Tensor, settings: ViewSettings, *, seed: int,
     ("settings", "height", "width"),
     [
         (SMALL, 32, 32),
-        (replace(SMALL, contrastive="randaugment", randaugment_ops=5, randaugment_magnitude=11, cutout_size=0), 32, 32),
+        (
+            replace(SMALL, contrastive_view="randaugment", randaugment_ops=5, randaugment_magnitude=11, cutout_size=0),
+            32,
+            32,
+        ),
         (
             replace(SMALL, horizontal_flip=False, jitter=(1.5, 2.0, 1.0, 0.5), contrastive_crop_scale=(0.05, 0.5)),
             32,
             32,
         ),
         (LARGE, 48, 48),
-        (replace(LARGE, cutout_size=15, contrastive="randaugment"), 40, 57),
+        (replace(LARGE, cutout_size=15, contrastive_view="randaugment"), 40, 57),
         (replace(LARGE, image_size=20, crop_ratio=(0.9, 1.2)), 24, 100),
     ],
 )
@@ -208,7 +212,7 @@ def test_a_view_depends_on_its_draw_and_not_on_the_batch(view: View) -> None:
 
 def test_draws_streams_seeds_and_views_are_independent() -> None:
     images = patches(32, 32)[:1].repeat(64, 1, 1, 1)
-    settings = replace(SMALL, contrastive="randaugment")
+    settings = replace(SMALL, contrastive_view="randaugment")
     reference = {"view": STRONG, "seed": 1, "stream": LABELED, "draws": torch.arange(64)}
     first = make_view(images, settings=settings, **reference)
     assert len(torch.unique(first, dim=0)) == 64
@@ -373,7 +377,7 @@ def test_padded_views_have_no_box() -> None:
         {"mean": (0.5,)},
         {"std": (0.2, 0.0, 0.2)},
         {"weak_crop": "padded"},
-        {"contrastive": "strong"},
+        {"contrastive_view": "strong"},
         {"crop_scale": (0.0, 1.0)},
         {"contrastive_crop_scale": (0.8, 0.2)},
         {"crop_ratio": (4 / 3, 3 / 4)},

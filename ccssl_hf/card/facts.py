@@ -134,11 +134,10 @@ def _views(trainer: CCSSLTrainer) -> dict[str, Any]:
     if View.STRONG in made:
         names += ["randaugment_ops", "randaugment_magnitude", "cutout_size"]
     if View.CONTRASTIVE in made:
-        names += ["contrastive", "normalize_contrastive"]
-        if settings["contrastive"] == "simclr":
+        names += ["contrastive_view", "normalize_contrastive"]
+        if settings["contrastive_view"] == "simclr":
             names += ["contrastive_crop_scale", "jitter", "jitter_probability", "grayscale_probability"]
-    views = {"contrastive_view" if name == "contrastive" else name: settings[name] for name in names}
-    return {**views, "decode": "stream" if trainer._cropped else "memory"}
+    return {**{name: settings[name] for name in names}, "decode": "stream" if trainer._cropped else "memory"}
 
 
 def _logged(trainer: CCSSLTrainer) -> list[Result]:

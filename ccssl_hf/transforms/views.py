@@ -47,7 +47,7 @@ def _random(view: View, settings: ViewSettings, seed: int, stream: int, draws: T
 
 
 def _is_simclr(view: View, settings: ViewSettings) -> bool:
-    return view == CONTRASTIVE and settings.contrastive == "simclr"
+    return view == CONTRASTIVE and settings.contrastive_view == "simclr"
 
 
 def crop_boxes(
