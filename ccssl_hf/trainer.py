@@ -29,10 +29,9 @@ from .publishing import PublishingTrainer
 from .record import METRICS, Provenance, Result, SplitPredictions
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
-from .step import forward_views, make_views, unlabeled_views
+from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import ViewSettings
-from .transforms.settings import MAX_SIDE_HELD
+from .transforms import MAX_SIDE_HELD, ViewSettings
 
 logger = logging.getLogger(__name__)
 
@@ -174,12 +173,12 @@ class CCSSLTrainer(PublishingTrainer):
             **args.hyperparameters(),
         )
         model.add_heads({name: make(model.feature_dim) for name, make in algorithm.heads.items()})
-        if algorithm.needs_unlabeled and self.unlabeled_dataset is None:
+        if algorithm.views and self.unlabeled_dataset is None:
             raise ValueError(
                 f"Algorithm {args.algorithm!r} with these settings learns from "
                 "unlabeled images: pass unlabeled_dataset, or set algorithm='supervised' and lambda_contrast=0."
             )
-        if not algorithm.needs_unlabeled and self.unlabeled_dataset is not None:
+        if not algorithm.views and self.unlabeled_dataset is not None:
             logger.warning("Algorithm %r reads no unlabeled images: unlabeled_dataset is left alone.", args.algorithm)
         return algorithm
 
@@ -210,7 +209,7 @@ class CCSSLTrainer(PublishingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches of both splits; one long epoch, because each split has epochs of its own inside the sampler."""
         args, algorithm = self.args, self.algorithm
-        unlabeled = self.unlabeled_dataset if algorithm.needs_unlabeled else None
+        unlabeled = self.unlabeled_dataset if algorithm.views else None
         with args.main_process_first(desc="decoding images"):
             dataset = data.PairedDataset(
                 self.train_dataset,
@@ -218,7 +217,7 @@ class CCSSLTrainer(PublishingTrainer):
                 unlabeled,
                 hidden_labels=self.hidden_labels,
                 image_column=args.image_column,
-                views=unlabeled_views(algorithm),
+                views=algorithm.views,
                 settings=self.settings,
                 seed=args.seed,
                 decode="stream" if self._cropped else "memory",
@@ -294,9 +293,7 @@ class CCSSLTrainer(PublishingTrainer):
     ) -> Any:
         """The algorithm's loss in training; plain cross-entropy over the known classes in evaluation."""
         if "labeled_images" in inputs:
-            views = make_views(
-                inputs, unlabeled_views(self.algorithm), self.settings, seed=self.args.seed, cropped=self._cropped
-            )
+            views = make_views(inputs, self.algorithm.views, self.settings, seed=self.args.seed, cropped=self._cropped)
             batch = forward_views(
                 model,
                 views,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from inspect import Parameter, getdoc, signature
+from inspect import Parameter, signature
 from typing import Any
 
 from ..errors import near_misses
-from .base import Algorithm, SSLBatch, SSLLoss
+from .base import CCSSL_PAPER, Algorithm, Paper, SSLBatch, SSLLoss
 from .comatch import CoMatch
 from .fixmatch import FixMatch
 from .flexmatch import FlexMatch
@@ -20,11 +19,12 @@ from .supervised import Supervised
 
 __all__ = [
     "ALGORITHMS",
+    "CCSSL_PAPER",
     "Algorithm",
+    "Paper",
     "SSLBatch",
     "SSLLoss",
     "algorithm_hyperparameters",
-    "algorithm_table",
     "build_algorithm",
 ]
 
@@ -58,32 +58,6 @@ def algorithm_hyperparameters(name: str) -> dict[str, Hyperparameter]:
         ValueError: There is no such algorithm.
     """
     return _algorithm_class(name).hyperparameters_class.table()
-
-
-def algorithm_table() -> list[dict[str, Any]]:
-    """What there is to say of each algorithm, read from its class.
-
-    Returns:
-        A row for each, in the order of `ALGORITHMS`: `algorithm`, its name; `paper`, the title, and `arxiv`, the number
-        (both None for the baseline); `terms`, the loss terms without CCSSL's; `hyperparameters`, name → default;
-        `views` that it reads of unlabeled images without CCSSL, of "weak", "strong" and "contrastive".
-    """
-    rows = []
-    for name, algorithm in ALGORITHMS.items():
-        first_paragraph = " ".join((getdoc(algorithm) or "").split("\n\n")[0].split())
-        paper = re.fullmatch(r"(.+) \(arXiv (\d{4}\.\d{5})\)\.", first_paragraph)
-        rows.append(
-            {
-                "algorithm": name,
-                "paper": paper and paper[1],
-                "arxiv": paper and paper[2],
-                "terms": list(algorithm.terms),
-                "hyperparameters": {key: row.default for key, row in algorithm.hyperparameters_class.table().items()},
-                "views": ["weak", "strong"] * algorithm.needs_unlabeled
-                + ["contrastive"] * algorithm.needs_contrastive_view,
-            }
-        )
-    return rows
 
 
 def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> Algorithm:

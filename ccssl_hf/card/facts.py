@@ -13,7 +13,6 @@ import numpy as np
 from ..checkpoint import is_own_backbone
 from ..data import fingerprint, name_of, read_labels
 from ..record import Provenance, Result
-from ..step import unlabeled_views
 from ..training_args import CCSSLTrainingArguments, HyperparameterArguments
 from ..transforms import View
 from .model_card import CardFacts, library_versions
@@ -75,7 +74,7 @@ def run_facts(trainer: CCSSLTrainer, model_name: str) -> CardFacts:
         base_model=trainer.base_model,
         steps=trainer.state.global_step,
         batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        mu=args.mu if trainer.algorithm.needs_unlabeled else None,
+        mu=args.mu if trainer.algorithm.views else None,
         seed=args.seed,
         labeled_per_class=dict(zip(trainer.class_names, counts, strict=True)),
         num_unlabeled=None if trainer.unlabeled_dataset is None else len(trainer.unlabeled_dataset),
@@ -127,7 +126,7 @@ def _optimization(args: CCSSLTrainingArguments) -> dict[str, Any]:
 def _views(trainer: CCSSLTrainer) -> dict[str, Any]:
     """The settings of the views that are made."""
     settings = asdict(trainer.settings)
-    made = unlabeled_views(trainer.algorithm) if trainer.algorithm.needs_unlabeled else ()
+    made = trainer.algorithm.views
     names = ["image_size", "mean", "std", "weak_crop", "horizontal_flip"]
     if settings["weak_crop"] == "resized":
         names += ["crop_scale", "crop_ratio"]

@@ -20,8 +20,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..algorithms import ALGORITHMS, CCSSL_PAPER
 from ..data import FINGERPRINTED_IMAGES
-from ..papers import ALGORITHM_PAPERS, CCSSL
 from ..record import PUBLISHED, Provenance, Result, hub_results
 
 TAGS = ("image-classification", "timm")
@@ -253,7 +253,7 @@ def render_card(facts: CardFacts) -> ModelCard:
     if facts.base_model:
         name, on_hub = _public_name(facts.base_model)
         base_model = (name if "/" in name or not on_hub else f"timm/{name}", on_hub)
-    paper = ALGORITHM_PAPERS.get(facts.algorithm or "")
+    paper = ALGORITHMS[facts.algorithm].paper if facts.algorithm in ALGORITHMS else None
     card = ModelCard.from_template(
         _metadata(facts, model_name, base_model),
         template_str=_template("model_card"),
@@ -263,9 +263,9 @@ def render_card(facts: CardFacts) -> ModelCard:
         initial_weights=base_model,
         algorithm=paper.name if paper else facts.algorithm,
         paper=paper,
-        ccssl=CCSSL,
+        ccssl=CCSSL_PAPER,
         contrastive=float(facts.hyperparameters.get("lambda_contrast") or 0) > 0,
-        papers=[CCSSL, *([paper] if paper else [])],
+        papers=[CCSSL_PAPER, *([paper] if paper else [])],
         data={split: _public_name(name) for split, name in facts.datasets.items()},
         num_labeled=sum((facts.labeled_per_class or {}).values()),
         has_auroc=any(result.metric == "auroc" for result in facts.results),

@@ -9,6 +9,9 @@ from typing import Literal
 MAX_SIDE_HELD = 64
 """Image side in pixels up to which `auto` decodes the images once, holds them, and crops with padding, as for CIFAR."""
 
+MAX_SIDE_UNCROPPED = 96
+"""Image side in pixels up to which evaluation does not crop, as for CIFAR and STL-10; above it, timm's crop applies."""
+
 
 class View(IntEnum):
     """The views of one image. A view has random numbers of its own: stream number `16 * stream + view`."""
@@ -16,9 +19,6 @@ class View(IntEnum):
     WEAK = 0
     STRONG = 1
     CONTRASTIVE = 2
-
-
-WEAK, STRONG, CONTRASTIVE = View
 
 
 class Column(IntEnum):
@@ -64,7 +64,7 @@ class ViewSettings:
         randaugment_ops: Ops drawn for each strong view.
         randaugment_magnitude: Magnitudes are drawn from 1 to one below it, on RandAugment's scale of 10.
         cutout_size: Side of the grey square in pixels; 0 for none.
-        contrastive_view: "simclr" (resized crop, colour jitter, grey), or "randaugment": a second strong view.
+        contrastive_view: "simclr" (resized crop, colour jitter, grey) or "randaugment" (another strong view).
         contrastive_crop_scale: As `crop_scale`, for "simclr".
         jitter: Strength of brightness, contrast, saturation (factors in 1 ± strength) and hue (share of the circle).
         jitter_probability: How often colours are jittered.
