@@ -118,9 +118,11 @@ def progress_callback() -> TrainerCallback:
                 self.training_tracker.write_line(row | _mask_rate(logs, "Mask Rate"))
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            logs = next((logs for logs in reversed(state.log_history) if "mask_rate" in logs), {})
-            shown = _mask_rate(logs, "eval_mask_rate") if self.training_tracker is not None else {}
-            if self.training_tracker is None and self.prediction_bar is not None:
+            shown: dict[str, float] = {}
+            if self.training_tracker is not None:
+                logged = (logs for logs in reversed(state.log_history) if "mask_rate" in logs)
+                shown = _mask_rate(next(logged, {}), "eval_mask_rate")
+            elif self.prediction_bar is not None:
                 self.prediction_bar.close()  # transformers leaves it above the table
             # A new dictionary: transformers removes entries from it, and Trainer.evaluate returns `metrics`.
             super().on_evaluate(args, state, control, metrics={**shown, **(metrics or {})}, **kwargs)

@@ -17,8 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .algorithms import ALGORITHMS, algorithm_hyperparameters
 from .errors import near_misses
-from .transforms import ViewSettings
-from .transforms.settings import MAX_SIDE_HELD
+from .transforms import MAX_SIDE_HELD, ViewSettings
 
 CONFIGS = Path(__file__).parent / "configs"
 """Folder of the packaged YAML files, which `from_config` reads by name."""
