@@ -69,7 +69,13 @@ def overview() -> None:
     text(2.65, 2.7, "unlabeled: 973 images", weight="bold")
     for position, row in enumerate(np.random.RandomState(9).permutation(np.arange(200, 1797))[:60]):
         draw(2.7 + 0.34 * (position % 10), 2.22 - 0.34 * (position // 10), row, outlined=digits[row] > 5)
-    text(2.65, 0.2, "outlined: out-of-distribution (OOD). Training does not know which these are.", color=COLORS[1], fontsize=9)
+    text(
+        2.65,
+        0.2,
+        "outlined: out-of-distribution (OOD). Training does not know which these are.",
+        color=COLORS[1],
+        fontsize=9,
+    )
 
     def box(x: float, width: float, title: str, lines: str) -> None:
         style = "round,pad=0.02,rounding_size=0.08"
@@ -242,7 +248,13 @@ def pull() -> None:
             ends = torch.stack([first, 1.13 * second]).numpy()
             ax.plot(*ends.T, color=color, linewidth=1, alpha=0.5, zorder=1)
             ax.scatter(
-                *ends.T, s=34, marker=marker, color=color if confident else "white", edgecolor=color, linewidth=1.2, zorder=2
+                *ends.T,
+                s=34,
+                marker=marker,
+                color=color if confident else "white",
+                edgecolor=color,
+                linewidth=1.2,
+                zorder=2,
             )
         ax.set_title(title, fontsize=10, color=TEXT, loc="left")
         ax.set_aspect("equal")

@@ -24,7 +24,7 @@ from ccssl_hf.recipe import OWN_IMAGES, FolderArguments
 
 DOCS = Path(__file__).resolve().parent
 
-# ---------------------------------------------------------------------------------------------------- table of algorithms
+# -------------------------------------------------------------------------------------------------- table of algorithms
 
 _SECTION = re.compile(r"(<!-- algorithms.*?-->\n).*?(<!-- /algorithms -->)", re.DOTALL)
 
@@ -52,7 +52,7 @@ def with_table(text: str) -> str:
     return _SECTION.sub(lambda match: f"{match[1]}\n{algorithms_table()}\n\n{match[2]}", text)
 
 
-# -------------------------------------------------------------------------------------------------- pages of the commands
+# ------------------------------------------------------------------------------------------------ pages of the commands
 # Commands are typed `Any`, and types are read from the functions' annotations: both have moved between typer releases.
 
 
