@@ -88,11 +88,9 @@ class ProgressBar(ProgressCallback):
         super().__init__()
         self._shown: dict[str, str] = {}
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, *args: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
         if len(eval_dataloader) > 10:  # the bar of a shorter evaluation only flickers
-            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+            super().on_prediction_step(*args, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
@@ -114,24 +112,19 @@ def progress_callback() -> TrainerCallback:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if args.eval_strategy == "no" and "loss" in logs:  # otherwise each evaluation adds a row
-                row = {"Step": state.global_step, "Training Loss": logs["loss"]}
-                self.training_tracker.write_line(row | _mask_rate(logs, "Mask Rate"))
+                row = {"Step": state.global_step, "Training Loss": logs["loss"], "Mask Rate": logs.get("mask_rate")}
+                self.training_tracker.write_line({name: value for name, value in row.items() if value is not None})
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            shown: dict[str, float] = {}
+            shown = dict(metrics or {})  # a copy: transformers removes entries, and Trainer.evaluate returns `metrics`
             if self.training_tracker is not None:
-                logged = (logs for logs in reversed(state.log_history) if "mask_rate" in logs)
-                shown = _mask_rate(next(logged, {}), "eval_mask_rate")
+                logged = [logs["mask_rate"] for logs in state.log_history if "mask_rate" in logs]
+                shown = {**({"eval_mask_rate": logged[-1]} if logged else {}), **shown}
             elif self.prediction_bar is not None:
                 self.prediction_bar.close()  # transformers leaves it above the table
-            # A new dictionary: transformers removes entries from it, and Trainer.evaluate returns `metrics`.
-            super().on_evaluate(args, state, control, metrics={**shown, **(metrics or {})}, **kwargs)
+            super().on_evaluate(args, state, control, metrics=shown, **kwargs)
 
     return NotebookProgress()
-
-
-def _mask_rate(logs: dict[str, Any], name: str) -> dict[str, float]:
-    return {name: logs["mask_rate"]} if "mask_rate" in logs else {}
 
 
 class UpdateAverage(TrainerCallback):
@@ -145,13 +138,12 @@ class UpdateAverage(TrainerCallback):
 
 
 class TimeLimit(TrainerCallback):
-    """Saves a checkpoint and ends training at the first logged step after `minutes` of wall time.
+    """Saves a checkpoint and ends training at the first logged step after a time limit.
 
-    The time does not change images, augmentations or learning rates, so a resumed run equals an uninterrupted one. Only
-    logged steps check the time, because they wait for the device anyway.
+    A resumed run equals an uninterrupted one. Only logged steps check the time: they wait for the device anyway.
 
     Args:
-        minutes: Time limit in minutes, counted from the creation of this callback.
+        minutes: Time limit in minutes of wall time, counted from the creation of this callback.
 
     Raises:
         ValueError: `minutes` is not positive.

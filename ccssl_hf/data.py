@@ -1,4 +1,4 @@
-"""From a name or a `datasets.Dataset` to batches: splits are loaded and checked, labels aligned by name, pairs read."""
+"""Data sets: load splits, check them, read labels and class names, and read batches of labeled and unlabeled images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .sampling import LABELED, UNLABELED, PairedIndices
 from .transforms import View, ViewSettings
 
 OUT_OF_DISTRIBUTION = -1
-"""The label of an out-of-distribution (OOD) image: one of no class of the model."""
+"""The label of an out-of-distribution (OOD) image, which shows none of the classes of the model."""
 
 _TEXT = ("string", "large_string")
 
@@ -116,20 +116,19 @@ def _load_from_hub(name: str, source: str, role: str) -> datasets.Dataset:
 
 
 FINGERPRINTED_IMAGES = 1024
-"""Of how many images a fingerprint reads the content: all of a small split, and of a large one a second's worth."""
+"""Number of images that a fingerprint reads: all of a small split, and about a second of reading of a large one."""
 
 
 def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[str] = ()) -> str:
-    """16 hexadecimal digits of a split's content, the same in every run, on every machine and for every kind of file.
+    """A hash of the content of a split, 16 hexadecimal digits, independent of machine and file format.
 
-    They are the start of a SHA-256 over the number of rows, `labels`, and up to `FINGERPRINTED_IMAGES` of the encoded
-    images, evenly spread over the rows. Of PNG the pixels count: an image from memory is encoded by the installed
-    Pillow, and the same image may become other bytes with another one.
+    It is the start of a SHA-256 over the number of rows, `labels`, and up to `FINGERPRINTED_IMAGES` encoded images,
+    evenly spread over the rows. For a PNG it hashes the pixels, because releases of Pillow encode an image differently.
 
     Args:
         dataset: A split that passed `check_images`.
-        image_column: Its images.
-        labels: The class name of each row, where the rows have any.
+        image_column: Its image column.
+        labels: The class name of each row, if the rows have labels.
     """
     digest = hashlib.sha256(json.dumps([len(dataset), list(labels)]).encode())
     images = encoded_images(dataset, image_column)
@@ -144,7 +143,7 @@ def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[s
 
 
 def name_of(dataset: datasets.Dataset) -> str:
-    """What a card can call a data set of which only the object is known: in words, for it is no id of the Hub."""
+    """The name of a data set on a card if only the object is known. It is a phrase, not a Hub id."""
     return f"{dataset.info.dataset_name or dataset.info.builder_name or 'in-memory'} data set"
 
 
@@ -152,11 +151,9 @@ def name_of(dataset: datasets.Dataset) -> str:
 
 
 def check_images(dataset: Any, *, role: str, image_column: str) -> None:
-    """Raise a ValueError that names the fix unless `dataset` is a non-empty map-style data set with an image column."""
+    """Raise a ValueError unless `dataset` is a non-empty map-style data set with an image column."""
     if isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict)):
-        raise ValueError(
-            f"The {role} split is streamed, and a shuffled stream can't resume exactly: load it with streaming=False."
-        )
+        raise ValueError(f"The {role} split is streamed and cannot resume exactly: load it with streaming=False.")
     if isinstance(dataset, dict):
         raise ValueError(f"The {role} split is a dictionary of splits ({', '.join(dataset)}): pass one of them.")
     if not isinstance(dataset, datasets.Dataset):
@@ -185,11 +182,12 @@ def read_labels(
 ) -> np.ndarray:
     """Labels as indices into `class_names`, int64 `[N]`.
 
-    Named labels (a ClassLabel or strings) are aligned by name, so a folder that misses a class, or sorts its classes in
-    another way, still means the same. With `allow_ood`, a name that is no class, and -1, become `OUT_OF_DISTRIBUTION`.
+    Named labels (a ClassLabel or strings) are aligned by name, so splits may lack classes or have another order of
+    classes. With `allow_ood`, -1 and names that are not in `class_names` become `OUT_OF_DISTRIBUTION`.
 
     Raises:
-        ValueError: The column is missing, is no label column, or holds labels outside the classes.
+        ValueError: The column is missing or has no labels, or there are labels outside the classes. With `allow_ood`,
+            also if no label is a class and some are names: these are probably misspelt.
     """
     argument = "hidden_label_column" if role == "unlabeled" else "label_column"
     _check_column(dataset, column, role=role, argument=argument)
@@ -207,19 +205,19 @@ def read_labels(
         raise ValueError(f"Column {column!r} of the {role} split holds {feature}, not labels: set {argument}.")
 
     numbers = numbers.cast("int64").fill_null(OUT_OF_DISTRIBUTION).to_numpy(zero_copy_only=False)
-    if dataset._indices is not None:  # shuffled or selected; `datasets` itself would take the rows one by one
+    if dataset._indices is not None:  # shuffled or selected; `datasets` would read the rows one by one
         numbers = numbers[dataset._indices.column(0).to_numpy()]
     position = {name: index for index, name in enumerate(class_names)}
     meaning = np.array([*(position.get(name, OUT_OF_DISTRIBUTION) for name in names), OUT_OF_DISTRIBUTION], np.int64)
-    labels = meaning.take(numbers, mode="clip")  # numbers beyond the names meet the last one
+    labels = meaning.take(numbers, mode="clip")  # numbers beyond the names take the last one
     labels[numbers < 0] = OUT_OF_DISTRIBUTION
     wrong = (numbers < OUT_OF_DISTRIBUTION) | (numbers >= len(names)) if allow_ood else labels == OUT_OF_DISTRIBUTION
-    if (labels == OUT_OF_DISTRIBUTION).all():  # names that are all strange are another spelling, or another data set
+    if (labels == OUT_OF_DISTRIBUTION).all():  # misspelt names, or another data set
         wrong = wrong | (numbers != OUT_OF_DISTRIBUTION)
     if wrong.any():
         stray = [names[n] if 0 <= n < len(names) else str(n) for n in np.unique(numbers[wrong])]
         raise ValueError(
-            f"{int(wrong.sum())} labels of the {role} split are none of the {len(class_names)} classes "
+            f"{int(wrong.sum())} labels of the {role} split are not among the {len(class_names)} classes "
             f"({', '.join(stray[:5])}{', ...' if len(stray) > 5 else ''}): drop those rows, or build the model with "
             f"their classes in labels=[...].{near_misses(stray[0], class_names)}"
         )
@@ -227,10 +225,10 @@ def read_labels(
 
 
 def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
-    """The classes of the labeled split: a ClassLabel's names, or the sorted distinct strings of a text column.
+    """The classes of the labeled split: the names of a ClassLabel, or the sorted distinct strings of a text column.
 
     Raises:
-        ValueError: The column is missing, holds numbers without names, or names fewer than two classes.
+        ValueError: The column is missing, has numbers without names, or names fewer than two classes.
     """
     _check_column(dataset, column, role="labeled", argument="label_column")
     feature = dataset.features[column]
@@ -240,17 +238,18 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
         names = sorted(name for name in dataset.unique(column) if name is not None)
     else:
         raise ValueError(
-            f"Column {column!r} of the labeled split holds {feature}, which names no classes: cast it with "
+            f"Column {column!r} of the labeled split holds {feature} without class names: cast it with "
             f"cast_column({column!r}, datasets.ClassLabel(names=[...]))."
         )
     if len(names) < 2:
-        raise ValueError(f"The labeled split names one class alone ({', '.join(names)}): label images of two or more.")
+        raise ValueError(
+            f"The labeled split has one class only ({', '.join(names)}): label images of two or more classes."
+        )
     return names
 
 
 def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> datasets.Dataset:
-    """The rows of `dataset` whose images decode. Reads every image once, with a progress bar."""
-
+    """The rows of `dataset` whose images can be decoded. Reads every image once, with a progress bar."""
     images, kept = encoded_images(dataset, image_column), []
     for row in datasets.utils.tqdm(range(len(images)), desc="Checking images"):
         with suppress(ValueError):
@@ -263,7 +262,7 @@ def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> d
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes that decode images for a network on `device`: none where they would take its cores from it."""
+    """Number of processes that decode images for a model on `device`: 0 on a CPU, which the model itself needs."""
     if device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -271,17 +270,17 @@ def default_workers(device: torch.device) -> int:
 
 
 class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Labeled and unlabeled images of one batch at a time; its index is a `PairedIndices`.
+    """Batches of labeled and unlabeled images, indexed by a `PairedIndices`.
 
-    A batch holds `labeled_images`, `labels [B]`, `labeled_draws [B]` and, with unlabeled data, `unlabeled_images`,
-    `unlabeled_draws [U]`, `unlabeled_index [U]` and, where they are known, `hidden_labels [U]`. Images are uint8
-    `[n, 3, S, S]`, or `[n, views, 3, S, S]` where each view has a crop of its own.
+    A batch has `labeled_images`, `labels [B]` and `labeled_draws [B]`. With unlabeled data it also has
+    `unlabeled_images`, `unlabeled_draws [U]`, `unlabeled_index [U]` and, if they are known, `hidden_labels [U]`. Images
+    are uint8 `[n, 3, S, S]`, or `[n, views, 3, S, S]` if each view has its own crop.
 
     Args:
         labeled, unlabeled: Data sets that passed `check_images`.
         labels: int64 `[N]`, from `read_labels`.
-        hidden_labels: True classes of the unlabeled images, for study only: nothing is trained on them.
-        views: The views made of an unlabeled image; a labeled one has the weak view.
+        hidden_labels: True classes of the unlabeled images, to measure pseudo labels. They are not used for training.
+        views: The views of an unlabeled image. A labeled image has the weak view.
         decode: `memory` or `stream`.
     """
 
@@ -319,11 +318,11 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return images.read(index) if isinstance(images, PixelTable) else images.read(index, draw, views)
 
     def __getitems__(self, batch: PairedIndices) -> dict[str, Any]:
-        """The whole batch at once: torch's loader calls this instead of `__getitem__`, once per batch."""
+        """One batch. The DataLoader calls this method instead of `__getitem__`, once per batch."""
         out: dict[str, Any] = {
             "labeled_images": self._read(self.labeled, batch.labeled_index, batch.labeled_draw, (View.WEAK,)),
             "labels": self.labels[batch.labeled_index],
-            # Draws stay numpy, and so on the CPU, where random numbers are made: an accelerator need not wait for them.
+            # Draws stay numpy arrays on the CPU, where random numbers are made. An accelerator does not wait for them.
             "labeled_draws": batch.labeled_draw,
         }
         if self.unlabeled is not None:
@@ -336,7 +335,7 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class EvaluationDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of an evaluation split under the very transform that the published model's image processor applies."""
+    """Rows of an evaluation split, with the transform of the published model's image processor."""
 
     def __init__(
         self, dataset: datasets.Dataset, labels: np.ndarray | None, *, image_column: str, transform: Any, role: str
@@ -353,11 +352,11 @@ class EvaluationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise a ValueError unless files can be written to `folder`, which is made if need be."""
+    """Raise a ValueError unless files can be written to `folder`. Creates it if it does not exist."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
-            f"output_dir {folder} can't be written to ({error.strerror}): choose another folder."
+            f"output_dir {folder} cannot be written to ({error.strerror}): choose another folder."
         ) from error

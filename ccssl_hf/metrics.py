@@ -104,14 +104,8 @@ def macro_f1(logits: Any, labels: Any) -> float:
 def reliability_bins(logits: Any, labels: Any, *, num_bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bins of equal width over the confidence, (i / num_bins, (i + 1) / num_bins], as in a reliability diagram.
 
-    Args:
-        logits: `[N, C]`.
-        labels: `[N]`, in 0..C-1, or -1 for OOD images, which are left out.
-        num_bins: Number of bins.
-
-    Returns:
-        The number of images, the accuracy and the mean confidence of each bin, `[num_bins]` each. Accuracy and mean
-        confidence of an empty bin are 0.
+    Arguments are those of `top_k_accuracy`. Returns the number of images, the accuracy and the mean confidence of each
+    bin, `[num_bins]` each. Accuracy and mean confidence of an empty bin are 0.
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, not {num_bins}.")
@@ -160,12 +154,11 @@ class _ArrowFeatures(datasets.Features):
     """Features that write a batch of arrays to Arrow without a Python object for each number."""
 
     def encode_batch(self, batch: dict[str, Any]) -> dict[str, pa.Array]:
-        return {name: _to_arrow(to_numpy(column)) for name, column in batch.items()}
+        def encoded(array: np.ndarray) -> pa.Array:
+            numbers = pa.array(array.reshape(-1))
+            return numbers if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(numbers, array.shape[1])
 
-
-def _to_arrow(array: np.ndarray) -> pa.Array:
-    numbers = pa.array(array.reshape(-1))
-    return numbers if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(numbers, array.shape[1])
+        return {name: encoded(to_numpy(column)) for name, column in batch.items()}
 
 
 _LABELS = datasets.Value("int64")

@@ -90,12 +90,12 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a label outside the classes": (
         {"train_dataset": lambda: rows(3, [0, 1, 3], datasets.Value("int64"))},
         {},
-        r"1 labels of the labeled split are none of the 3 classes \(3\): drop those rows, or build the model",
+        r"1 labels of the labeled split are not among the 3 classes \(3\): drop those rows, or build the model",
     ),
     "unlabeled rows in the labeled split": (
         {"train_dataset": lambda: rows(4, [0, 1, -1, -1])},
         {},
-        r"2 labels of the labeled split are none of the 3 classes \(-1\): drop those rows",
+        r"2 labels of the labeled split are not among the 3 classes \(-1\): drop those rows",
     ),
     "a class the model lacks": (
         {"train_dataset": lambda: rows(12, [0, 1] * 6, datasets.ClassLabel(names=["ant", "wasp"]))},
@@ -213,7 +213,7 @@ def test_an_output_folder_that_can_not_be_written_is_refused(
 ) -> None:
     file = tmp_path / "a file"
     file.touch()
-    with pytest.raises(ValueError, match=r"output_dir .*a file/out can't be written to .*choose another folder"):
+    with pytest.raises(ValueError, match=r"output_dir .*a file/out cannot be written to .*choose another folder"):
         CCSSLTrainer(network, arguments(file / "out"), train_dataset=rows(12), unlabeled_dataset=rows(24))
 
 
@@ -268,7 +268,7 @@ SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
     ),
     "a single class": (
         lambda p: folder(p, "cat/1.png", "cat/2.png"),
-        r"names one class alone \(cat\): label images of two or more",
+        r"has one class only \(cat\): label images of two or more",
     ),
 }
 
@@ -283,12 +283,14 @@ def test_sources_that_can_not_be_read_are_refused(case: str, tmp_path: Path, mon
 
 
 def test_a_recipe_needs_labeled_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--labeled is missing: name the labeled images"):
+    with pytest.raises(ValueError, match="There is no labeled split: set labeled to an image folder"):
         build_trainer(RecipeArguments(backbone=BACKBONE), arguments(tmp_path))
 
 
 def test_numbers_alone_name_no_classes() -> None:
-    with pytest.raises(ValueError, match=r"names no classes: cast it with cast_column\('label', datasets.ClassLabel"):
+    with pytest.raises(
+        ValueError, match=r"without class names: cast it with cast_column\('label', datasets.ClassLabel"
+    ):
         read_class_names(rows(3, feature=datasets.Value("int64")), "label")
     with pytest.raises(ValueError, match=r"labeled split has no column 'lable'.*Did you mean 'label'"):
         read_class_names(rows(3), "lable")

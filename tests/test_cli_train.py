@@ -126,7 +126,7 @@ def test_training_goes_on_from_a_published_folder(place: Path, tmp_path: Path) -
     assert all(tensor.equal(start.state_dict()[name]) for name, tensor in trainer.model.state_dict().items())
     assert trainer.base_model == str(tmp_path / "start")
     for wrong in (["--pretrained"], ["--image_size", "64"]):
-        with pytest.raises(ValueError, match="leave out --pretrained and --image_size"):
+        with pytest.raises(ValueError, match="its own weights and image size: leave out pretrained and image_size"):
             build(*wrong)
 
 

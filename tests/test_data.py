@@ -202,7 +202,9 @@ def test_strange_classes_are_unknown_only_where_that_is_allowed(
 ) -> None:
     split, names = labeled(values, feature), ["ant", "cat", "dog"]
     assert read_labels(split, "label", names, role="validation", allow_ood=True).tolist() == expected
-    with pytest.raises(ValueError, match=r"labels of the labeled split are none of the 3 classes .*: drop those rows"):
+    with pytest.raises(
+        ValueError, match=r"labels of the labeled split are not among the 3 classes .*: drop those rows"
+    ):
         read_labels(split, "label", names, role="labeled", allow_ood=False)
 
 

@@ -96,8 +96,8 @@ def test_the_paper_s_baseline_is_two_flags_away() -> None:
         (["--weak_forward", "both"], "weak_forward.*: invalid choice: 'both'"),
         (["--nesterov", "perhaps"], "nesterov"),
         (["--labeled"], "argument --labeled: expected one argument"),
-        (["--config", "/nope.yaml"], r"--config /nope.yaml can't be read \(.*No such file.*check the path"),
-        (["--config", "."], r"--config . can't be read"),
+        (["--config", "/nope.yaml"], r"config /nope.yaml cannot be read \(.*No such file.*pass the path"),
+        (["--config", "."], r"config . cannot be read"),
     ],
 )
 def test_a_wrong_flag_is_refused(flags: list[str], sentence: str) -> None:
@@ -111,8 +111,8 @@ def test_a_wrong_flag_is_refused(flags: list[str], sentence: str) -> None:
         ("lambda_contrst: 1\n", "unknown key 'lambda_contrst'. Did you mean 'lambda_contrast'"),
         ("contrast_with_threshold: 1\n", "unknown key 'contrast_with_threshold'"),
         ("config: other.yaml\n", "unknown key 'config'"),
-        ("mu\n", "write one `name: value` a line"),
-        ("mu: [1\n", "can't be read"),
+        ("mu\n", "write one `name: value` per line"),
+        ("mu: [1\n", "cannot be read"),
         ("mu: seven\n", "argument --mu: invalid int value: 'seven'"),
         ("mu: 7.5\n", "argument --mu: invalid int value: '7.5'"),
         ("1: 2\n", "unknown key 1"),
@@ -162,7 +162,7 @@ def test_an_error_before_training_ends_in_one_line(capsys: pytest.CaptureFixture
         load_splits(RecipeArguments())
     assert end.value.code == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: --labeled is missing: name the labeled images") and err.count("\n") == 1 and not out
+    assert err.startswith("error: There is no labeled split: set labeled to") and err.count("\n") == 1 and not out
     with pytest.raises(RuntimeError, match="a bug"), errors_in_one_line():
         raise RuntimeError("a bug")
 

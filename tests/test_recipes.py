@@ -370,7 +370,7 @@ def test_wrong_input_ends_in_one_line_and_no_traceback(place: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--data_dir", "nowhere"], "error: --data_dir nowhere: no folder labeled/ in it"),
+        (["--data_dir", "nowhere"], "error: data_dir 'nowhere' has no folder labeled/"),
         (["--data_dir", "my_images", "--backbone", "resnet5O"], "error: .*no model 'resnet5O'.*resnet50"),
         (["--data_dir", "my_images", "--lamda_u", "1"], "error: Unknown argument --lamda_u. Did you mean 'lambda_u'"),
         (
