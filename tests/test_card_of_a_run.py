@@ -117,7 +117,7 @@ def test_each_picture_is_of_a_split_that_has_what_it_shows(tmp_path: Path) -> No
     assert set(trainer.results) == set(trainer.predictions) == {"open", "known"}
     trainer.create_model_card()
     captions = re.findall(r"!\[(\w+).*?; (\w+) split", card_of(tmp_path).text)
-    assert captions == [("Confusion", "known"), ("Reliability", "known"), ("How", "open")]
+    assert captions == [("Confusion", "known"), ("Reliability", "known"), ("Confidence", "open")]
 
 
 def test_pictures_of_earlier_weights_do_not_stay(tmp_path: Path) -> None:

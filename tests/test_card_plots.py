@@ -1,4 +1,4 @@
-"""Pictures are written, say what they should, and leave no state behind; tables line up."""
+"""Plots are written with the right texts and leave no state behind; tables are aligned."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccssl_hf.card import curves, plots, style
+from ccssl_hf.card import plots
+from ccssl_hf.card.tables import format_table
 from ccssl_hf.metrics import expected_calibration_error
-
-
-def histories(num_seeds: int = 3) -> dict[str, list[list[tuple[int, float]]]]:
-    steps = range(100, 1100, 100)
-    return {
-        "FixMatch": [[(s, s / 2000 + 0.02 * seed) for s in steps] for seed in range(num_seeds)],
-        "FixMatch + CCSSL": [[(s, s / 1500 + 0.02 * seed) for s in steps] for seed in range(num_seeds)],
-    }
 
 
 def some_logits(num_images: int = 300) -> tuple[np.ndarray, np.ndarray]:
@@ -30,9 +23,7 @@ def some_logits(num_images: int = 300) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(name: str, path) -> None:
     logits, labels = some_logits()
-    if name == "convergence":
-        curves.plot_convergence(histories(), path, "Top-1 accuracy, test split, EMA weights")
-    elif name == "confusion":
+    if name == "confusion":
         truth = np.concatenate([labels, np.full(9, -1)])
         plots.plot_confusion_matrix(truth, np.resize(logits.argmax(1), len(truth)), list("abcdef"), path)
     elif name == "reliability":
@@ -42,12 +33,12 @@ def draw(name: str, path) -> None:
         truth = np.concatenate([labels, np.full(9, -1)])
         plots.plot_embeddings(rng.normal(size=(len(truth), 8)) + truth[:, None], truth, list("abcdef"), path)
     elif name == "training":
-        curves.plot_training(log_history(), path)
+        plots.plot_training(log_history(), path)
     else:
         plots.plot_confidence_histogram(np.linspace(0.5, 1, 40), np.linspace(0.1, 0.8, 30), path)
 
 
-NAMES = ["convergence", "training", "confusion", "reliability", "histogram", "embeddings"]
+NAMES = ["training", "confusion", "reliability", "histogram", "embeddings"]
 
 
 def log_history() -> list[dict[str, float]]:
@@ -85,72 +76,48 @@ def test_pictures_are_sharp_not_empty_and_leave_nothing_open(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_axis_has_a_name(name, tmp_path, text_in_svg):
+def test_every_axis_has_a_label(name, tmp_path, text_in_svg):
     draw(name, tmp_path / "p.svg")
     expected = {
-        "convergence": {"Optimizer steps", "Top-1 accuracy, test split, EMA weights"},
-        "training": {"Optimizer steps", "Top-1 accuracy", "Loss", "Share"},
+        "training": {"Optimizer steps", "Top-1 accuracy", "Loss", "Share (training)"},
         "confusion": {"Predicted class", "True class (number of images)"},
         "reliability": {"Confidence (largest softmax probability)", "Accuracy", "Images"},
-        "embeddings": {  # its axes mean nothing
-            "t-SNE of 309 images, coloured by their true class; 9 of no known class are grey crosses"
-        },
-        "histogram": {"Confidence (largest softmax probability)", "Share of the images of each kind"},
+        "embeddings": {"t-SNE of 309 images, color: true class, gray crosses: 9 OOD images"},  # its axes mean nothing
+        "histogram": {"Confidence (largest softmax probability)", "Share of each group"},
     }
     assert expected[name] <= set(words(tmp_path / "p.svg"))
 
 
-def test_convergence_names_each_method_with_its_final_mean_and_the_band(tmp_path, text_in_svg):
-    curves.plot_convergence(histories(), tmp_path / "p.svg", "Top-1")
-    texts = words(tmp_path / "p.svg")
-    assert "FixMatch  0.52" in texts and "FixMatch + CCSSL  0.687" in texts
-    assert "Mean of 3 seeds, band: ± one standard deviation" in texts
-    curves.plot_convergence(histories(1), tmp_path / "one.svg", "Top-1")
-    assert "One seed" in words(tmp_path / "one.svg")
-
-
-def test_convergence_uses_the_steps_that_all_seeds_share():
-    steps, mean, spread = curves._mean_and_spread("m", [[(1, 0.0), (2, 1.0), (3, 5.0)], [(2, 3.0), (3, 5.0)]])
-    assert steps.tolist() == [2, 3]
-    assert mean.tolist() == [2.0, 5.0]
-    assert spread.tolist() == pytest.approx([np.sqrt(2), 0])
+def test_a_legend_is_in_the_order_of_the_last_values(tmp_path, text_in_svg):
+    entry = {"loss": 1.0, "loss_x": 0.25, "loss_u": 0.75}
+    plots.plot_training([{"step": 1, **entry}, {"step": 2, **entry}], tmp_path / "p.svg")
+    names = [text for text in words(tmp_path / "p.svg") if "  " in text]
+    assert names == ["total  1", "loss_u  0.75", "loss_x  0.25"]
 
 
 def test_one_run_is_drawn_from_its_log(tmp_path, text_in_svg):
-    assert len(curves.plot_training(log_history(), tmp_path / "p.svg")) == 3
+    assert len(plots.plot_training(log_history(), tmp_path / "p.svg")) == 3
     texts = words(tmp_path / "p.svg")
-    lines = ["validation  0.875", "total  3", "loss_x  1", "loss_u  0.5", "mask rate  0.75", "precision  0.75"]
+    lines = ["validation  0.875", "total  3", "loss_x  1", "loss_u  0.5"]
+    lines += ["Mask rate  0.75", "Pseudo-label precision  0.75"]
     assert [text for text in texts if "  " in text] == lines
     entry = {"eval_known_top1": 0.5, "eval_open_top1": 0.25, "loss": float("nan"), "loss_x": 1.0}
     two = [{"step": 1, **entry}, {"step": 2, **entry, "mask_rate": 0.5}]
-    assert len(curves.plot_training(two, tmp_path / "two.svg")) == 2
+    assert len(plots.plot_training(two, tmp_path / "two.svg")) == 2
     assert {"known  0.5", "open  0.25"} <= set(words(tmp_path / "two.svg"))
-    assert curves.plot_training([{"step": 9, "train_runtime": 1.0}], tmp_path / "none.svg") == []
+    assert plots.plot_training([{"step": 9, "train_runtime": 1.0}], tmp_path / "none.svg") == []
     assert not (tmp_path / "none.svg").exists()
-
-
-@pytest.mark.parametrize("bad", [{}, {"m": []}, {"m": [[(1, 0.5)], [(2, 0.5)]]}, {"m": [[]]}])
-def test_histories_with_nothing_to_draw_are_refused(bad, tmp_path):
-    with pytest.raises(ValueError, match=r"at least one method|share no step"):
-        curves.plot_convergence(bad, tmp_path / "p.png", "Top-1")
-
-
-def test_labels_are_moved_apart_in_order_and_no_further_than_needed():
-    assert style._spread_out([0.0, 1.0, 3.0], gap=0.5) == [0.0, 1.0, 3.0]
-    assert style._spread_out([1.0, 1.0], gap=0.5) == pytest.approx([0.75, 1.25])
-    placed = style._spread_out([0.9, 0.1, 0.92, 0.91], gap=0.1)
-    assert placed == pytest.approx([0.81, 0.1, 1.01, 0.91])
 
 
 def test_confusion_rows_are_percents_of_the_true_class(tmp_path, text_in_svg):
     labels, predictions = [0, 0, 0, 0, 1, 1, -1], [0, 0, 0, 1, 1, 1, 0]
     plots.plot_confusion_matrix(labels, predictions, ["cat", "dog"], tmp_path / "p.svg")
     texts = words(tmp_path / "p.svg")
-    assert {"cat (4)", "dog (2)", "no known class (1)"} <= set(texts)
+    assert {"cat (4)", "dog (2)", "OOD images (1)"} <= set(texts)
     assert sorted(text for text in texts if text.isdigit()) == ["100", "100", "25", "75"]
 
 
-def test_of_many_classes_a_confusion_matrix_shows_those_that_are_mistaken_most(tmp_path, text_in_svg):
+def test_of_many_classes_a_confusion_matrix_shows_the_most_confused(tmp_path, text_in_svg):
     labels = np.repeat(np.arange(810), 2)
     predictions = labels.copy()
     predictions[[400, 401, 20]] = [777, 777, 11]  # class 200 twice for 777, class 10 once for 11
@@ -159,18 +126,18 @@ def test_of_many_classes_a_confusion_matrix_shows_those_that_are_mistaken_most(t
     assert shown.tolist()[:4] == [200, 777, 10, 11] and len(shown) == 20
     plots.plot_confusion_matrix(labels, predictions, [f"species {i}" for i in range(810)], tmp_path / "p.svg")
     texts = words(tmp_path / "p.svg")
-    assert {"species 200 (2)", "species 777 (2)", "another class", "no known class (2)"} <= set(texts)
+    assert {"species 200 (2)", "species 777 (2)", "other classes", "OOD images (2)"} <= set(texts)
     assert any("the 20 of 810 classes" in text for text in texts)
     numbers = [text for text in texts if text.isdigit()]
     assert numbers == ["100", "100", "50", "50", *["100"] * 17, "50", "50"]
 
 
-def test_of_many_images_some_are_embedded(tmp_path, text_in_svg, monkeypatch):
+def test_at_most_a_fixed_number_of_images_is_embedded(tmp_path, text_in_svg, monkeypatch):
     monkeypatch.setattr(plots, "EMBEDDED_IMAGES", 50)
     points = np.random.default_rng(0).normal(size=(120, 4))
     labels = np.arange(120) % 30
     assert plots.plot_embeddings(points, labels, [f"species {i}" for i in range(30)], tmp_path / "p.svg") == 50
-    assert words(tmp_path / "p.svg") == ["t-SNE of 50 images, coloured by their true class"]
+    assert words(tmp_path / "p.svg") == ["t-SNE of 50 images, color: true class"]
     with pytest.raises(ValueError, match="N >= 4"):
         plots.plot_embeddings(points[:3], labels[:3], ["a"], tmp_path / "p.svg")
 
@@ -198,11 +165,12 @@ def test_reliability_and_histogram_name_their_numbers(tmp_path, text_in_svg):
     assert f"Expected calibration error {error:.3f} (10 bins)" in words(tmp_path / "r.svg")
     plots.plot_confidence_histogram([0.9, 0.8], [0.1, 0.85], tmp_path / "h.svg")
     texts = words(tmp_path / "h.svg")
-    assert "AUROC 0.750 (1: told apart, 0.5: not at all)" in texts and "No known class (2 images)" in texts
+    assert "OOD AUROC (confidence) 0.750; 1: perfect separation, 0.5: chance" in texts
+    assert "Out-of-distribution (OOD), 2 images" in texts
 
 
 @pytest.mark.parametrize("bad", [([], [0.5]), ([0.5], [1.5]), ([0.5], [float("nan")])])
-def test_confidences_that_are_none_are_refused(bad, tmp_path):
+def test_confidences_outside_0_to_1_are_refused(bad, tmp_path):
     with pytest.raises(ValueError, match="confidences in"):
         plots.plot_confidence_histogram(*bad, tmp_path / "p.png")
 
@@ -214,7 +182,7 @@ ROWS = [
 
 
 def test_a_plain_table_lines_up():
-    assert plots.format_table(ROWS, ["method", "top1", "steps", "ece"]).splitlines() == [
+    assert format_table(ROWS, ["method", "top1", "steps", "ece"]).splitlines() == [
         "method             top1  steps    ece",
         "--------  -------------  -----  -----",
         "FixMatch  0.950 ± 0.010    600  0.021",
@@ -223,7 +191,7 @@ def test_a_plain_table_lines_up():
 
 
 def test_a_markdown_table_escapes_bars_and_aligns_numbers():
-    assert plots.format_table(ROWS, ["method", "top1"], digits=2, markdown=True).splitlines() == [
+    assert format_table(ROWS, ["method", "top1"], digits=2, markdown=True).splitlines() == [
         "| method   |        top1 |",
         "| -------- | ----------: |",
         "| FixMatch | 0.95 ± 0.01 |",
@@ -233,4 +201,4 @@ def test_a_markdown_table_escapes_bars_and_aligns_numbers():
 
 def test_a_table_without_columns_is_refused():
     with pytest.raises(ValueError, match="column"):
-        plots.format_table(ROWS, [])
+        format_table(ROWS, [])

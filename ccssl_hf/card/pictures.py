@@ -1,23 +1,16 @@
-"""The pictures beside a card: which of them there are, what they are drawn from, and what they say of it."""
+"""Pictures of a card: draws those that the data of a run allow, and writes their captions."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..metrics import confidences
 from ..record import Provenance, SplitPredictions
-from .curves import plot_training
-from .model_card import CONFIDENCE, CONFUSION_MATRIX, CURVES, EMBEDDINGS, RELIABILITY
-from .plots import (
-    plot_confidence_histogram,
-    plot_confusion_matrix,
-    plot_embeddings,
-    plot_reliability,
-    shown_classes,
-)
+from . import plots
+from .model_card import CONFIDENCE, CONFUSION_MATRIX, CURVES, EMBEDDINGS, PICTURES, RELIABILITY
 
 logger = logging.getLogger(__name__)
 
@@ -31,95 +24,62 @@ def draw_pictures(
     provenance: Provenance | None = None,
     only_these: bool = False,
 ) -> dict[str, str]:
-    """Draw what there is something to draw from; a picture that fails is logged and left out.
+    """Draw all pictures that there are data for. A picture that fails is logged and left out.
 
-    Of several splits a picture is of `test`, or else of the last one that has what it shows.
+    A picture shows the split `test`, or else the last split that has the data for it.
 
     Args:
         folder: The folder of the card.
-        predictions: Of each split.
+        predictions: Predictions on each split.
         class_names: `C` names.
-        history: `trainer.state.log_history`, for the curves.
-        provenance: The weights that were evaluated, for their caption.
-        only_these: Whether pictures go that lie there from before and are not drawn anew, as they are of other weights.
+        history: `trainer.state.log_history`, for the training curves.
+        provenance: The evaluated weights, for the caption of the training curves.
+        only_these: Remove earlier pictures that are not drawn again: they show other weights.
 
     Returns:
-        File, relative to `folder`, to its caption.
+        Path of each picture, relative to `folder`, to its caption.
     """
     (folder / CURVES).parent.mkdir(parents=True, exist_ok=True)
-    pictures = {}
-    ordered = sorted(predictions, key=lambda each: each.split == "test")  # stable: the last one measured comes last
-    drawings: dict[str, Callable[[Path], str | None]] = {
-        CURVES: lambda path: _curves(path, history, provenance),
-        CONFUSION_MATRIX: lambda path: _confusion_matrix(path, ordered, class_names),
-        RELIABILITY: lambda path: _reliability(path, ordered),
-        CONFIDENCE: lambda path: _confidence(path, ordered),
-        EMBEDDINGS: lambda path: _embeddings(path, ordered, class_names),
-    }
-    for file, draw in drawings.items():
+    last_first = sorted(predictions, key=lambda each: each.split == "test")[::-1]  # the sort is stable
+    labeled = [each for each in last_first if (each.labels >= 0).any()]
+    mixed = [each for each in labeled if (each.labels < 0).any()]
+    embedded = [each for each in last_first if each.embeddings is not None]
+    shown = {CONFUSION_MATRIX: labeled, RELIABILITY: labeled, CONFIDENCE: mixed, EMBEDDINGS: embedded}
+    captions = {}
+    for file in PICTURES:
         try:
             if only_these:
                 (folder / file).unlink(missing_ok=True)
-            caption = draw(folder / file)
+            if file == CURVES and (subjects := plots.plot_training(history, folder / file)):
+                captions[file] = _training_caption(subjects, provenance)
+            elif splits := shown.get(file):
+                captions[file] = f"{_draw(file, folder / file, splits[0], class_names)}; {splits[0]}."
         except Exception:
-            logger.exception("%s could not be drawn; the card goes without it.", file)
-            continue
-        if caption is not None:
-            pictures[file] = caption
-    return pictures
+            logger.exception("%s could not be drawn; the card is written without it.", file)
+    return captions
 
 
-def _last(predictions: Sequence[SplitPredictions], holds: Callable[[SplitPredictions], Any]) -> SplitPredictions | None:
-    return next((each for each in reversed(predictions) if holds(each)), None)
+def _training_caption(subjects: Sequence[str], provenance: Provenance | None) -> str:
+    weights = ""
+    if provenance:
+        weights = f" (evaluation: {provenance.weights} weights, training: raw weights, seed {provenance.seed})"
+    return f"Training curves{weights}: {'; '.join(subjects)}."
 
 
-def _curves(path: Path, history: Sequence[Mapping[str, Any]], provenance: Provenance | None) -> str | None:
-    shown = plot_training(history, path)
-    if not shown:
-        return None
-    run = (
-        f" (evaluated: {provenance.weights} weights, trained: raw weights; seed {provenance.seed})"
-        if provenance
-        else ""
-    )
-    return f"The run over its optimizer steps{run}: {'; '.join(shown)}."
-
-
-def _confusion_matrix(path: Path, predictions: Sequence[SplitPredictions], class_names: Sequence[str]) -> str | None:
-    shown = _last(predictions, lambda each: each.known.any())
-    if shown is None:
-        return None
-    guesses = shown.logits.argmax(1)
-    plot_confusion_matrix(shown.labels, guesses, class_names, path)
-    number = len(shown_classes(shown.labels, guesses, len(class_names)))
-    which = (
-        f"the {number} of {len(class_names)} classes that are mistaken most"
-        if number < len(class_names)
-        else "each class"
-    )
-    return f"Confusion matrix: what the images of {which} were taken for; {shown}."
-
-
-def _reliability(path: Path, predictions: Sequence[SplitPredictions]) -> str | None:
-    shown = _last(predictions, lambda each: each.known.any())
-    if shown is None:
-        return None
-    plot_reliability(shown.logits[shown.known], shown.labels[shown.known], path)
-    return f"Reliability diagram: how often answers of a confidence are right, and how many there are; {shown}."
-
-
-def _confidence(path: Path, predictions: Sequence[SplitPredictions]) -> str | None:
-    shown = _last(predictions, lambda each: each.known.any() and not each.known.all())
-    if shown is None:
-        return None
-    confidence = confidences(shown.logits)
-    plot_confidence_histogram(confidence[shown.known], confidence[~shown.known], path)
-    return f"How confident the model is of images of known classes, and of images of no known class; {shown}."
-
-
-def _embeddings(path: Path, predictions: Sequence[SplitPredictions], class_names: Sequence[str]) -> str | None:
-    shown = _last(predictions, lambda each: each.embeddings is not None)
-    if shown is None or shown.embeddings is None:
-        return None
-    number = plot_embeddings(shown.embeddings, shown.labels, class_names, path)
-    return f"Embeddings of {number} images in two dimensions by t-SNE, coloured by their true class; {shown}."
+def _draw(file: str, path: Path, split: SplitPredictions, class_names: Sequence[str]) -> str:
+    """Draw a picture of a split, and return the first part of its caption."""
+    known = split.labels >= 0
+    if file == CONFUSION_MATRIX:
+        predicted, total = split.logits.argmax(1), len(class_names)
+        plots.plot_confusion_matrix(split.labels, predicted, class_names, path)
+        number = len(plots.shown_classes(split.labels, predicted, total))
+        return "Confusion matrix" + (f" of the {number} most confused of {total} classes" if number < total else "")
+    if file == RELIABILITY:
+        plots.plot_reliability(split.logits[known], split.labels[known], path)
+        return "Reliability diagram: accuracy and number of images against confidence"
+    if file == CONFIDENCE:
+        confidence = confidences(split.logits)
+        plots.plot_confidence_histogram(confidence[known], confidence[~known], path)
+        return "Confidence on in-distribution and out-of-distribution images"
+    number = plots.plot_embeddings(split.embeddings, split.labels, class_names, path)
+    return f"Embeddings of {number} images in two dimensions by t-SNE, colored by their true class"
