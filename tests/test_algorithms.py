@@ -227,7 +227,7 @@ def test_a_missing_head_is_named() -> None:
     batch = make_batch()
     assert batch.heads is not None
     del batch.heads["open"]
-    with pytest.raises(ValueError, match=r"lacks open: give the model algorithm\.heads"):
+    with pytest.raises(ValueError, match=r"lacks open: add algorithm\.heads to the model"):
         build("iomatch")(batch)
 
 
@@ -464,7 +464,7 @@ def test_a_missing_fact_of_the_run_is_an_error(name: str, needed: set[str]) -> N
     facts = {key: SIZES[key] for key in needed}
     assert build_algorithm(name, num_classes=5, **facts)
     for key in needed:
-        with pytest.raises(ValueError, match=f"{name} needs {key}=... besides num_classes"):
+        with pytest.raises(ValueError, match=f"{name} needs {key}=... in addition to num_classes"):
             build_algorithm(name, num_classes=5, **{**facts, key: None})
 
 

@@ -1,4 +1,4 @@
-"""Semi-supervised algorithms. A new one is a file here and a line in `ALGORITHMS`."""
+"""Semi-supervised algorithms by name. To add one, add a file here and a line to `ALGORITHMS`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 }
 
 SIZES = ("num_unlabeled", "embedding_dim", "batch_size", "mu")
-"""Facts of a run that some constructors take: images, dimensions, labeled images a batch (over all processes),
-unlabeled ones for each."""
+"""Sizes of the run that some constructors take: unlabeled images, dimension of the embeddings, labeled images per batch
+over all processes, unlabeled images per labeled image."""
 
 
 def _algorithm_class(name: str) -> type[Algorithm]:
@@ -52,28 +52,28 @@ def _algorithm_class(name: str) -> type[Algorithm]:
 
 
 def algorithm_hyperparameters(name: str) -> dict[str, Hyperparameter]:
-    """Type, default and help of each hyperparameter of the algorithm `name`.
+    """Returns type, default and help text of each hyperparameter of the algorithm `name`.
 
     Raises:
-        ValueError: There is no such algorithm.
+        ValueError: The algorithm is unknown.
     """
     return _algorithm_class(name).hyperparameters_class.table()
 
 
 def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> Algorithm:
-    """The algorithm `name`, with CCSSL composed on it where `lambda_contrast` is above 0.
+    """Builds the algorithm `name`. It includes CCSSL if `lambda_contrast` is above 0.
 
     Args:
         name: A key of `ALGORITHMS`.
         num_classes: `C`.
-        **hyperparameters: See `algorithm_hyperparameters`. Besides these the facts of the run that `SIZES` names,
-            which an algorithm that has no use for them ignores.
+        **hyperparameters: See `algorithm_hyperparameters`; and the sizes of the run, see `SIZES`. Sizes that the
+            algorithm does not need are ignored.
 
     Returns:
-        A module without parameters: call it with an `SSLBatch`, get an `SSLLoss`.
+        A module without parameters that maps an `SSLBatch` to an `SSLLoss`.
 
     Raises:
-        ValueError: The algorithm or a hyperparameter is unknown, a value out of range, or a fact of the run missing.
+        ValueError: The algorithm or a hyperparameter is unknown, a value is out of range, or a size is missing.
     """
     algorithm = _algorithm_class(name)
     sizes = {key: hyperparameters.pop(key) for key in SIZES if key in hyperparameters}
@@ -86,6 +86,6 @@ def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> A
     wanted = {key: each.default for key, each in signature(algorithm).parameters.items() if key in SIZES}
     missing = [key for key, default in wanted.items() if default is Parameter.empty and sizes.get(key) is None]
     if missing:
-        raise ValueError(f"{name} needs {', '.join(f'{key}=...' for key in missing)} besides num_classes.")
+        raise ValueError(f"{name} needs {', '.join(f'{key}=...' for key in missing)} in addition to num_classes.")
     settings = algorithm.hyperparameters_class(**hyperparameters)
     return algorithm(settings, num_classes=num_classes, **{key: sizes[key] for key in wanted if key in sizes})

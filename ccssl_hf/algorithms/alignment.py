@@ -1,4 +1,4 @@
-"""Distribution alignment, which several algorithms share."""
+"""Distribution alignment, used by several algorithms."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ..distributed import all_reduce_mean
 
 
 def distribution_alignment(num_classes: int, window: int | None) -> nn.Module:
-    """`DistributionAlignment` over `window` batches; for 0 or None, what changes nothing."""
+    """Returns `DistributionAlignment` over `window` batches, or the identity for 0 or None."""
     return DistributionAlignment(num_classes, window) if window else nn.Identity()
 
 
 class DistributionAlignment(nn.Module):
-    """Divides class probabilities by their mean over the last `window` batches, the present one included.
+    """Divides class probabilities by their mean over the last `window` batches, including the current one.
 
-    So no class is predicted much more often than the others (ReMixMatch, https://arxiv.org/abs/1911.09785, section 3.1,
-    with a uniform marginal). A batch is the global one: the mean is taken over all processes.
+    This keeps the predicted classes balanced (ReMixMatch, https://arxiv.org/abs/1911.09785, section 3.1, with a uniform
+    marginal). The mean covers the batches of all processes.
 
     Args:
         num_classes: `C`.
-        window: How many batches the mean runs over.
+        window: Number of batches in the mean.
     """
 
     queue: Tensor
@@ -35,9 +35,9 @@ class DistributionAlignment(nn.Module):
 
     @torch.no_grad()
     def forward(self, probabilities: Tensor) -> Tensor:
-        """Takes the batch `[U, C]` into the mean, and returns it aligned: rows that sum to 1, without gradient."""
+        """Adds `[U, C]` to the mean and returns it aligned. Its rows sum to 1 and have no gradient."""
         batch_mean = all_reduce_mean(probabilities.mean(0)).to(self.queue.dtype)
-        # Written in place at a position that stays on the device: plain indexing would wait for it.
+        # index_copy_ takes the position from the device; plain indexing would wait for it.
         self.queue.index_copy_(0, (self.count % self.window)[None], batch_mean[None])
         self.count += 1
         mean = self.queue.sum(0) / self.count.clamp(max=self.window)  # rows not yet written are zero

@@ -1,4 +1,4 @@
-"""What every algorithm takes and returns, and the contrastive loss that is composed on any of them."""
+"""The interface of all algorithms, and the contrastive loss that can be added to each of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .hyperparameters import Hyperparameters
 
 
 class Paper(NamedTuple):
-    """What a citation needs. `name` is the method's, `key` BibTeX's, `arxiv` the number, such as "2001.07685"."""
+    """A citation. `name` is the method's name, `key` the BibTeX key, `arxiv` a number such as "2001.07685"."""
 
     name: str
     key: str
@@ -40,11 +40,11 @@ CCSSL_PAPER = Paper(
 
 @dataclass
 class SSLBatch:
-    """What the network said about one batch.
+    """The network's outputs for one batch.
 
-    `B` labeled images, `U` = mu * B unlabeled, `C` classes, `D` projection size: logits `[B, C]` and `[U, C]`, `labels`
-    `[B]`, embeddings `[B, D]` and `[U, D]`, `index` `[U]` (row numbers), `heads` by name (labeled, weak, strong view).
-    Embeddings have unit norm; they are None where no projection head is asked for.
+    `B` labeled images, `U` = mu * B unlabeled images, `C` classes, `D` projection size: logits `[B, C]` and `[U, C]`,
+    `labels` `[B]`, embeddings `[B, D]` and `[U, D]` of unit norm, `index` `[U]` (rows of the unlabeled split), `heads`
+    by name (outputs for the labeled, weak and strong view). A part that the algorithm does not read may be None.
     """
 
     logits_labeled: Tensor
@@ -59,20 +59,18 @@ class SSLBatch:
     heads: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def read(self, *names: str) -> tuple[Tensor, ...]:
-        """The named fields, none of them None.
+        """Returns the named fields.
 
         Raises:
-            ValueError: One of them is None.
+            ValueError: A field is None.
         """
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
-            raise ValueError(
-                f"The algorithm reads {', '.join(missing)} of the SSLBatch: pass a tensor instead of None."
-            )
+            raise ValueError(f"The algorithm reads {', '.join(missing)} of the SSLBatch, which must not be None.")
         return tuple(getattr(self, name) for name in names)
 
     def upcast(self) -> SSLBatch:
-        """The same batch with half precision brought to float32."""
+        """Returns the same batch with half precision converted to float32."""
 
         def up(value: Any) -> Any:
             if isinstance(value, dict):
@@ -82,13 +80,20 @@ class SSLBatch:
         return replace(self, **{item.name: up(getattr(self, item.name)) for item in fields(self)})
 
 
+class PseudoLabels(NamedTuple):
+    """Pseudo labels, confidences and mask of the unlabeled images, `[U]` each.
+
+    The mask is 0/1 (for SoftMatch a weight in [0, 1]), and None if pseudo labels are not used as targets.
+    """
+
+    labels: Tensor
+    confidences: Tensor
+    mask: Tensor = None  # type: ignore[assignment]  # None for the baseline only
+
+
 @dataclass
 class SSLLoss:
-    """The loss, and what the algorithm thought of the unlabeled images.
-
-    `terms` are scalars by name, before their weights and detached. `pseudo_labels`, `confidences` and `mask` are `[U]`;
-    `mask` is 0/1, or a weight in [0, 1] for SoftMatch, and None where pseudo labels are no targets.
-    """
+    """The loss of one batch; its terms by name, detached and without weights; and what `PseudoLabels` holds."""
 
     loss: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -98,22 +103,21 @@ class SSLLoss:
 
 
 class Algorithm(nn.Module):
-    """A semi-supervised algorithm: batch in, loss out. Its state is buffers alone, so that a `state_dict` resumes it.
+    """A semi-supervised algorithm: an `SSLBatch` in, an `SSLLoss` out. All of its state is buffers.
 
-    A subclass declares its `paper`, its `hyperparameters_class`, its `terms`, what it reads of a batch, and `compute`.
-    Facts of the run that it needs besides `num_classes`, of those in `algorithms.SIZES`, are arguments of its
-    constructor.
+    A subclass declares the class attributes below and implements `compute`. If it needs `num_unlabeled`,
+    `embedding_dim`, `batch_size` or `mu`, its constructor takes them by name.
 
     Attributes:
-        paper: The paper that introduces it; None for the baseline.
+        paper: The paper that introduces the algorithm; None for the baseline.
         hyperparameters_class: The type of `settings`.
         terms: Names of the loss terms that `compute` returns.
-        views: The views of an unlabeled image that it reads; () if it reads no unlabeled images. An instance with
-            `lambda_contrast` above 0 reads all three.
-        needs_embeddings: Whether it reads embeddings at all.
-        needs_index: Whether it reads the row numbers of the unlabeled images.
-        heads: Further heads for the model to carry and train: name → function from the number of features to a module.
-        settings: Its hyperparameters, typed.
+        views: The views of an unlabeled image that the algorithm reads; () if it reads no unlabeled images. An instance
+            with `lambda_contrast` above 0 reads all three.
+        needs_embeddings: Whether it reads embeddings.
+        needs_index: Whether it reads `SSLBatch.index`.
+        heads: Further heads that the model trains: name → function from the number of features to a module.
+        settings: The hyperparameters.
     """
 
     paper: ClassVar[Paper | None] = None
@@ -134,76 +138,75 @@ class Algorithm(nn.Module):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The hyperparameters by name, defaults filled in."""
+        """The hyperparameters by name, including defaults."""
         return self.settings.as_dict()
 
-    def compute(self, batch: SSLBatch) -> SSLLoss:
-        """The algorithm's own loss, without the contrastive one. Floating point arrives as float32 or float64."""
+    def compute(self, batch: SSLBatch) -> tuple[PseudoLabels | None, dict[str, Tensor]]:
+        """Returns the pseudo labels and the loss terms; None without unlabeled images.
+
+        The loss is the sum of the terms: `loss_x` has weight 1, any other `loss_NAME` the hyperparameter `lambda_NAME`.
+        Floating-point tensors of `batch` are float32 or float64. Running statistics are updated here.
+        """
         raise NotImplementedError
 
     def open_set_score(self, logits: Tensor, heads: Mapping[str, Tensor] | None = None) -> Tensor:
-        """How much each image looks like one of the known classes, `[N]`, in [0, 1]: here, its confidence.
+        """Scores how likely each image is in-distribution, `[N]`, in [0, 1]. By default this is the confidence.
 
         Args:
             logits: `[N, C]`.
-            heads: What the further heads say of the same images, by name, where the algorithm has any.
+            heads: Outputs of the algorithm's further heads for the same images, by name.
         """
         return predict(logits).amax(1)
 
     def forward(self, batch: SSLBatch) -> SSLLoss:
-        """The loss of a batch. Running statistics are updated: call it once for each batch that is trained on.
+        """Returns the loss of a batch. It updates running statistics: call it once for each training batch.
 
         Raises:
-            ValueError: The batch lacks something that the algorithm reads, or has another number of classes.
+            ValueError: The batch lacks a part that the algorithm reads, or has another number of classes.
         """
         if batch.logits_labeled.shape[1:] != (self.num_classes,):
             got = list(batch.logits_labeled.shape)
-            raise ValueError(f"logits_labeled must be [B, {self.num_classes}], as num_classes says; got {got}.")
+            raise ValueError(f"logits_labeled must be [B, num_classes] = [B, {self.num_classes}]; got {got}.")
         missing = self.heads.keys() - (batch.heads or {}).keys()
         if missing:
             raise ValueError(
-                f"SSLBatch.heads lacks {', '.join(sorted(missing))}: give the model algorithm.heads, and pass "
-                "what they say of each view."
+                f"SSLBatch.heads lacks {', '.join(sorted(missing))}: add algorithm.heads to the model, and pass their "
+                "outputs for each view."
             )
         views = batch.read("embeddings_strong", "embeddings_contrast") if self.settings.lambda_contrast > 0 else ()
         with torch.autocast(batch.logits_labeled.device.type, enabled=False):
-            result = self.compute(batch.upcast())
+            pseudo, terms = self.compute(batch.upcast())
             if views:
-                loss_contrast = self._contrast(torch.stack(views, dim=1), result)
-                result.loss = result.loss + self.settings.lambda_contrast * loss_contrast
-                result.terms["loss_contrast"] = loss_contrast
-        result.terms = {name: term.detach() for name, term in result.terms.items()}
-        return result
-
-    def _contrast(self, embeddings: Tensor, result: SSLLoss) -> Tensor:
-        assert result.pseudo_labels is not None and result.confidences is not None, "compute must return pseudo labels"
-        return class_aware_contrastive_loss(
-            embeddings=embeddings,
-            pseudo_labels=result.pseudo_labels,
-            confidences=result.confidences,
-            temperature=self.settings.contrast_temperature,
-            push_threshold=self.settings.push_threshold,
-            own_pair_weight=self.settings.own_pair_weight,
-            gather=True,
-        )
+                assert pseudo is not None, "compute must return pseudo labels"
+                terms["loss_contrast"] = class_aware_contrastive_loss(
+                    embeddings=torch.stack(views, dim=1),
+                    pseudo_labels=pseudo.labels,
+                    confidences=pseudo.confidences,
+                    temperature=self.settings.contrast_temperature,
+                    push_threshold=self.settings.push_threshold,
+                    own_pair_weight=self.settings.own_pair_weight,
+                    gather=True,
+                )
+            loss = terms["loss_x"]
+            for name, term in terms.items():
+                if name != "loss_x":
+                    loss = loss + getattr(self.settings, f"lambda_{name.removeprefix('loss_')}") * term
+        return SSLLoss(loss, {name: term.detach() for name, term in terms.items()}, *(pseudo or ()))
 
 
 def predict(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Class probabilities `[N, C]`, sharpened by a temperature below 1, without gradient."""
+    """Returns class probabilities `[N, C]` without gradient; a temperature below 1 sharpens them."""
     return (logits.detach() / temperature).softmax(dim=1)
 
 
-def pseudo_label(probabilities: Tensor, threshold: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `probabilities` `[N, C]` say: confidences, pseudo labels, and a mask of 1 where the threshold is reached.
+def pseudo_label(probabilities: Tensor, threshold: float | Tensor) -> PseudoLabels:
+    """Takes the most probable class of each image; the mask is 1 if its probability reaches the threshold.
 
     Args:
         probabilities: `[N, C]`.
-        threshold: One for all classes, or one for each, `[C]`.
-
-    Returns:
-        `[N]` each.
+        threshold: One for all classes, or one for each class, `[C]`.
     """
-    confidences, pseudo_labels = probabilities.max(1)
+    confidences, labels = probabilities.max(1)
     if isinstance(threshold, Tensor):
-        threshold = threshold[pseudo_labels]
-    return confidences, pseudo_labels, (confidences >= threshold).to(confidences.dtype)
+        threshold = threshold[labels]
+    return PseudoLabels(labels, confidences, (confidences >= threshold).to(confidences.dtype))

@@ -11,49 +11,40 @@ from torch import Tensor
 from ..distributed import all_gather, all_gather_with_gradient, rank
 from ..losses import masked_cross_entropy
 from ..transforms import View
+from . import hyperparameters as hp
 from .alignment import distribution_alignment
-from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
-from .hyperparameters import (
-    AlignmentWindow,
-    ConfidenceThreshold,
-    GraphTemperature,
-    GraphThreshold,
-    Hyperparameters,
-    LambdaGraph,
-    LambdaU,
-    MemoryBatches,
-    SmoothingAlpha,
-)
+from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 from .memory import MemoryBank
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoMatchHyperparameters(Hyperparameters):
-    confidence_threshold: ConfidenceThreshold = 0.95
-    lambda_u: LambdaU = 1.0
-    lambda_graph: LambdaGraph = 1.0
-    graph_temperature: GraphTemperature = 0.2
-    graph_threshold: GraphThreshold = 0.8
-    memory_batches: MemoryBatches = 5
-    smoothing_alpha: SmoothingAlpha = 0.9
-    distribution_alignment_window: AlignmentWindow = 32
+class CoMatchHyperparameters(hp.Hyperparameters):
+    confidence_threshold: hp.ConfidenceThreshold = 0.95
+    lambda_u: hp.LambdaU = 1.0
+    lambda_graph: hp.LambdaGraph = 1.0
+    graph_temperature: hp.GraphTemperature = 0.2
+    graph_threshold: hp.GraphThreshold = 0.8
+    memory_batches: hp.MemoryBatches = 5
+    smoothing_alpha: hp.SmoothingAlpha = 0.9
+    distribution_alignment_window: hp.AlignmentWindow = 32
 
 
 class CoMatch(Algorithm):
-    """CoMatch: Semi-supervised Learning with Contrastive Graph Regularization (arXiv 2011.11183).
+    """CoMatch (arXiv 2011.11183).
 
     With aligned probabilities p `[U, C]` of the weak view, unit embeddings z, temperature t:
 
         q_b = α p_b + (1 − α) Σ_k a_bk p_k,   a_b = softmax_k(z_b·z_k / t) over the memory bank
-        loss_u = mean_b 1[max q_b ≥ τ] · H(q_b, strong view's prediction)
-        W_bj = 1 where b = j;  q_b·q_j where that reaches T;  else 0
+        loss_u = mean_b 1[max q_b ≥ τ] · H(q_b, prediction for the strong view)
+        W_bj = 1 if b = j,  q_b·q_j if that is at least T,  else 0
         loss_graph = mean_b H(W_b / Σ_j W_bj, softmax_j(z_b·z'_j / t))
 
-    z is the strong view's and z' the contrastive view's embedding. The bank holds the weak view's p and z and the
-    labeled images' one-hot labels and z, of the last `memory_batches` batches.
+    In loss_graph, z is the embedding of the strong view and z' that of the contrastive view. The bank holds p and z of
+    the weak views, and one-hot labels and z of the labeled images, of the last `memory_batches` batches.
 
-    As the authors' code, and not told in the paper: q = p until the bank has been full for one step; the bank keeps p
-    rather than q; 1e-7 inside the graph loss's logarithm. Unlike theirs, the graph spans all processes' images.
+    As in the authors' code, but not in the paper: q = p until the bank has been full for one step; the bank stores p,
+    not q; the logarithm in loss_graph adds 1e-7 to its argument. Unlike their code, the graph covers the images of all
+    processes.
     """
 
     paper = Paper(
@@ -68,7 +59,7 @@ class CoMatch(Algorithm):
     hyperparameters_class = CoMatchHyperparameters
     settings: CoMatchHyperparameters
     terms = ("loss_x", "loss_u", "loss_graph")
-    views = (View.WEAK, View.STRONG, View.CONTRASTIVE)
+    views = tuple(View)
     needs_embeddings = True
 
     def __init__(
@@ -91,8 +82,7 @@ class CoMatch(Algorithm):
         self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
         self.memory = MemoryBank(settings.memory_batches * (1 + mu) * batch_size, embedding_dim, num_classes)
 
-    def compute(self, batch: SSLBatch) -> SSLLoss:
-        settings = self.settings
+    def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
         labeled, weak, strong, contrast = batch.read(
             "embeddings_labeled", "embeddings_weak", "embeddings_strong", "embeddings_contrast"
@@ -101,18 +91,12 @@ class CoMatch(Algorithm):
         targets = self._smoothed(aligned, weak.detach())
         self.memory.write(weak, aligned)
         self.memory.write(labeled, F.one_hot(batch.labels, self.num_classes))
-        confidences, pseudo_labels, mask = pseudo_label(targets, settings.confidence_threshold)
-
-        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
-        loss_u = masked_cross_entropy(logits=logits_strong, targets=targets, mask=mask)
-        loss_graph = self._graph_loss(strong, contrast, targets)
-        return SSLLoss(
-            loss=loss_x + settings.lambda_u * loss_u + settings.lambda_graph * loss_graph,
-            terms={"loss_x": loss_x, "loss_u": loss_u, "loss_graph": loss_graph},
-            pseudo_labels=pseudo_labels,
-            confidences=confidences,
-            mask=mask,
-        )
+        pseudo = pseudo_label(targets, self.settings.confidence_threshold)
+        return pseudo, {
+            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
+            "loss_u": masked_cross_entropy(logits=logits_strong, targets=targets, mask=pseudo.mask),
+            "loss_graph": self._graph_loss(strong, contrast, targets),
+        }
 
     def _smoothed(self, probabilities: Tensor, embeddings: Tensor) -> Tensor:
         memory, alpha = self.memory, self.settings.smoothing_alpha

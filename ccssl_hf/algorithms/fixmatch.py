@@ -1,30 +1,30 @@
-"""FixMatch, with distribution alignment if asked for."""
+"""FixMatch, with optional distribution alignment."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..losses import masked_cross_entropy
+from . import hyperparameters as hp
 from .alignment import distribution_alignment
-from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
-from .hyperparameters import AlignmentWindow, ConfidenceThreshold, Hyperparameters, LambdaU, SharpenTemperature
+from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixMatchHyperparameters(Hyperparameters):
-    confidence_threshold: ConfidenceThreshold = 0.95
-    lambda_u: LambdaU = 1.0
-    sharpen_temperature: SharpenTemperature = 1.0
-    distribution_alignment_window: AlignmentWindow = 0
+class FixMatchHyperparameters(hp.Hyperparameters):
+    confidence_threshold: hp.ConfidenceThreshold = 0.95
+    lambda_u: hp.LambdaU = 1.0
+    sharpen_temperature: hp.SharpenTemperature = 1.0
+    distribution_alignment_window: hp.AlignmentWindow = 0
 
 
 class FixMatch(Algorithm):
-    """FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence (arXiv 2001.07685).
+    """FixMatch (arXiv 2001.07685, equation 4): confident predictions for the weak view are targets for the strong view.
 
-    What the weak view is confidently taken for is the target of the strong view (equation 4). The confidence is that
-    after sharpening and alignment, for the mask as for the contrastive loss.
+    The confidences, also those that the contrastive loss reads, are computed after sharpening and alignment.
     """
 
     paper = Paper(
@@ -45,18 +45,11 @@ class FixMatch(Algorithm):
         super().__init__(settings, num_classes=num_classes)
         self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
 
-    def compute(self, batch: SSLBatch) -> SSLLoss:
-        settings = self.settings
+    def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
-        probabilities = self.alignment(predict(logits_weak, settings.sharpen_temperature))
-        confidences, pseudo_labels, mask = pseudo_label(probabilities, settings.confidence_threshold)
-
-        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
-        loss_u = masked_cross_entropy(logits=logits_strong, targets=pseudo_labels, mask=mask)
-        return SSLLoss(
-            loss=loss_x + settings.lambda_u * loss_u,
-            terms={"loss_x": loss_x, "loss_u": loss_u},
-            pseudo_labels=pseudo_labels,
-            confidences=confidences,
-            mask=mask,
-        )
+        probabilities = self.alignment(predict(logits_weak, self.settings.sharpen_temperature))
+        pseudo = pseudo_label(probabilities, self.settings.confidence_threshold)
+        return pseudo, {
+            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
+            "loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask),
+        }

@@ -10,31 +10,31 @@ from torch import Tensor
 
 from ..distributed import all_gather, all_gather_with_gradient, all_reduce_mean
 from ..losses import masked_cross_entropy
-from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
-from .hyperparameters import ClipThreshold, Hyperparameters, LambdaFairness, LambdaU, Momentum, UseQuantile
+from . import hyperparameters as hp
+from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreeMatchHyperparameters(Hyperparameters):
-    lambda_u: LambdaU = 1.0
-    lambda_fairness: LambdaFairness = 0.01
-    momentum: Momentum = 0.999
-    use_quantile: UseQuantile = False
-    clip_threshold: ClipThreshold = False
+class FreeMatchHyperparameters(hp.Hyperparameters):
+    lambda_u: hp.LambdaU = 1.0
+    lambda_fairness: hp.LambdaFairness = 0.01
+    momentum: hp.Momentum = 0.999
+    use_quantile: hp.UseQuantile = False
+    clip_threshold: hp.ClipThreshold = False
 
 
 class FreeMatch(Algorithm):
-    """FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning (arXiv 2205.07246).
+    """FreeMatch (arXiv 2205.07246).
 
-    Over all processes' weak views, running means with momentum follow the confidence (τ), the probabilities (p̃ `[C]`)
-    and the distribution of pseudo labels (h̃ `[C]`); each starts at 1/C and is updated before it is used. The threshold
-    of class c is τ · p̃_c / max p̃. With p̄ and h̄ the mean prediction and the distribution of predicted classes of the
-    strong views of images that pass, and ratios made to sum to 1:
+    Running means over the weak views track the confidence (τ), the class probabilities (p̃ `[C]`) and the distribution
+    of pseudo labels (h̃ `[C]`). Each starts at 1/C and is updated before it is used. The threshold of class c is
+    τ · p̃_c / max p̃. p̄ and h̄ are the mean prediction and the distribution of predicted classes of the strong views
+    whose images pass the threshold. With ratios normalised to sum to 1:
 
         loss_fairness = −H(p̃ / h̃, p̄ / h̄) = Σ_c (p̃ / h̃)_c · log (p̄ / h̄)_c
 
-    As the authors' code, and not told in the paper: a ratio with a zero below counts as 0, the logarithm is of at least
-    1e-12, and the term is 0 where no image passes. p̄ and h̄ are over all processes, too.
+    All statistics cover the images of all processes. As in the authors' code, but not in the paper: a ratio with
+    denominator 0 is 0, the logarithm adds 1e-12 to its argument, and the term is 0 if no image passes.
     """
 
     paper = Paper(
@@ -60,24 +60,16 @@ class FreeMatch(Algorithm):
         self.register_buffer("class_probs", torch.full((num_classes,), 1 / num_classes))
         self.register_buffer("label_histogram", torch.full((num_classes,), 1 / num_classes))
 
-    def compute(self, batch: SSLBatch) -> SSLLoss:
-        settings = self.settings
+    def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
         probabilities = predict(logits_weak)
         self._update(probabilities)
-        thresholds = self.global_threshold * self.class_probs / self.class_probs.max()
-        confidences, pseudo_labels, mask = pseudo_label(probabilities, thresholds)
-
-        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
-        loss_u = masked_cross_entropy(logits=logits_strong, targets=pseudo_labels, mask=mask)
-        loss_fairness = self._fairness_loss(logits_strong, mask)
-        return SSLLoss(
-            loss=loss_x + settings.lambda_u * loss_u + settings.lambda_fairness * loss_fairness,
-            terms={"loss_x": loss_x, "loss_u": loss_u, "loss_fairness": loss_fairness},
-            pseudo_labels=pseudo_labels,
-            confidences=confidences,
-            mask=mask,
-        )
+        pseudo = pseudo_label(probabilities, self.global_threshold * self.class_probs / self.class_probs.max())
+        return pseudo, {
+            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
+            "loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask),
+            "loss_fairness": self._fairness_loss(logits_strong, pseudo.mask),
+        }
 
     @torch.no_grad()
     def _update(self, probabilities: Tensor) -> None:
@@ -107,6 +99,6 @@ class FreeMatch(Algorithm):
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """`above / below`, 0 where `below` is, made to sum to 1."""
+    """`above / below`, 0 if `below` is 0, normalised to sum to 1."""
     ratio = torch.where(below > 0, above / below.where(below > 0, 1), 0)
     return ratio / ratio.sum().clamp(min=torch.finfo(ratio.dtype).tiny)

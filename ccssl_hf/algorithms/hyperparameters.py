@@ -1,4 +1,4 @@
-"""What each hyperparameter means and which values it takes, once for all algorithms; each sets its own defaults."""
+"""Help text and range of each hyperparameter, shared by all algorithms; each algorithm sets its own defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..losses import OwnPairWeight
 
 @dataclass(frozen=True)
 class Spec:
-    """The help text and the range of a hyperparameter."""
+    """Help text and range of a hyperparameter; a value must be greater than `above`."""
 
     help: str
     minimum: float = -math.inf
@@ -20,7 +20,7 @@ class Spec:
     above: float = -math.inf
 
     def range(self) -> str:
-        """The range in words, empty where every value is allowed."""
+        """Describes the range; empty if every value is allowed."""
         if self.maximum < math.inf:
             return f"in [{self.minimum:g}, {self.maximum:g}]"
         if self.minimum > -math.inf:
@@ -28,71 +28,45 @@ class Spec:
         return f"above {self.above:g}" if self.above > -math.inf else ""
 
 
-LambdaContrast = Annotated[float, Spec("Weight of the class-aware contrastive loss; 0 leaves CCSSL out.", minimum=0)]
+def _share(text: str) -> Spec:
+    return Spec(text, minimum=0, maximum=1)
+
+
+LambdaContrast = Annotated[float, Spec("Weight of the class-aware contrastive loss; 0 turns CCSSL off.", minimum=0)]
 ContrastTemperature = Annotated[float, Spec("Temperature of the class-aware contrastive loss.", above=0)]
 PushThreshold = Annotated[
     float | None,
-    Spec(
-        "Least confidence at which an image joins its class in the contrastive loss (T_push); None: every image does.",
-        minimum=0,
-        maximum=1,
-    ),
+    _share("Minimum confidence for class-wise pairs in the contrastive loss (T_push); None: no threshold."),
 ]
 OwnPair = Annotated[
-    OwnPairWeight,
-    Spec("Weight of the two views of one image: one, or squared (its confidence squared, as for the paper's numbers)."),
+    OwnPairWeight, Spec("Weight of the pair of views of one image: 1 ('one') or its confidence squared ('squared').")
 ]
-ConfidenceThreshold = Annotated[
-    float, Spec("Least confidence at which a pseudo label is trained on.", minimum=0, maximum=1)
-]
+ConfidenceThreshold = Annotated[float, _share("Minimum confidence at which a pseudo label is used.")]
 LambdaU = Annotated[float, Spec("Weight of the loss on unlabeled images.", minimum=0)]
-SharpenTemperature = Annotated[
-    float, Spec("Temperature that pseudo labels are sharpened with; 1: as they are.", above=0)
-]
+SharpenTemperature = Annotated[float, Spec("Temperature that sharpens pseudo labels; 1: no sharpening.", above=0)]
 AlignmentWindow = Annotated[
-    int | None,
-    Spec(
-        "Batches over which the distribution of pseudo labels is aligned, this one included; 0: no alignment.",
-        minimum=0,
-    ),
+    int | None, Spec("Number of batches for distribution alignment, including the current one; 0: none.", minimum=0)
 ]
-
 GraphTemperature = Annotated[float, Spec("Temperature of the similarities between embeddings.", above=0)]
-GraphThreshold = Annotated[
-    float, Spec("Least agreement of two images' pseudo labels that joins them in the graph.", minimum=0, maximum=1)
-]
+GraphThreshold = Annotated[float, _share("Minimum similarity of two pseudo labels for an edge in the graph.")]
 LambdaGraph = Annotated[float, Spec("Weight of the loss on the similarities between embeddings.", minimum=0)]
-MemoryBatches = Annotated[int, Spec("Batches whose embeddings the memory bank holds.", minimum=1)]
+MemoryBatches = Annotated[int, Spec("Number of batches whose embeddings the memory bank holds.", minimum=1)]
 SmoothingAlpha = Annotated[
-    float,
-    Spec(
-        "Share of a pseudo label that is the classifier's; the rest comes from the memory bank; 1: no smoothing.",
-        minimum=0,
-        maximum=1,
-    ),
+    float, _share("Weight of the classifier in pseudo labels; the rest comes from the memory bank; 1: no smoothing.")
 ]
-Momentum = Annotated[
-    float, Spec("Momentum of the running statistics of pseudo labels (not the optimizer's).", minimum=0, maximum=1)
-]
-NSigma = Annotated[float, Spec("How sharply the weight falls below the mean confidence: σ is divided by it.", above=0)]
-ThresholdWarmup = Annotated[bool, Spec("Let the images that are not yet used hold thresholds down in the beginning.")]
-UseQuantile = Annotated[bool, Spec("Follow the 0.8 quantile of the batch's confidences instead of their mean.")]
-ClipThreshold = Annotated[bool, Spec("Keep the global threshold at 0.95 or below.")]
-LambdaFairness = Annotated[float, Spec("Weight of the loss that keeps predictions spread over the classes.", minimum=0)]
-OpenThreshold = Annotated[
-    float,
-    Spec(
-        "Least probability of an open-set pseudo label, one of the classes or the outliers, that is trained on.",
-        minimum=0,
-        maximum=1,
-    ),
-]
+Momentum = Annotated[float, _share("Momentum of the running pseudo-label statistics (not the optimizer's momentum).")]
+NSigma = Annotated[float, Spec("Divides σ: higher values lower the weight below the mean confidence faster.", above=0)]
+ThresholdWarmup = Annotated[bool, Spec("Lower the thresholds while few unlabeled images have a pseudo label.")]
+UseQuantile = Annotated[bool, Spec("Follow the 0.8 quantile of the confidences in a batch instead of their mean.")]
+ClipThreshold = Annotated[bool, Spec("Limit the global threshold to 0.95.")]
+LambdaFairness = Annotated[float, Spec("Weight of the loss that keeps predictions balanced over classes.", minimum=0)]
+OpenThreshold = Annotated[float, _share("Minimum probability at which an open-set pseudo label is used.")]
 LambdaOneVsAll = Annotated[float, Spec("Weight of the one-vs-all loss on labeled images.", minimum=0)]
 LambdaOpen = Annotated[float, Spec("Weight of the open-set loss on unlabeled images.", minimum=0)]
 
 
 class Hyperparameter(NamedTuple):
-    """One row of an algorithm's table."""
+    """Type, default and help text of a hyperparameter of one algorithm."""
 
     type: Any
     default: Any
@@ -101,7 +75,7 @@ class Hyperparameter(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """What every algorithm has: CCSSL's part. Each algorithm adds its own fields in a subclass.
+    """The hyperparameters of CCSSL, which every algorithm has. A subclass adds those of an algorithm.
 
     Raises:
         ValueError: A value has the wrong type or is out of range.
@@ -119,18 +93,18 @@ class Hyperparameters:
 
     @classmethod
     def table(cls) -> dict[str, Hyperparameter]:
-        """Type, default and help of each hyperparameter by name."""
+        """Returns type, default and help text of each hyperparameter by name."""
         hints = get_type_hints(cls, include_extras=True)
         specs = {field.name: (field.default, *get_args(hints[field.name])) for field in fields(cls)}
         return {name: Hyperparameter(kind, default, spec.help) for name, (default, kind, spec) in specs.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """The values by name, for configs and cards."""
+        """Returns the values by name."""
         return asdict(self)
 
 
 def _checked(name: str, value: Any, kind: Any, spec: Spec) -> Any:
-    """`value` as `kind`; an integer where a float is asked for becomes one."""
+    """Returns `value` converted to `kind`, as an int where a float is expected."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{name} is {value!r}: choose one of {', '.join(get_args(kind))}.")

@@ -1,4 +1,4 @@
-"""IOMatch, for unlabeled images of which many belong to no class."""
+"""IOMatch, for unlabeled images of which many are out-of-distribution."""
 
 from __future__ import annotations
 
@@ -10,44 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses import masked_cross_entropy
+from . import hyperparameters as hp
 from .alignment import distribution_alignment
-from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
-from .hyperparameters import (
-    AlignmentWindow,
-    ConfidenceThreshold,
-    Hyperparameters,
-    LambdaOneVsAll,
-    LambdaOpen,
-    LambdaU,
-    OpenThreshold,
-)
+from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
 @dataclass(frozen=True, kw_only=True)
-class IOMatchHyperparameters(Hyperparameters):
-    confidence_threshold: ConfidenceThreshold = 0.95
-    open_threshold: OpenThreshold = 0.5
-    lambda_u: LambdaU = 1.0
-    lambda_one_vs_all: LambdaOneVsAll = 1.0
-    lambda_open: LambdaOpen = 1.0
-    distribution_alignment_window: AlignmentWindow = 128
+class IOMatchHyperparameters(hp.Hyperparameters):
+    confidence_threshold: hp.ConfidenceThreshold = 0.95
+    open_threshold: hp.OpenThreshold = 0.5
+    lambda_u: hp.LambdaU = 1.0
+    lambda_one_vs_all: hp.LambdaOneVsAll = 1.0
+    lambda_open: hp.LambdaOpen = 1.0
+    distribution_alignment_window: hp.AlignmentWindow = 128
 
 
 class IOMatch(Algorithm):
-    """IOMatch: Simplifying Open-Set Semi-Supervised Learning with Joint Inliers and Outliers Utilization
-    (arXiv 2308.13168).
+    """IOMatch (arXiv 2308.13168).
 
-    Head "one_vs_all" `[., 2C]` (C negatives, then C positives) says for each class c whether an image is of it, o_c, by
-    a softmax over the pair; head "open" `[., C + 1]` has one more class, the outliers. With aligned probabilities
-    p `[U, C]` of the weak view:
+    Head "one_vs_all" `[., 2C]` (C negatives, then C positives) gives the probability o_c that an image belongs to class
+    c, by a softmax over each pair. Head "open" `[., C + 1]` has one more class for out-of-distribution images. With
+    aligned probabilities p `[U, C]` of the weak view:
 
         loss_one_vs_all = mean −log o_y + mean max_{c≠y} −log(1 − o_c)     over labeled images
-        q = (p_1 o_1, ..., p_C o_C, Σ_c p_c (1 − o_c))                     open-set target of the weak view
-        loss_u    = mean 1[max p ≥ τ_p] · 1[Σ_c p_c (1 − o_c) < 0.5] · H(p, strong view's prediction)
-        loss_open = mean 1[max q ≥ τ_q] · H(q, strong view's open-set prediction)
+        q = (p_1 o_1, ..., p_C o_C, Σ_c p_c (1 − o_c))                     open-set targets
+        loss_u    = mean 1[max p ≥ τ_p] · 1[Σ_c p_c (1 − o_c) < 0.5] · H(p, prediction for the strong view)
+        loss_open = mean 1[max q ≥ τ_q] · H(q, open-set prediction for the strong view)
 
-    τ_p is `confidence_threshold`, τ_q is `open_threshold`. Unlike in the authors' code, the two heads do not share
-    their hidden layer, and loss_open is there from the first step on rather than after an epoch.
+    τ_p is `confidence_threshold` and τ_q is `open_threshold`. Unlike in the authors' code, the two heads do not share a
+    hidden layer, and loss_open is used from the first step, not after one epoch.
     """
 
     paper = Paper(
@@ -72,49 +63,34 @@ class IOMatch(Algorithm):
         }
 
     def open_set_score(self, logits: Tensor, heads: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Σ_c p_c o_c `[N]`: the paper's inlier score, without alignment.
+        """The paper's inlier score Σ_c p_c o_c, `[N]`, without alignment.
 
         Raises:
             ValueError: `heads` lacks "one_vs_all".
         """
         if heads is None or "one_vs_all" not in heads:
-            raise ValueError(
-                "IOMatch scores images by its head 'one_vs_all': pass the model's heads along with logits."
-            )
+            raise ValueError("IOMatch computes the score from its head 'one_vs_all': pass the model's heads.")
         return (predict(logits) * self._inlier_odds(heads["one_vs_all"].detach()).sigmoid()).sum(1)
 
-    def compute(self, batch: SSLBatch) -> SSLLoss:
-        settings = self.settings
+    def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
-        heads = batch.heads or {}  # both are there: forward has looked
+        heads = batch.heads or {}  # forward has checked that both exist
         labeled_odds, weak_odds = map(self._inlier_odds, heads["one_vs_all"][:2])
-        open_strong = heads["open"][2]
-
-        probabilities = self.alignment(predict(logits_weak))
-        weak_odds = weak_odds.detach()
+        probabilities, weak_odds = self.alignment(predict(logits_weak)), weak_odds.detach()
         outlier = (probabilities * (-weak_odds).sigmoid()).sum(1, keepdim=True)
         open_targets = torch.cat([probabilities * weak_odds.sigmoid(), outlier], dim=1)
-        confidences, pseudo_labels, mask = pseudo_label(probabilities, settings.confidence_threshold)
-        mask = mask * (outlier.squeeze(1) < 0.5)
-        *_, open_mask = pseudo_label(open_targets, settings.open_threshold)
-
-        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
-        loss_u = masked_cross_entropy(logits=logits_strong, targets=probabilities, mask=mask)
-        loss_one_vs_all = _one_vs_all_loss(labeled_odds, batch.labels)
-        loss_open = masked_cross_entropy(logits=open_strong, targets=open_targets, mask=open_mask)
-        return SSLLoss(
-            loss=loss_x
-            + settings.lambda_u * loss_u
-            + settings.lambda_one_vs_all * loss_one_vs_all
-            + settings.lambda_open * loss_open,
-            terms={"loss_x": loss_x, "loss_u": loss_u, "loss_one_vs_all": loss_one_vs_all, "loss_open": loss_open},
-            pseudo_labels=pseudo_labels,
-            confidences=confidences,
-            mask=mask,
-        )
+        open_mask = pseudo_label(open_targets, self.settings.open_threshold).mask
+        pseudo = pseudo_label(probabilities, self.settings.confidence_threshold)
+        pseudo = pseudo._replace(mask=pseudo.mask * (outlier.squeeze(1) < 0.5))
+        return pseudo, {
+            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
+            "loss_u": masked_cross_entropy(logits=logits_strong, targets=probabilities, mask=pseudo.mask),
+            "loss_one_vs_all": _one_vs_all_loss(labeled_odds, batch.labels),
+            "loss_open": masked_cross_entropy(logits=heads["open"][2], targets=open_targets, mask=open_mask),
+        }
 
     def _inlier_odds(self, one_vs_all: Tensor) -> Tensor:
-        """Log odds `[N, C]` that an image is of a class, from `[N, 2C]`."""
+        """Log odds `[N, C]` that an image belongs to a class, from `[N, 2C]`."""
         negative, positive = one_vs_all.split(self.num_classes, dim=1)
         return positive - negative
 

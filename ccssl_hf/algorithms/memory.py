@@ -1,4 +1,4 @@
-"""The memory bank of embeddings, which several algorithms share."""
+"""The memory bank of embeddings, used by several algorithms."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..distributed import all_gather
 
 
 class MemoryBank(nn.Module):
-    """The last `size` embeddings of all processes, each with its class probabilities: a ring, the same everywhere.
+    """A ring buffer of the last `size` embeddings of all processes, with their class probabilities.
 
     Args:
-        size: Rows, `K`.
+        size: Number of rows, `K`.
         embedding_dim: `D`.
         num_classes: `C`.
     """
@@ -26,20 +26,20 @@ class MemoryBank(nn.Module):
         self.size = size
         self.register_buffer("embeddings", torch.zeros(size, embedding_dim))
         self.register_buffer("probabilities", torch.zeros(size, num_classes))
-        self.register_buffer("written", torch.zeros((), dtype=torch.int64))  # rows, since the beginning
+        self.register_buffer("written", torch.zeros((), dtype=torch.int64))  # rows written so far
 
     @torch.no_grad()
     def write(self, embeddings: Tensor, probabilities: Tensor) -> None:
-        """Takes in `[N, D]` and `[N, C]` of every process, in the order of the ranks; the oldest rows make room.
+        """Writes `[N, D]` and `[N, C]` of every process over the oldest rows, in the order of ranks.
 
         Raises:
-            ValueError: There are more rows than the bank holds.
+            ValueError: The bank has fewer rows than are written.
         """
         embeddings, probabilities = all_gather(embeddings), all_gather(probabilities)
         if len(embeddings) > self.size:
             raise ValueError(
                 f"{len(embeddings)} embeddings do not fit into a memory bank of {self.size}: build the algorithm with "
-                "the batch_size (over all processes) and mu that it is trained with."
+                "the batch_size (over all processes) and mu of the training run."
             )
         rows = (self.written + torch.arange(len(embeddings), device=embeddings.device)) % self.size
         self.embeddings.index_copy_(0, rows, embeddings.to(self.embeddings.dtype))
@@ -47,11 +47,11 @@ class MemoryBank(nn.Module):
         self.written += len(embeddings)
 
     def similarities(self, embeddings: Tensor, temperature: float) -> Tensor:
-        """Inner products of `[N, D]` with the bank's rows over a temperature, `[N, K]`: logits for a softmax.
+        """Returns the logits `[N, K]`: inner products of `[N, D]` with all rows, divided by `temperature`.
 
-        A row that was not yet written has the lowest number there is.
+        Rows that are not yet written get the lowest finite value.
         """
-        # A copy: the next write must not reach into a graph that still waits for its backward pass.
+        # Clone: the next write must not change tensors that the backward pass still needs.
         similarities = embeddings @ self.embeddings.clone().to(embeddings.dtype).T / temperature
         empty = torch.arange(self.size, device=embeddings.device) >= self.written
         return similarities.masked_fill(empty, torch.finfo(similarities.dtype).min)

@@ -10,28 +10,27 @@ from torch import Tensor
 
 from ..distributed import all_gather, all_reduce_mean
 from ..losses import masked_cross_entropy
-from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict
-from .hyperparameters import Hyperparameters, LambdaU, Momentum, NSigma
+from . import hyperparameters as hp
+from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftMatchHyperparameters(Hyperparameters):
-    lambda_u: LambdaU = 1.0
-    momentum: Momentum = 0.999
-    n_sigma: NSigma = 2.0
+class SoftMatchHyperparameters(hp.Hyperparameters):
+    lambda_u: hp.LambdaU = 1.0
+    momentum: hp.Momentum = 0.999
+    n_sigma: hp.NSigma = 2.0
 
 
 class SoftMatch(Algorithm):
-    """SoftMatch: Addressing the Quantity-Quality Trade-off in Semi-supervised Learning (arXiv 2301.10921).
+    """SoftMatch (arXiv 2301.10921): every pseudo label is a target, weighted by its confidence.
 
-    Every pseudo label is trained on, with a weight from the confidence c of the aligned probabilities: a Gaussian below
-    the running mean μ, with the running variance σ² over n_sigma², and 1 above it:
+    With the confidence c of the aligned probabilities, its running mean μ and its running variance σ²:
 
         weight = exp(−min(c − μ, 0)² · n_sigma² / (2 σ²))
 
-    Uniform alignment divides probabilities by their running mean `[C]`, which starts as the first batch's; μ starts at
-    1/C and σ² at 1. All three are over all processes' images, and updated before they are used. Pseudo labels, and the
-    confidences that CCSSL reads, are those before alignment.
+    Uniform alignment divides the probabilities by their running mean `[C]`, which starts with the mean of the first
+    batch; μ starts at 1/C and σ² at 1. All three cover the images of all processes and are updated before they are
+    used. Pseudo labels, and the confidences that the contrastive loss reads, are those before alignment.
     """
 
     paper = Paper(
@@ -57,28 +56,22 @@ class SoftMatch(Algorithm):
         self.register_buffer("mean_confidence", torch.tensor(1 / num_classes))
         self.register_buffer("variance_confidence", torch.tensor(1.0))
 
-    def compute(self, batch: SSLBatch) -> SSLLoss:
+    def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
         probabilities = predict(logits_weak)
-        confidences, pseudo_labels = probabilities.max(1)
-        weight = self._weight(self._aligned(probabilities).amax(1))
-
-        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
-        loss_u = masked_cross_entropy(logits=logits_strong, targets=pseudo_labels, mask=weight)
-        return SSLLoss(
-            loss=loss_x + self.settings.lambda_u * loss_u,
-            terms={"loss_x": loss_x, "loss_u": loss_u},
-            pseudo_labels=pseudo_labels,
-            confidences=confidences,
-            mask=weight,
-        )
+        confidences, labels = probabilities.max(1)
+        pseudo = PseudoLabels(labels, confidences, self._weight(self._aligned(probabilities).amax(1)))
+        return pseudo, {
+            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
+            "loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask),
+        }
 
     @torch.no_grad()
     def _aligned(self, probabilities: Tensor) -> Tensor:
         mean = all_reduce_mean(probabilities.mean(0)).to(self.class_probs.dtype)
         started = self.class_probs.sum() > 0
         self.class_probs.copy_(torch.where(started, self.class_probs.lerp(mean, 1 - self.settings.momentum), mean))
-        aligned = probabilities / (self.class_probs + 1e-6)  # as the authors: a class never predicted is no infinity
+        aligned = probabilities / (self.class_probs + 1e-6)  # as in the authors' code; avoids a division by zero
         return aligned / aligned.sum(1, keepdim=True)
 
     @torch.no_grad()

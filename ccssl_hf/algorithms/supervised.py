@@ -1,25 +1,26 @@
-"""The labeled images alone: the baseline."""
+"""Supervised training on the labeled images, the baseline."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
+from torch import Tensor
 
-from .base import Algorithm, SSLBatch, SSLLoss, predict
+from .base import Algorithm, PseudoLabels, SSLBatch, predict
 
 
 class Supervised(Algorithm):
     """Cross-entropy on the labeled images.
 
-    With CCSSL composed on it, pseudo labels come from the weak view and steer the contrastive loss only.
+    With `lambda_contrast` above 0, pseudo labels come from the weak view and are used in the contrastive loss only.
     """
 
     terms = ("loss_x",)
     views = ()
 
-    def compute(self, batch: SSLBatch) -> SSLLoss:
-        loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
-        result = SSLLoss(loss=loss_x, terms={"loss_x": loss_x})
-        if self.views:
-            (logits_weak,) = batch.read("logits_weak")
-            result.confidences, result.pseudo_labels = predict(logits_weak).max(1)
-        return result
+    def compute(self, batch: SSLBatch) -> tuple[PseudoLabels | None, dict[str, Tensor]]:
+        terms = {"loss_x": F.cross_entropy(batch.logits_labeled, batch.labels)}
+        if not self.views:
+            return None, terms
+        (logits_weak,) = batch.read("logits_weak")
+        confidences, labels = predict(logits_weak).max(1)
+        return PseudoLabels(labels, confidences), terms
