@@ -38,33 +38,32 @@ _TEXT = ("string", "large_string")
 def load_split(source: str | os.PathLike[str], *, role: str) -> datasets.Dataset:
     """Load one split from an image folder, parquet files or the Hub.
 
-    Unlike `load_dataset("imagefolder", data_dir=...)`, this reads every image of a folder: that function treats words
-    such as `train`, `test` and `val` in file and folder names as names of splits, and drops the other images.
+    It reads every image of a folder. `load_dataset("imagefolder", data_dir=...)` does not: it takes words such as
+    `train`, `test` and `val` in file and folder names for names of splits.
 
     Args:
-        source: One of
-            - a folder of images, `<class>/<image>`; an image's label is the name of the folder that holds it,
-            - parquet files: a folder of them, a file or a glob,
-            - a data set on the Hub: `user/name` or `user/name:split`.
-        role: `labeled`, `unlabeled`, `validation` or `test`: the name of the split in error messages, and the split to
-            take from a Hub data set when `source` names none (`train` if there is no `labeled` or `unlabeled`).
-            An unlabeled image folder may be nested in any way and has no labels.
+        source: An image folder (`<class>/<image>`: the label is the name of the folder that holds the image), parquet
+            files (a folder, a file or a glob), or a data set on the Hub (`user/name` or `user/name:split`).
+        role: Name of the split: `labeled`, `unlabeled`, `validation` or `test`. It is the split to take from the Hub if
+            `source` names none; `train` replaces a missing `labeled` or `unlabeled`. An unlabeled image folder may be
+            nested in any way, and its images get no labels.
 
     Raises:
-        ValueError: `source` cannot be read or does not hold that split.
+        ValueError: `source` cannot be read or does not have that split.
     """
-    name, path = f"The {role} split {str(source)!r}", Path(source).expanduser()
+    name, path = f"The {role} split '{source}'", Path(source).expanduser()
     if path.is_dir() and not any(path.glob("*.parquet")):
         return _load_image_folder(name, path, labeled=role != "unlabeled")
     if path.is_dir():
         return _load_parquet(name, f"{glob.escape(path.as_posix())}/*.parquet")
     if path.suffix == ".parquet":
-        return _load_parquet(name, glob.escape(str(path)) if path.is_file() else str(path))
-    if path.exists() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        return _load_parquet(name, glob.escape(path.as_posix()) if path.is_file() else path.as_posix())
+    source = str(source)
+    if path.exists() or path.is_absolute() or source.startswith((".", "/")) or source.count("/") > 1:
         raise ValueError(
             f"{name} is not a folder or parquet file: give an image folder, parquet files or a Hub data set."
         )
-    return _load_from_hub(name, str(source), role)
+    return _load_from_hub(name, source, role)
 
 
 def _load_image_folder(name: str, path: Path, *, labeled: bool) -> datasets.Dataset:
@@ -104,14 +103,14 @@ def _load_from_hub(name: str, source: str, role: str) -> datasets.Dataset:
             f"{name} is neither a path nor a data set on the Hub ({type(error).__name__}: {error}): check the spelling "
             "and the network, or give an image folder or parquet files."
         ) from error
-    # `train` never replaces a missing validation or test split: accuracy on training images would be too high.
+    # `train` never replaces validation or test: accuracy on training images would be too high.
     wanted = [split] if split else [role, "train"] if role in ("labeled", "unlabeled") else [role]
     for each in wanted:
         if each in found:
             return found[each]
     raise ValueError(
-        f"{name} is not in this data set, which has no split {wanted[0]!r} (it has {', '.join(found)}): write "
-        f"{repository}:<split>."
+        f"{name} does not exist: the data set has no split {' or '.join(map(repr, wanted))} (it has "
+        f"{', '.join(found)}). Write {repository}:<split>."
     )
 
 

@@ -58,7 +58,7 @@ def test_draining_starts_anew():
     assert (logs["loss_x"], logs["pseudo_labels/ant"], logs["pseudo_labels/cat"]) == (5.0, 0.0, 1.0)
 
 
-def test_precision_is_over_all_that_passed_and_unknown_images_are_wrong():
+def test_precision_counts_all_images_that_passed_and_ood_images_are_wrong():
     monitor = StepMonitor(NAMES)
     monitor.add(step(1.0, [0, 1, 2, 2], [1, 1, 1, 0]), torch.tensor([0, 2, -1, 2]))
     monitor.add(step(1.0, [0, 0, 0, 1], [0, 0, 0, 1]), torch.tensor([0, 0, 0, 1]))

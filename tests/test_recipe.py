@@ -1,4 +1,4 @@
-"""The command line of the recipes: a YAML file, flags over it, and errors in one line."""
+"""The command line of the recipes: a YAML file, flags that override it, and errors in one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_flag_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> 
     other = tmp_path / "other.yaml"
     other.write_text("mu: 4\n")
     recipe, args = parse(f"--config={other}", config=file)
-    assert (recipe.backbone, args.mu) == ("resnet50", 4)  # --config takes the place of the recipe's own file
+    assert (recipe.backbone, args.mu) == ("resnet50", 4)  # --config replaces the recipe's file
 
 
 def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_wrong_file_is_refused(text: str, sentence: str, tmp_path: Path) -> No
 
 
 def test_no_file_is_read_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's parser would take flags from a file beside the script."""
+    """The parser of transformers reads flags from a file beside the script."""
     (tmp_path / "train.args").write_text("--mu 9")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py")])
     assert parse()[1].mu == 7
@@ -150,7 +150,7 @@ FILES = [OWN_IMAGES, *(file for file in (RECIPES / "configs").glob("*.yaml") if 
 
 @pytest.mark.parametrize("config", FILES, ids=lambda file: file.stem)
 def test_every_recipe_s_file_is_read(config: Path) -> None:
-    """The keys of these are of two dataclasses; CIFAR-10's recipe has flags of its own, and is tested with them."""
+    """CIFAR-10's recipe has more flags and its own test."""
     recipe, args = parse(config=config)
     for key, value in yaml.safe_load(config.read_text()).items():
         read = getattr(recipe if hasattr(recipe, key) else args, key)
