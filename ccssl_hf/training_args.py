@@ -23,14 +23,17 @@ CONFIGS = Path(__file__).parent / "configs"
 """Folder of the packaged YAML files, which `from_config` reads by name."""
 
 
+def _argument(default: Any, text: str) -> Any:
+    """A field with a default and a help text."""
+    return field(default=default, metadata={"help": text})
+
+
 def _hyperparameter(name: str) -> Any:
     """A field that is None, for the algorithm's default. Its help names the algorithms, unless all have it."""
     tables = {algorithm: algorithm_hyperparameters(algorithm) for algorithm in ALGORITHMS}
     takers = [algorithm for algorithm, table in tables.items() if name in table]
     text = tables[takers[0]][name].help
-    return field(
-        default=None, metadata={"help": text if len(takers) == len(tables) else f"{text} ({', '.join(takers)})"}
-    )
+    return _argument(None, text if len(takers) == len(tables) else f"{text} ({', '.join(takers)})")
 
 
 @dataclass
@@ -65,32 +68,22 @@ class HyperparameterArguments:
 class ViewArguments:
     """Settings of the views, with the names of `ViewSettings`. Sizes are in pixels at the model's input size."""
 
-    weak_crop: Literal["auto", "pad", "resized"] = field(
-        default="auto",
-        metadata={
-            "help": "Crop of the weak and strong view. pad: shift by up to an eighth of the side, with reflected "
-            "borders. resized: random resized crop. auto: pad up to 64 px, resized above."
-        },
+    weak_crop: Literal["auto", "pad", "resized"] = _argument(
+        "auto",
+        "Crop of the weak and strong view. pad: shift by up to an eighth of the side, with reflected "
+        "borders. resized: random resized crop. auto: pad up to 64 px, resized above.",
     )
-    horizontal_flip: bool = field(
-        default=True, metadata={"help": "Mirror images at random. Turn it off where a mirrored image changes class."}
+    horizontal_flip: bool = _argument(
+        True, "Mirror images at random. Turn it off where a mirrored image changes class."
     )
-    randaugment_ops: int = field(default=2, metadata={"help": "Number of RandAugment operations on the strong view."})
-    randaugment_magnitude: int = field(
-        default=10, metadata={"help": "RandAugment draws magnitudes from 1 to this number minus 1."}
+    randaugment_ops: int = _argument(2, "Number of RandAugment operations on the strong view.")
+    randaugment_magnitude: int = _argument(10, "RandAugment draws magnitudes from 1 to this number minus 1.")
+    cutout_size: int = _argument(16, "Side of the grey square on the strong view, in pixels. 0: no square.")
+    contrastive_view: Literal["simclr", "randaugment"] = _argument(
+        "simclr", "simclr: resized crop, colour jitter and random grayscale. randaugment: a second strong view."
     )
-    cutout_size: int = field(
-        default=16, metadata={"help": "Side of the grey square on the strong view, in pixels. 0: no square."}
-    )
-    contrastive_view: Literal["simclr", "randaugment"] = field(
-        default="simclr",
-        metadata={
-            "help": "simclr: resized crop, colour jitter and random grayscale. randaugment: a second strong view."
-        },
-    )
-    normalize_contrastive: bool = field(
-        default=True,
-        metadata={"help": "Normalize the contrastive view. The authors' CCSSL configs do not normalize it."},
+    normalize_contrastive: bool = _argument(
+        True, "Normalize the contrastive view. The authors' CCSSL configs do not normalize it."
     )
 
     def view_settings(self, pretrained_cfg: Mapping[str, Any]) -> ViewSettings:
@@ -111,6 +104,21 @@ _WITHOUT_EFFECT = {
 }
 """Arguments of transformers that have no effect here, or would break reproducibility."""
 
+_OPTIMIZATION = (
+    *("gradient_accumulation_steps", "optim", "learning_rate", "schedule", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "ema_decay", "eval_weights", "weak_forward", "repeat_labeled"),
+)
+"""Arguments that the card always shows."""
+
+_ELSEWHERE = (
+    *("algorithm", "mu", "max_steps", "per_device_train_batch_size", "seed", "decode"),  # in other parts of the record
+    *("output_dir", "run_name", "project", "trackio", "report_to", "log", "disable_tqdm", "save", "hub", "push"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval", "prediction_loss", "do_"),
+    *("dataloader", "ddp", "use_cpu", "accelerator_config", "skip_memory", "debug", "resume", "restore", "local_rank"),
+    *("label_names", "label_column", "image_column", "hidden_label", "remove_unused", "include_"),
+)
+"""Starts of the names of arguments that do not affect the weights, or that the record has elsewhere."""
+
 
 @dataclass
 class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArguments):  # output_dir stays first
@@ -124,74 +132,55 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     """
 
     # Arguments of transformers, with the paper's values.
-    max_steps: int = field(default=512 * 1024, metadata={"help": "Length of the run in optimizer steps."})
-    per_device_train_batch_size: int = field(
-        default=64, metadata={"help": "Labeled images on each device in each step (B)."}
-    )
-    learning_rate: float = field(default=0.03, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay. It does not apply to norms and biases."})
-    optim: str = field(default="sgd", metadata={"help": "Optimizer. sgd uses sgd_momentum and nesterov."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm. 0: no clipping."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave NaN and infinite losses out of the logged mean, which hides them."}
+    max_steps: int = _argument(512 * 1024, "Length of the run in optimizer steps.")
+    per_device_train_batch_size: int = _argument(64, "Labeled images on each device in each step (B).")
+    learning_rate: float = _argument(0.03, "Peak learning rate.")
+    weight_decay: float = _argument(1e-3, "Weight decay. It does not apply to norms and biases.")
+    optim: str = _argument("sgd", "Optimizer. sgd uses sgd_momentum and nesterov.")
+    max_grad_norm: float = _argument(0.0, "Clip the gradient to this norm. 0: no clipping.")
+    logging_nan_inf_filter: bool = _argument(
+        False, "Leave NaN and infinite losses out of the logged mean, which hides them."
     )
 
-    algorithm: str = field(
-        default="fixmatch", metadata={"help": "Pseudo-labeling algorithm. supervised uses labeled images only."}
-    )
-    mu: int = field(default=7, metadata={"help": "Unlabeled images for each labeled image in a step."})
+    algorithm: str = _argument("fixmatch", "Pseudo-labeling algorithm. supervised uses labeled images only.")
+    mu: int = _argument(7, "Unlabeled images for each labeled image in a step.")
 
     # Step
-    weak_forward: Literal["joint", "separate"] = field(
-        default="joint",
-        metadata={
-            "help": "joint: one forward pass over all views, as in the paper. separate: a forward pass without "
-            "gradient for the weak views, which is faster; BatchNorm then normalizes them separately."
-        },
+    weak_forward: Literal["joint", "separate"] = _argument(
+        "joint",
+        "joint: one forward pass over all views, as in the paper. separate: a forward pass without "
+        "gradient for the weak views, which is faster; BatchNorm then normalizes them separately.",
     )
-    ema_decay: float = field(
-        default=0.999, metadata={"help": "Decay of the averaged weights (EMA) in each step. 0: no averaging."}
+    ema_decay: float = _argument(0.999, "Decay of the averaged weights (EMA) in each step. 0: no averaging.")
+    eval_weights: Literal["ema", "raw"] = _argument(
+        "ema", "Weights that are evaluated and published: averaged (ema) or raw."
     )
-    eval_weights: Literal["ema", "raw"] = field(
-        default="ema",
-        metadata={"help": "Weights that are evaluated and published: averaged (ema) or raw."},
-    )
-    sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
-    nesterov: bool = field(default=True, metadata={"help": "Use Nesterov momentum in SGD."})
-    schedule: Literal["cosine_7_16", "lr_scheduler_type"] = field(
-        default="cosine_7_16",
-        metadata={
-            "help": "Learning rate schedule. cosine_7_16: FixMatch's cosine, from 1 to cos(7/16 pi). "
-            "lr_scheduler_type: the schedule that lr_scheduler_type names."
-        },
+    sgd_momentum: float = _argument(0.9, "Momentum of SGD.")
+    nesterov: bool = _argument(True, "Use Nesterov momentum in SGD.")
+    schedule: Literal["cosine_7_16", "lr_scheduler_type"] = _argument(
+        "cosine_7_16",
+        "Learning rate schedule. cosine_7_16: FixMatch's cosine, from 1 to cos(7/16 pi). "
+        "lr_scheduler_type: the schedule that lr_scheduler_type names.",
     )
 
     # Data
-    image_column: str = field(default="image", metadata={"help": "Column of the images in every split."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    hidden_label_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with the true classes of the unlabeled images, which are logged and not trained on."},
+    image_column: str = _argument("image", "Column of the images in every split.")
+    label_column: str = _argument("label", "Column of the labels.")
+    hidden_label_column: str | None = _argument(
+        None, "Column with the true classes of the unlabeled images, which are logged and not trained on."
     )
-    repeat_labeled: bool = field(
-        default=False,
-        metadata={
-            "help": "Allow fewer labeled images than a batch. Images then repeat within a batch, with different views."
-        },
+    repeat_labeled: bool = _argument(
+        False, "Allow fewer labeled images than a batch. Images then repeat within a batch, with different views."
     )
-    decode: Literal["auto", "memory", "stream"] = field(
-        default="auto",
-        metadata={
-            "help": "memory: decode every image once, to the training size. stream: decode an image each time it is "
-            "drawn, and crop each view from the full image. auto: memory up to 64 px, stream above."
-        },
+    decode: Literal["auto", "memory", "stream"] = _argument(
+        "auto",
+        "memory: decode every image once, to the training size. stream: decode an image each time it is "
+        "drawn, and crop each view from the full image. auto: memory up to 64 px, stream above.",
     )
-    dataloader_num_workers: int = field(
-        default=-1,
-        metadata={
-            "help": "Processes that load batches. Results do not depend on it. -1: one for each CPU core of a training "
-            "process, up to 8, where images are decoded for an accelerator; otherwise 0, the training process itself."
-        },
+    dataloader_num_workers: int = _argument(
+        -1,
+        "Processes that load batches. Results do not depend on it. -1: one for each CPU core of a training "
+        "process, up to 8, where images are decoded for an accelerator; otherwise 0, the training process itself.",
     )
 
     @classmethod
@@ -297,6 +286,20 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
             f.name: value for f in fields(HyperparameterArguments) if (value := getattr(self, f.name)) is not None
         }
         return {"lambda_contrast": 0.0 if self.algorithm == "supervised" else 1.0, **values}
+
+    def optimization_settings(self) -> dict[str, Any]:
+        """Settings that affect the weights, without hyperparameters and views: the main ones, and all that were set."""
+        names = list(_OPTIMIZATION)
+        position = names.index("learning_rate") + 1
+        names[position:position] = ["sgd_momentum", "nesterov"] if self.optim == "sgd" else []
+        names += ["lr_scheduler_type"] if self.schedule == "lr_scheduler_type" else []
+        elsewhere = {f.name for cls in (HyperparameterArguments, ViewArguments) for f in fields(cls)} | set(names)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            is_set = value != f.default and not (f.default is None and not value)
+            if is_set and f.name not in elsewhere and not f.name.startswith(_ELSEWHERE):
+                names.append(f.name)
+        return {name: getattr(self, name) for name in names}
 
 
 def read_config(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ccssl_hf.card.model_card import published_provenance, results_of
+from ccssl_hf.card.facts import read_facts
+from ccssl_hf.card.report import read_card
 from ccssl_hf.card.tables import format_table
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
@@ -16,7 +17,7 @@ NAME = "digits_fixmatch_ccssl_seed0"
 
 
 def test_the_table_repeats_the_numbers_of_the_card() -> None:
-    found = {r.metric: r.value for r in results_of(ModelCard.load(CARDS / NAME / "README.md")) if r.split == "test"}
+    found = {r.metric: r.value for r in read_facts(read_card(CARDS / NAME)).results if r.split == "test"}
     row = {
         "Card": f"[{NAME}]({NAME}/README.md)",
         "Top-1 accuracy": found["top1"],
@@ -30,7 +31,7 @@ def test_the_table_repeats_the_numbers_of_the_card() -> None:
 def test_the_card_is_complete(hub: Any) -> None:
     card = ModelCard.load(CARDS / NAME / "README.md")
     card.validate(repo_type="model")
-    provenance = published_provenance(card)
+    provenance = read_facts(read_card(CARDS / NAME)).provenance
     assert provenance is not None
     assert (provenance.weights, provenance.which, provenance.seed) == ("EMA", "last", 0)
     files = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
