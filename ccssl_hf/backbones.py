@@ -1,7 +1,7 @@
-"""Backbones by their timm names, and the small heads on top of them.
+"""timm backbones, and the small heads on top of them.
 
 A backbone is typed `Any`: timm's models share an interface (`forward_features`, `forward_head`, `get_classifier`,
-`pretrained_cfg`) but no class that has it.
+`pretrained_cfg`), but no class.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
@@ -40,11 +40,15 @@ _RUNTIME_ARGS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "check
 
 
 def check_backbone(name: str) -> None:
-    """Raises ValueError with near misses where timm (and this package) has no architecture `name`."""
+    """Checks that timm or this package has the model `name`.
+
+    Raises:
+        ValueError: The model is unknown; the message suggests similar names.
+    """
     architecture, _, tag = name.partition(".")
     if "/" in name or ":" in name:
         raise ValueError(
-            f"'{name}' is not a timm name: pass an architecture such as 'resnet50' and, for weights of your own, "
+            f"'{name}' is not a timm name: pass an architecture such as 'resnet50' and, for your own weights, "
             "pretrained=True with pretrained_cfg_overlay={'file': PATH} or {'hf_hub_id': 'USER/REPO'}."
         )
     if not timm.is_model(architecture):
@@ -61,21 +65,21 @@ def check_backbone(name: str) -> None:
 def create_backbone(
     name: str, *, num_classes: int, pretrained: bool = False, image_size: int | None = None, **timm_kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A timm model with a fresh classifier, whose `pretrained_cfg` says how images enter it.
+    """Creates a timm model with a new classifier. Its `pretrained_cfg` describes the input images.
 
     Args:
         name: timm name, with or without a tag.
         num_classes: Outputs of the classifier.
         pretrained: Whether to load timm's weights.
-        image_size: Side of the images in pixels; the backbone's own where None. Sizes up to 96 px are not cropped at
-            evaluation, unless `pretrained_cfg_overlay` has a `crop_pct`.
+        image_size: Side of the images in pixels; None: the default of the backbone. Images up to 96 px are not cropped
+            at evaluation, unless `pretrained_cfg_overlay` has a `crop_pct`.
         **timm_kwargs: Further arguments of `timm.create_model`.
 
     Returns:
-        The model, and the arguments that build it again.
+        The model, and the arguments that create it again.
 
     Raises:
-        ValueError: The name is unknown, the weights cannot be had, or an argument cannot be written to JSON.
+        ValueError: The name is unknown, the weights cannot be loaded, or an argument cannot be saved as JSON.
     """
     check_backbone(name)
     cfg = get_pretrained_cfg(name)
@@ -89,13 +93,12 @@ def create_backbone(
     try:
         json.dumps(model_args)
     except TypeError as error:
-        raise ValueError(f"A backbone's arguments are saved as JSON, so give layers by their names: {error}.") from None
+        raise ValueError(f"The arguments are saved as JSON, so pass layers by name: {error}.") from None
     backbone = _create(name, pretrained, num_classes=num_classes, **timm_kwargs)
-    source = backbone.pretrained_cfg
-    crop = {}
+    source = {**backbone.pretrained_cfg, "input_size": (backbone.pretrained_cfg["input_size"][0], *size)}
     if max(size) <= MAX_SIDE_UNCROPPED and "crop_pct" not in (timm_kwargs.get("pretrained_cfg_overlay") or {}):
-        crop["crop_pct"] = 1.0
-    set_input(backbone, {**source, **crop, "input_size": (source["input_size"][0], *size)})
+        source["crop_pct"] = 1.0
+    set_input(backbone, source)
     return backbone, model_args
 
 
@@ -107,43 +110,38 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"The pretrained weights of '{name}' cannot be had ({reason}): check the network and "
+            f"The pretrained weights of '{name}' cannot be loaded ({reason}): check the network and "
             f"timm.list_pretrained('{name.partition('.')[0]}*'), or use pretrained=False."
         ) from error
 
 
 def set_input(backbone: Any, pretrained_cfg: Mapping[str, Any]) -> None:
-    """Makes `pretrained_cfg` what timm reads from the backbone, reduced to how images enter it.
+    """Sets the backbone's `pretrained_cfg`, reduced to the entries about its input.
 
-    What belongs to the weights it came from (their address, labels, test size) would be wrong after training.
+    Entries about the original weights (their address, labels, test size) would be wrong after training.
     """
-    kept = {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg}
     architecture = pretrained_cfg.get("architecture") or backbone.pretrained_cfg["architecture"]
-    backbone.pretrained_cfg = backbone.default_cfg = {
-        "architecture": architecture,
-        "num_classes": backbone.num_classes,
-        **kept,
-    }
+    cfg = {"architecture": architecture, "num_classes": backbone.num_classes}
+    cfg |= {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg}
+    backbone.pretrained_cfg = backbone.default_cfg = cfg
 
 
 def features_and_logits(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass: the features before the classifier `[N, width]`, and the classifier on them, `[N, C]`."""
+    """Returns the features before the classifier, `[N, width]`, and the logits, `[N, C]`, in one pass."""
     features = backbone.forward_head(backbone.forward_features(images), pre_logits=True).flatten(1)
     classifier = backbone.get_classifier()
-    # A few backbones classify by a 1x1 convolution.
-    logits = (
-        classifier(features[:, :, None, None]).flatten(1) if isinstance(classifier, nn.Conv2d) else classifier(features)
-    )
-    return features, logits
+    if isinstance(classifier, nn.Conv2d):  # a few backbones classify by a 1x1 convolution
+        return features, classifier(features[:, :, None, None]).flatten(1)
+    return features, classifier(features)
 
 
 @torch.no_grad()
 def feature_width(backbone: Any) -> int:
-    """The width of the features before the classifier, found by a dry run in eval mode.
+    """Returns the width of the features before the classifier, from a forward pass in eval mode.
 
     Raises:
-        ValueError: The backbone does not take images of its `input_size`, or its classifier is not one module that maps
-            those features `[N, width]` to exactly the logits that the backbone gives.
+        ValueError: The backbone does not accept images of its `input_size`, or its classifier is not a single module
+            that maps the features `[N, width]` to the logits of the backbone.
     """
     name, size = backbone.pretrained_cfg["architecture"], tuple(backbone.pretrained_cfg["input_size"])
     parameter = next(backbone.parameters())
@@ -154,7 +152,7 @@ def feature_width(backbone: Any) -> int:
         logits = backbone(image)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"'{name}' does not take images of {size[1]}x{size[2]} px; change image_size: {error}"
+            f"'{name}' does not accept images of {size[1]}x{size[2]} px; change image_size: {error}"
         ) from error
     try:
         features, own_logits = features_and_logits(backbone, image)
@@ -164,16 +162,16 @@ def feature_width(backbone: Any) -> int:
     backbone.train(was_training)
     if not fits:
         raise ValueError(
-            f"'{name}' cannot be used: its logits are not get_classifier() of forward_head(..., pre_logits=True), so "
-            "choose another backbone."
+            f"'{name}' is not supported: its logits are not get_classifier() applied to forward_head(..., "
+            "pre_logits=True). Choose another backbone."
         )
     return features.shape[1]
 
 
 def projection_head(backbone: nn.Module, width: int, projection_dim: int) -> nn.Sequential:
-    """Two linear layers to the embeddings: `[N, width]` to `[N, projection_dim]`, before the norm is made one.
+    """Creates the projection head, two linear layers from `[N, width]` to `[N, projection_dim]`, without the norm.
 
-    Wide ResNets keep the width and LeakyReLU; ResNets go through 2048; others keep the width.
+    The hidden layer has `width` units (2048 for ResNets), with ReLU (LeakyReLU for Wide ResNets).
     """
     if isinstance(backbone, WideResNetCifar):
         layers: list[nn.Module] = [nn.Linear(width, width), nn.LeakyReLU(LEAKY_RELU_SLOPE)]
@@ -182,46 +180,43 @@ def projection_head(backbone: nn.Module, width: int, projection_dim: int) -> nn.
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, projection_dim))
 
 
+_LAYERS: dict[type[nn.Module], Callable[[Any], list[Any]]] = {
+    nn.Linear: lambda layer: [layer.in_features, layer.out_features, layer.bias is not None],
+    nn.BatchNorm1d: lambda layer: [layer.num_features],
+    nn.LeakyReLU: lambda layer: [layer.negative_slope],
+    nn.ReLU: lambda layer: [],
+}
+"""Layers that a head may have, and their arguments."""
+
+
 def describe_head(module: nn.Module) -> list[Any]:
-    """A head as JSON: a list of `[layer, *arguments]`, from which `build_head` makes it again.
+    """Describes a head as JSON for `build_head`: a list of `[layer, *arguments]`.
 
     Raises:
-        ValueError: A layer is none of Linear, BatchNorm1d, ReLU, LeakyReLU, or not directly in one Sequential.
+        ValueError: The head is not a Sequential of Linear, BatchNorm1d, ReLU and LeakyReLU, or one of these layers.
     """
-    described: list[Any] = []
+    described = []
     for layer in module if isinstance(module, nn.Sequential) else [module]:
-        if isinstance(layer, nn.Linear):
-            described.append(["Linear", layer.in_features, layer.out_features, layer.bias is not None])
-        elif isinstance(layer, nn.BatchNorm1d):
-            described.append(["BatchNorm1d", layer.num_features])
-        elif isinstance(layer, nn.LeakyReLU):
-            described.append(["LeakyReLU", layer.negative_slope])
-        elif isinstance(layer, nn.ReLU):
-            described.append(["ReLU"])
-        else:
+        kind = next((kind for kind in _LAYERS if isinstance(layer, kind)), None)
+        if kind is None:
             raise ValueError(
-                f"A head cannot hold {type(layer).__name__}: build it of Linear, BatchNorm1d, ReLU and LeakyReLU, in "
-                "one Sequential, so that it can be saved without code."
+                f"A head cannot contain {type(layer).__name__}: use a Sequential of Linear, BatchNorm1d, ReLU and "
+                "LeakyReLU, so that it can be saved without code."
             )
+        described.append([kind.__name__, *_LAYERS[kind](layer)])
     return described
 
 
 def build_head(description: list[Any]) -> nn.Sequential:
-    """The head that `describe_head` described, freshly initialised."""
-    kinds: dict[str, type[nn.Module]] = {
-        "Linear": nn.Linear,
-        "BatchNorm1d": nn.BatchNorm1d,
-        "LeakyReLU": nn.LeakyReLU,
-        "ReLU": nn.ReLU,
-    }
-    return nn.Sequential(*(kinds[kind](*arguments) for kind, *arguments in description))
+    """Builds a new head from the description of `describe_head`."""
+    kinds = {kind.__name__: kind for kind in _LAYERS}
+    return nn.Sequential(*(kinds[name](*arguments) for name, *arguments in description))
 
 
 def authors_key(key: str) -> str:
-    """The name in `CCSSLForImageClassification` of a tensor of the authors' Wide ResNet with projection head.
+    """Maps a key of the authors' Wide ResNet with projection head to the key in `CCSSLForImageClassification`.
 
-    Args:
-        key: Such as `block1.layer.0.convShortcut.weight` (`backbone.stages.0.0.shortcut.weight`) or `fc2.bias`.
+    Example: `block1.layer.0.convShortcut.weight` → `backbone.stages.0.0.shortcut.weight`.
     """
     if match := re.fullmatch(r"fc([12])\.(weight|bias)", key):
         return f"projection.{2 * (int(match[1]) - 1)}.{match[2]}"

@@ -1,7 +1,7 @@
-"""A plain folder that transformers and timm load by themselves, and safe files for all that they do not know.
+"""The published folder, which transformers and timm load by themselves, and safe files for everything else.
 
-`config.json` and `model.safetensors` (under timm's own keys) are all that AutoModel, AutoModelForImageClassification,
-AutoImageProcessor, `pipeline` and timm need. The projection head and an algorithm's heads lie beside them.
+AutoModel, AutoModelForImageClassification, AutoImageProcessor, `pipeline` and timm need `config.json` and
+`model.safetensors` (with timm's keys) only. The projection head and further heads are in a separate file.
 """
 
 from __future__ import annotations
@@ -27,36 +27,40 @@ from .errors import summary
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 HEAD_FILE = "ccssl_head.safetensors"
-"""Projection head and further heads: for training on and for the algorithm's own inference, never for plain loading."""
+"""Projection head and further heads, for continued training and the algorithm's own inference."""
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors to a safetensors file, all or nothing: an interrupted write leaves the old file as it was.
+    """Writes tensors to a safetensors file. An interrupted write keeps the old file.
 
     Args:
         path: The file.
-        tensors: Any device, memory format and sharing; each is written out on its own.
+        tensors: Tensors on any device, in any memory format; they may share memory.
         metadata: Further strings to store.
     """
-    path = Path(path)
-    plain = {key: _plain(tensor) for key, tensor in tensors.items()}
+    # safetensors needs contiguous tensors (not channels_last) on the CPU that share no memory.
+    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    # Not save_file: only the owner could read its file, and published folders are served.
+    _write(Path(path), save(plain, metadata={"format": "pt", **(metadata or {})}))
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file. An interrupted write keeps the old file."""
+    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f"_{path.name}.partial")
-    # Not save_file: what that writes only its owner can read, and a folder is there to be served.
-    partial.write_bytes(save(plain, metadata={"format": "pt", **(metadata or {})}))
+    partial.write_bytes(content)
     os.replace(partial, path)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """A copy that safetensors takes: on the CPU, contiguous (not channels-last), sharing its memory with none."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Reads what `save_tensors` wrote, to the CPU.
+    """Loads what `save_tensors` wrote, to the CPU.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a whole safetensors file.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged.
     """
     return _load(Path(path))[0]
 
@@ -68,20 +72,14 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged ({error}): take an earlier checkpoint.") from error
-
-
-def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"_{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+        raise ValueError(f"'{path}' is damaged ({error}): use an earlier checkpoint.") from error
 
 
 def plain_config(model: PreTrainedModel) -> dict[str, Any]:
-    """What `config.json` says: the keys that both transformers' timm wrapper and timm read, and no others.
+    """Returns the content of `config.json`: the keys that transformers' timm wrapper and timm read, and no others.
 
-    `model_args` is never null (timm fails) and never holds `num_classes` (transformers fails); the labels are always
-    there (with a thousand classes transformers would otherwise take ImageNet's).
+    `model_args` is never null (timm fails) and has no `num_classes` (transformers fails). The labels are always there
+    (for a thousand classes transformers would otherwise use ImageNet's).
     """
     config = model.config
     cfg = {key: value for key, value in model.backbone.pretrained_cfg.items() if key != "architecture"}
@@ -98,16 +96,14 @@ def plain_config(model: PreTrainedModel) -> dict[str, Any]:
     if is_own_backbone(config.architecture):
         module = Path(wide_resnet_cifar.__file__).stem
         content["auto_map"] = {
-            "AutoModel": f"{module}.{wide_resnet_cifar.WideResNetCifarModel.__name__}",
-            "AutoModelForImageClassification": (
-                f"{module}.{wide_resnet_cifar.WideResNetCifarForImageClassification.__name__}"
-            ),
+            "AutoModel": f"{module}.WideResNetCifarModel",
+            "AutoModelForImageClassification": f"{module}.WideResNetCifarForImageClassification",
         }
     return content
 
 
 def is_own_backbone(architecture: str) -> bool:
-    """Whether timm lacks this backbone, so that a folder brings its code along."""
+    """Whether the backbone is from this package, so that a published folder must include its code."""
     return architecture in wide_resnet_cifar.default_cfgs
 
 
@@ -118,13 +114,13 @@ def save_checkpoint(
     state_dict: Mapping[str, Tensor] | None = None,
     with_head: bool = True,
 ) -> None:
-    """Writes the plain folder.
+    """Writes a published folder.
 
     Args:
-        model: Says what is saved.
-        folder: Made where it is missing.
-        state_dict: Weights to save in place of the model's own, such as their average, with the same keys.
-        with_head: Whether to write the projection head and further heads, too.
+        model: A `CCSSLForImageClassification`.
+        folder: Created if it does not exist.
+        state_dict: Weights to save instead of the model's own, such as the averaged weights, with the same keys.
+        with_head: Whether to write the projection head and further heads.
 
     Raises:
         ValueError: `state_dict` has other keys than the model.
@@ -150,18 +146,18 @@ def save_checkpoint(
         shape = {"projection_dim": model.config.projection_dim, "heads": model.config.heads or {}}
         save_tensors(folder / HEAD_FILE, heads, metadata={"ccssl": json.dumps(shape)})
     else:
-        (folder / HEAD_FILE).unlink(missing_ok=True)  # it would belong to other weights
+        (folder / HEAD_FILE).unlink(missing_ok=True)  # a head from an earlier save belongs to other weights
 
 
 def load_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
-    """Reads a plain folder.
+    """Loads a published folder.
 
     Args:
-        folder: Written by `save_checkpoint`, or by timm, with `model.safetensors`.
+        folder: Written by `save_checkpoint`, or by timm with `model.safetensors`.
 
     Returns:
-        `config.json`; the weights under the keys of `CCSSLForImageClassification`; and `projection_dim` and `heads` as
-        `CCSSLConfig` takes them, or None where the folder has no heads.
+        The content of `config.json`; the weights under the keys of `CCSSLForImageClassification`; and `projection_dim`
+        and `heads` for `CCSSLConfig`, or None if the folder has no heads.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -174,7 +170,7 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
         )
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config["model_args"] = config.get("model_args") or {}
-    config["model_args"].pop("num_classes", None)  # timm writes it there, too
+    config["model_args"].pop("num_classes", None)  # timm writes it there
     state = {f"backbone.{key}": value for key, value in load_tensors(folder / WEIGHTS_FILE).items()}
     if not (folder / HEAD_FILE).is_file():
         return config, state, None
@@ -183,15 +179,15 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def find_checkpoint(name: str | Path, *, revision: str | None = None, **hub_kwargs: Any) -> Path:
-    """The folder itself, or the folder that the Hub repository was downloaded to; no code is downloaded.
+    """Returns the folder, or downloads the Hub repository (without code) and returns its folder.
 
     Args:
-        name: A folder, or a Hub id: `user/name`, or `user/name@revision`.
-        revision: Branch, tag, commit, or a pull request's `refs/pr/N`; default main.
+        name: A folder, or a Hub id: `user/name` or `user/name@revision`.
+        revision: Branch, tag, commit, or `refs/pr/N` for a pull request; default: main.
         **hub_kwargs: `token`, `cache_dir`, `local_files_only` of `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileNotFoundError: There is neither.
+        FileNotFoundError: There is no such folder, and no such repository that can be read.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -201,6 +197,6 @@ def find_checkpoint(name: str | Path, *, revision: str | None = None, **hub_kwar
         return Path(snapshot_download(repo_id, revision=revision or named or None, allow_patterns=files, **hub_kwargs))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"'{name}' is neither a folder here nor a Hub repository that can be read ({summary(error)}): pass a "
-            "folder that save_pretrained wrote, or a Hub id 'user/name'; a private one needs `hf auth login`."
+            f"'{name}' is neither a local folder nor a readable Hub repository ({summary(error)}): pass a folder that "
+            "save_pretrained wrote, or a Hub id 'user/name'. A private repository needs `hf auth login`."
         ) from error

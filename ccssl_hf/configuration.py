@@ -1,4 +1,4 @@
-"""What it takes to build a model again: the backbone's timm name and arguments, the labels, the heads."""
+"""The model's configuration."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from transformers import TimmWrapperConfig
 
 
 class CCSSLConfig(TimmWrapperConfig):
-    """The configuration of `CCSSLForImageClassification`: transformers' own for timm models, and the heads.
+    """Configuration of `CCSSLForImageClassification`: the one that transformers has for timm models, and the heads.
 
     Args:
-        architecture: timm's name of the backbone, without a tag.
+        architecture: timm name of the backbone, without a tag.
         model_args: Further arguments of `timm.create_model`.
-        pretrained_cfg: The backbone's input: `input_size`, `mean`, `std`, `crop_pct`, `interpolation` and so on.
+        pretrained_cfg: Input of the backbone: `input_size`, `mean`, `std`, `crop_pct`, `interpolation` and so on.
         projection_dim: Size of the embeddings.
-        heads: Layers of each further head, as `backbones.describe_head` gives them.
+        heads: Layers of each further head, from `backbones.describe_head`.
     """
 
-    # So that evaluation gathers the logits only; the Trainer adds a list to it.
+    # Evaluation gathers only the logits.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["embeddings", "heads"]
 
     pretrained_cfg: dict[str, Any] | None = None
@@ -27,5 +27,5 @@ class CCSSLConfig(TimmWrapperConfig):
 
     @property
     def labels(self) -> list[str]:
-        """The class names, in the order of the logits."""
+        """Class names in the order of the logits."""
         return [self.id2label[index] for index in range(len(self.id2label))]

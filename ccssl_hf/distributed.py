@@ -1,4 +1,4 @@
-"""The few collectives that training needs. Every one of them is the identity where there is a single process."""
+"""Collectives for training. With a single process, each of them is the identity."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def world_size() -> int:
-    """How many processes train together; 1 where no process group was started."""
+    """Returns the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Returns the number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 @torch.no_grad()
 def all_gather(tensor: Tensor) -> Tensor:
-    """The processes' tensors one after the other, without gradient.
+    """Concatenates the tensors of all processes in the order of ranks, without gradient.
 
     Args:
-        tensor: `[n, ...]`, of one shape and dtype on every process.
+        tensor: `[n, ...]`, with the same shape and dtype on every process.
 
     Returns:
-        `[world_size * n, ...]`, in the order of the ranks.
+        `[world_size * n, ...]`.
     """
     if world_size() == 1:
         return tensor.detach()
@@ -39,7 +39,7 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """Forward: `all_gather`. Backward: what all processes' losses send to this process's part, summed."""
+    """Forward: `all_gather`. Backward: the sum over processes of the gradients for this process's part."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -48,25 +48,24 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # An all-reduce and a slice rather than a reduce-scatter, which gloo lacks in older releases.
+        # All-reduce and slice, because older releases of gloo have no reduce-scatter.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()]
 
 
 def all_gather_with_gradient(tensor: Tensor) -> Tensor:
-    """Like `all_gather`, but a gradient with respect to any process's part flows back to that process.
+    """Like `all_gather`, with gradients that flow back to the process of each part, summed over processes.
 
-    The gradients are summed over the processes. So where each process's loss is the mean over its own share of the
-    global batch, the averaging of gradients in `DistributedDataParallel` gives the gradient of the mean over the global
-    batch. Every process must run the backward pass.
+    If the loss of each process is the mean over its share of the global batch, `DistributedDataParallel`, which
+    averages gradients, gives the gradient of the mean over the global batch. Every process must run the backward pass.
     """
     return tensor if world_size() == 1 else _AllGather.apply(tensor)
 
 
 @torch.no_grad()
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """The mean of a floating point tensor over the processes, as a new tensor without gradient."""
+    """Returns the mean of a floating-point tensor over processes, without gradient."""
     if world_size() == 1:
         return tensor.detach()
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -76,7 +75,7 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_from_main_process(model: nn.Module) -> None:
-    """Gives every process the main process's parameters and buffers."""
+    """Copies the parameters and buffers of the main process to every process."""
     if world_size() == 1:
         return
     for tensor in model.state_dict().values():
@@ -86,24 +85,19 @@ def copy_from_main_process(model: nn.Module) -> None:
 
 
 def _batchnorm_buffers(model: nn.Module) -> list[Tensor]:
-    return [
-        buffer
-        for module in model.modules()
-        if isinstance(module, _BatchNorm)
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
-    ]
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
 
 
 def read_batchnorm_buffers(model: nn.Module) -> Tensor:
-    """BatchNorm's running means and variances, one after the other, `[n]` in float32."""
+    """Concatenates the running means and variances of all BatchNorms, float32 `[n]`."""
     buffers = _batchnorm_buffers(model)
     return torch.cat([buffer.detach().flatten().float() for buffer in buffers]) if buffers else torch.empty(0)
 
 
 @torch.no_grad()
 def write_batchnorm_buffers(model: nn.Module, values: Tensor) -> None:
-    """The inverse of `read_batchnorm_buffers`."""
+    """Writes what `read_batchnorm_buffers` returned."""
     buffers = _batchnorm_buffers(model)
     for buffer, value in zip(buffers, values.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(value.view_as(buffer))
@@ -111,11 +105,10 @@ def write_batchnorm_buffers(model: nn.Module, values: Tensor) -> None:
 
 @torch.no_grad()
 def average_batchnorm_buffers(model: nn.Module) -> None:
-    """Replaces BatchNorm's running mean and variance by their mean over the processes, in one collective.
+    """Replaces the running means and variances of all BatchNorms by their mean over processes, in one collective.
 
-    Each process tracks them on its own images; without this, what is evaluated and saved is the main process's alone.
-    The mean of the variances leaves out how far the processes' means are apart:
-    little where images are dealt out at random.
+    Each process tracks them on its own images. The mean of the variances ignores the differences between the means of
+    the processes, which are small because images are distributed at random.
     """
     values = read_batchnorm_buffers(model)
     if world_size() > 1 and len(values):

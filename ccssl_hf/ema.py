@@ -1,4 +1,4 @@
-"""The averaged copy of the weights, which is what gets evaluated and published."""
+"""The averaged weights (EMA), which are evaluated and published by default."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .distributed import average_batchnorm_buffers
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters; BatchNorm buffers are the model's own, as in FixMatch.
+    """Exponential moving average of a model's parameters. BatchNorm buffers are copied from the model, as in FixMatch.
 
-    timm's `ModelEmaV3` gives the same bits, but walks through all modules of both models in every step, which takes
-    longer than the arithmetic: here that is done once, and buffers are copied when the average is read.
+    It gives the same bits as timm's `ModelEmaV3`, which iterates over all modules of both models in every step. Here
+    the parameters are listed once, and buffers are copied only when the average is read.
 
     Args:
-        model: What is averaged, on the device where it is trained.
-        decay: Share of the average that stays in each step, in [0, 1).
+        model: The model, on its training device.
+        decay: Share of the average that each step keeps, in [0, 1).
 
     Raises:
-        ValueError: Weights are in half precision, in which the average would stand still.
+        ValueError: Weights are in half precision, which is too coarse for the average to change.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if any(weight.is_floating_point() and weight.itemsize < 4 for weight in model.parameters()):
             raise ValueError(
-                "The weights are in half precision, which is too coarse for their average: keep them in float32, and "
-                "set bf16=True to compute in half precision."
+                "The weights are in half precision, which is too coarse for averaging: keep them in float32, and set "
+                "bf16=True to compute in half precision."
             )
         self.decay = decay
         self._model, self._average = model, copy.deepcopy(model).eval().requires_grad_(False)
@@ -40,12 +40,12 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the average towards the model's present weights."""
+        """Moves the average towards the model's current weights."""
         torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
 
     @property
     def module(self) -> nn.Module:
-        """The average, with the model's present buffers: a copy of the model in eval mode, without gradients."""
+        """A copy of the model with the averaged weights and current buffers, in eval mode, without gradients."""
         for average, own in zip(self._average.buffers(), self._model.buffers(), strict=True):
             average.copy_(own)
         return self._average
@@ -53,10 +53,10 @@ class WeightAverage:
 
 @contextlib.contextmanager
 def published_weights(model: PreTrainedModel, average: WeightAverage | None) -> Iterator[None]:
-    """What is evaluated and saved: `model` holds it inside the block, and its own weights, bit for bit, after it.
+    """Context in which `model` holds the weights to evaluate and save. Afterwards it has its own weights, bit for bit.
 
-    That is the averaged weights, where there are any, with BatchNorm statistics of all processes together. Every
-    process enters the block. Training goes on as if nothing had happened, however often a run is evaluated.
+    These are the averaged weights if `average` is given, with BatchNorm statistics averaged over processes. Every
+    process must enter the block.
     """
     own, dtype = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.dtype
     try:

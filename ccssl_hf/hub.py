@@ -1,7 +1,7 @@
-"""What goes to the Hub from a folder, and how: one commit of what is known to be public, all of it or nothing.
+"""Uploads to the Hub: an allow-list of files, in one commit, without tokens and local paths.
 
-What may go is listed here by name, and all else stays: `training_args.bin` holds the Hub token in clear, logs and
-metrics hold paths of this machine, and what a user keeps beside a model is none of ours.
+Other files stay: `training_args.bin` contains the Hub token, logs and metrics contain local paths, and a user may keep
+anything else beside a model.
 """
 
 from __future__ import annotations
@@ -37,10 +37,13 @@ PLAIN_FILES = (
     "requirements.txt",
     "onnx/*.onnx",
 )
-"""What a published folder is made of, besides the pictures that its card shows."""
+"""Files of a published model, other than the pictures of its card."""
 
 TRAINING_FILES = (TRAINING_STATE, OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, "rng_state*.pth", TRAINER_STATE_NAME)
-"""What a run goes on from."""
+"""Files of the training state, from which a run resumes."""
+
+HEADS, STATE = "heads, for further training", "training state"
+"""Why a file is left out that can be uploaded on request."""
 
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".webp", ".gif")
 TEXTS = (".json", ".md", ".py", ".txt")
@@ -51,52 +54,50 @@ _SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img[^>]*?\ssrc=["']([^"']+
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push of a folder sends.
-
-    Attributes:
-        files: Path in the repository to the file here.
-        left: What stays behind, and why.
-    """
+    """The files that a push of a folder uploads (path in the repository to file), and why others are left out."""
 
     files: dict[str, Path]
     left: dict[str, str]
 
 
 def plan_push(folder: str | Path, *, with_head: bool = False, with_training_state: bool = False) -> PushPlan:
-    """What goes to the Hub of a folder. Nothing is sent, and nothing asked of the network.
+    """Which files of a folder are uploaded. Nothing is uploaded yet, and the network is not used.
 
     Args:
-        folder: A run's output folder, a checkpoint, or what `save_pretrained` wrote.
-        with_head: Whether to send the projection head and further heads.
-        with_training_state: Whether to send what a run goes on from: here and in the folders `checkpoint-N`.
+        folder: A run's output folder, a checkpoint, or a folder from `save_pretrained`.
+        with_head: Whether to upload the projection head and the algorithm's heads.
+        with_training_state: Whether to upload the training state, here and in the folders `checkpoint-N`.
 
     Raises:
-        FileNotFoundError: It holds no model.
+        FileNotFoundError: The folder has no model.
     """
     folder = Path(folder)
-    for name, others in ((CONFIG_FILE, ""), (WEIGHTS_FILE, "onnx/*.onnx")):
-        if not (folder / name).is_file() and not (others and any(folder.glob(others))):
-            raise FileNotFoundError(f"'{folder}' has no {name}: give a folder that save_model or an export wrote.")
+    exported = any(folder.glob("onnx/*.onnx"))
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file() and not (name == WEIGHTS_FILE and exported):
+            raise FileNotFoundError(f"'{folder}' has no {name}: pass a folder from save_model or export.")
     card = folder / CARD_FILE
     pictures = set(_pictures(card.read_text(encoding="utf-8"))) if card.is_file() else set()
     here = (*PLAIN_FILES, *([HEAD_FILE] if with_head else []), *(TRAINING_FILES if with_training_state else []))
-    # A checkpoint is whole with the heads only: without them, its state fits no model.
-    below = (*PLAIN_FILES, HEAD_FILE, *TRAINING_FILES)
+    in_checkpoint = (*PLAIN_FILES, HEAD_FILE, *TRAINING_FILES)  # its state does not fit a model without the heads
     files = {}
-    left = {name: f"{CARD_FILE} shows it, but there is no such file" for name in sorted(pictures)}
-    for path in sorted(folder.rglob("*")):
+    left = {name: f"{CARD_FILE} shows it, but the file is missing" for name in sorted(pictures)}
+    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         name = path.relative_to(folder).as_posix()
         left.pop(name, None)
-        if not path.is_file():
-            continue
         top, _, rest = name.partition("/")
         is_checkpoint = rest != "" and top.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         allowed = name in pictures or _listed(name, here)
-        if allowed or (is_checkpoint and with_training_state and _listed(rest, below)):
+        if allowed or (is_checkpoint and with_training_state and _listed(rest, in_checkpoint)):
             files[name] = path
         else:
             left[name] = _why_not(name, is_checkpoint)
-    return PushPlan(files, _by_folder(left, files))
+    uploaded = {name.split("/")[0] for name in files}
+    folded: dict[str, str] = {}  # one entry for a folder of which nothing is uploaded
+    for name, reason in left.items():
+        top, slash, _ = name.partition("/")
+        folded.setdefault(f"{top}/" if slash and top not in uploaded else name, reason)
+    return PushPlan(files, folded)
 
 
 def _listed(name: str, patterns: tuple[str, ...]) -> bool:
@@ -104,45 +105,31 @@ def _listed(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _pictures(card: str) -> Iterator[str]:
-    """The pictures of the folder that a card shows, by their path in it."""
+    """The pictures in the folder that a card shows, by their path in it."""
     for match in _SHOWN.finditer(card):
         path = PurePosixPath(unquote(match[1] or match[2]))
-        if (
-            path.suffix.lower() in PICTURES
-            and ":" not in str(path)
-            and not path.is_absolute()
-            and ".." not in path.parts
-        ):
+        inside = ":" not in str(path) and not path.is_absolute() and ".." not in path.parts
+        if inside and path.suffix.lower() in PICTURES:
             yield str(path)
 
 
 def _why_not(name: str, is_checkpoint: bool) -> str:
     last = PurePosixPath(name).name
     if last == TRAINING_ARGS_NAME:
-        return "holds the Hub token in clear"
+        return "contains the Hub token"
     if last == HEAD_FILE and not is_checkpoint:
-        return "heads, for training on: --with-head sends them"
+        return HEADS
     if is_checkpoint or _listed(last, TRAINING_FILES):
-        return "training state: --with-training-state sends it"
+        return STATE
     return "not part of a published model"
 
 
-def _by_folder(left: dict[str, str], files: Mapping[str, Path]) -> dict[str, str]:
-    """One entry for a folder that stays whole."""
-    sent = {path.split("/")[0] for path in files}
-    folded: dict[str, str] = {}
-    for name, reason in left.items():
-        top, slash, _ = name.partition("/")
-        folded.setdefault(f"{top}/" if slash and top not in sent else name, reason)
-    return folded
-
-
 def check_texts(files: Mapping[str, Path]) -> None:
-    """Looks for what must not leave this machine in all text files of a push.
+    """Check all text files of a push for tokens and local paths.
 
     Raises:
-        ValueError: A line holds an access token, or a path of this machine: one below the user's home, the working
-            folder, or the folder that is pushed. The sentence names file and line.
+        ValueError: A line contains an access token, or a path below the user's home, the working folder, or the folder
+            that is pushed.
     """
     private = {Path.home(), Path.cwd(), *(path.absolute().parent for path in files.values())}
     paths = "|".join(re.escape(str(path)) for path in private if len(path.parts) > 1)
@@ -153,18 +140,17 @@ def check_texts(files: Mapping[str, Path]) -> None:
         for number, line in enumerate(_content(path).decode(errors="replace").splitlines(), 1):
             if token := _TOKEN.search(line):
                 raise ValueError(
-                    f"{name}, line {number}, holds an access token ({token[0][:6]}…): take it out, and revoke it at "
+                    f"{name}, line {number}, contains an access token ({token[0][:6]}…): remove it, and revoke it at "
                     "https://huggingface.co/settings/tokens if others may have seen it."
                 )
             if local and (found := local.search(line)):
                 raise ValueError(
-                    f"{name}, line {number}, holds a path of this machine ({found[0]}): take it out, or write it "
-                    "relative to the folder."
+                    f"{name}, line {number}, contains a local path ({found[0]}): remove it, or make it relative."
                 )
 
 
 def _content(path: Path) -> bytes:
-    """A file as it is sent; of the run's best checkpoint its name, and not where it lay here."""
+    """A file as it is uploaded: in the trainer's state, the best checkpoint has its name without its folder."""
     if path.name != TRAINER_STATE_NAME:
         return path.read_bytes()
     state = json.loads(path.read_text(encoding="utf-8"))
@@ -174,10 +160,10 @@ def _content(path: Path) -> bytes:
 
 
 def check_card(card: Path) -> None:
-    """Asks the Hub whether it takes the card, by its client's own check.
+    """Validate a card by the Hub's own check.
 
     Raises:
-        ValueError: It does not; the sentence says why.
+        ValueError: The Hub refuses the card.
     """
     try:
         ModelCard.load(card).validate()
@@ -185,8 +171,8 @@ def check_card(card: Path) -> None:
         raise  # some of them are ValueErrors, too
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{card.name} has metadata that the Hub does not take ({summary(error)}): mend what lies between its "
-            "lines of ---, or have create_model_card write it anew."
+            f"{card.name} has metadata that the Hub refuses ({summary(error)}): correct the lines between the lines of "
+            "---, or call create_model_card."
         ) from error
 
 
@@ -200,25 +186,24 @@ def upload(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Sends files in one commit. Whatever fails, the files here are as they were and no half of them is there.
+    """Upload files in one commit. If it fails, nothing is committed, and another call uploads only what is missing.
 
-    A second try sends only what is missing. Where the weights change and no heads come with them, heads that are there
-    are deleted: they would belong to other weights.
+    Heads in the repository are deleted if the weights change and no heads are uploaded: they would not fit.
 
     Args:
-        files: Path in the repository to the file here, as of `plan_push`.
-        repo_id: `user/name`, or the name alone. Made where it is missing.
-        message: Of the commit.
-        private: Whether to make a missing repository private; where None, as the organisation or user has set it.
-        revision: A branch, made from main where it is missing, or a pull request's `refs/pr/N`; default main.
-        create_pr: Whether to open a pull request instead of committing to the branch.
-        token: Default: what `hf auth login` or HF_TOKEN set.
+        files: Path in the repository to the file here, from `plan_push`.
+        repo_id: `user/name`, or the name alone. It is created if it is missing.
+        message: Message of the commit.
+        private: Whether to create a missing repository as private; None for the default of the user or organization.
+        revision: A branch, created from main if it is missing, or `refs/pr/N` for a pull request; default main.
+        create_pr: Whether to open a pull request instead of a commit to the branch.
+        token: Default: the token of `hf auth login` or HF_TOKEN.
 
     Raises:
-        ValueError: A text holds a token or local path, the Hub refuses the card, or the repository is there and is
-            public though `private` was asked for. Nothing was sent.
-        PermissionError: There is no token, or the Hub does not take it.
-        ConnectionError: The Hub can't be reached, or broke off.
+        ValueError: A text contains a token or local path, the Hub refuses the card, or the repository exists and is
+            public although `private` is set.
+        PermissionError: There is no token, or the Hub refuses it.
+        ConnectionError: The Hub cannot be reached, or the connection broke.
     """
     check_texts(files)
     check_repo_id(repo_id)
@@ -230,7 +215,7 @@ def upload(
             check_card(files[CARD_FILE])
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id).private:
-            raise ValueError(f"{repo_id} is there, and public: make it private in its settings, or leave out private.")
+            raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or leave out private.")
         if revision and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         operations = [
@@ -245,44 +230,44 @@ def upload(
             create_pr=create_pr,
         )
     except RevisionNotFoundError as error:
-        raise ValueError(
-            f"{repo_id} has no revision '{revision}': name a branch, or a pull request that is open."
-        ) from error
+        raise ValueError(f"{repo_id} has no revision '{revision}': use a branch or an open pull request.") from error
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise PermissionError(
-                f"The Hub does not let you push to {repo_id} ({summary(error)}): check the name, and that "
-                "`hf auth whoami` names an account with a token that may write there."
+                f"The Hub refuses the push to {repo_id} ({summary(error)}): check the name, and whether the account of "
+                "`hf auth whoami` may write there."
             ) from error
-        raise _broke_off(repo_id, error) from error
+        raise _failed(repo_id, error) from error
     except (OSError, RuntimeError, HTTPError) as error:  # the client raises RuntimeError where an upload failed
-        raise _broke_off(repo_id, error.__cause__ or error) from error
+        raise _failed(repo_id, error.__cause__ or error) from error
 
 
-def _broke_off(repo_id: str, error: BaseException) -> ConnectionError:
+def _failed(repo_id: str, error: BaseException) -> ConnectionError:
     return ConnectionError(
-        f"The push to {repo_id} broke off ({summary(error)}). Nothing was committed and nothing here has changed: "
-        "push again, and only what is missing is sent."
+        f"The push to {repo_id} failed ({summary(error)}). Nothing was committed, and nothing changed here: push again "
+        "to upload what is missing."
     )
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises ValueError where the Hub would not take this name."""
+    """Raise a ValueError if this is not a valid name on the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"'{repo_id}' is no Hub id: write USER/REPO, of letters, digits, '-', '_' and '.'.") from error
+        raise ValueError(
+            f"'{repo_id}' is not a Hub id: use USER/REPO with letters, digits, '-', '_' and '.'."
+        ) from error
 
 
 def _stale_heads(
     api: HfApi, repo_id: str, revision: str | None, operations: list[CommitOperationAdd]
 ) -> list[CommitOperationDelete]:
-    sent = {operation.path_in_repo: operation for operation in operations}
-    if HEAD_FILE in sent or WEIGHTS_FILE not in sent:
+    new = {operation.path_in_repo: operation for operation in operations}
+    if HEAD_FILE in new or WEIGHTS_FILE not in new:
         return []
     there = {file.path: file for file in api.get_paths_info(repo_id, [WEIGHTS_FILE, HEAD_FILE], revision=revision)}
     if HEAD_FILE not in there:
         return []
     weights = getattr(there.get(WEIGHTS_FILE), "lfs", None)
-    same = weights is not None and weights.sha256 == sent[WEIGHTS_FILE].upload_info.sha256.hex()
+    same = weights is not None and weights.sha256 == new[WEIGHTS_FILE].upload_info.sha256.hex()
     return [] if same else [CommitOperationDelete(HEAD_FILE)]

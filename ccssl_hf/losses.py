@@ -1,7 +1,4 @@
-"""The losses: functions of tensors alone.
-
-Shapes: `N` images, two views each, `C` classes, `D` projection size.
-"""
+"""Loss functions on tensors. Shapes: `N` images with two views each, `C` classes, `D` projection size."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ from torch.autograd.function import once_differentiable
 from .distributed import all_gather, all_gather_with_gradient, rank
 
 OwnPairWeight = Literal["one", "squared"]
-"""How the two views of one image are weighted: by 1, or by the square of the image's confidence."""
+"""Weight of the pair of views of one image: 1, or the square of the image's confidence."""
 
 _CHUNK_ELEMENTS = 1 << 21
-"""Similarities held at once (8 MiB in float32, which caches hold): 2 x 448 views make a single chunk."""
+"""Maximum number of similarities in memory: 8 MiB in float32, which fits CPU caches. 2 x 448 views fit one chunk."""
 
 _LEAST_ROWS = 64
-"""Rows of similarities held at once at least: with fewer, matrix products take longer."""
+"""Minimum number of rows in a chunk: matrix products with fewer rows are slower."""
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -30,17 +27,17 @@ _REFERENCE_TEMPERATURE = 0.07
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
+    """Converts half precision to float32; float32 and float64 stay."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def masked_cross_entropy(*, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy times `mask`, averaged over all `N` images, masked ones too: a scalar.
+    """Cross-entropy times `mask`, averaged over all `N` images, including masked ones: a scalar.
 
     Args:
         logits: `[N, C]`.
-        targets: Classes `[N]`, or their probabilities `[N, C]`.
-        mask: 0/1, or a weight, `[N]`.
+        targets: Classes `[N]` or class probabilities `[N, C]`.
+        mask: 0/1 or a weight, `[N]`.
     """
     return (F.cross_entropy(logits, targets, reduction="none") * mask).mean()
 
@@ -57,38 +54,38 @@ def class_aware_contrastive_loss(
 ) -> Tensor:
     r"""Class-aware contrastive loss of CCSSL (https://arxiv.org/abs/2203.02261, equations 6 to 8).
 
-    Images that are confidently of one class attract each other in proportion to both confidences; any other image is a
-    class of its own, as in SimCLR. Over the 2N views, with confidence q, pseudo label ŷ, temperature τ, unit vectors z:
+    Images with the same pseudo label attract each other in proportion to both confidences. Every other image is its own
+    class, as in SimCLR. Over the 2N views, with confidence q, pseudo label ŷ, temperature τ, unit vectors z:
 
         w_ij = 1[ŷ_i = ŷ_j] · q_i q_j · 1[q_i ≥ T_push] · 1[q_j ≥ T_push]    for views of different images
         w_ij = 1  (own_pair_weight="one")   or   q_i²  ("squared")           for the two views of one image
         L = −(τ / 0.07) · mean_i [ Σ_{j≠i} w_ij · log softmax_{k≠i}(z_i·z_k / τ)_j  /  Σ_{j≠i} w_ij ]
 
-    The weight stands outside the logarithm: equation 8 is printed with the weight inside, a typo that its authors
-    confirmed. The published numbers were made with `own_pair_weight="squared"`; "one" is what the authors' code does
-    today.
+    The weight is outside the logarithm. Equation 8 prints it inside, a typo that the authors confirmed. The published
+    numbers used `own_pair_weight="squared"`; the authors' current code uses "one".
 
-    A view whose weights are all zero ("squared" and a confidence of zero) has no positive: it adds 0 to the mean, and
-    still counts in it. A single image alone gives 0.
+    A view without positives (all weights zero: "squared" with confidence zero) adds 0 to the mean and still counts in
+    it. The loss of a single image is 0.
 
-    Time is O(N² D), memory O(N D). Computed in float32 at least, under autocast too. Only `embeddings` get a gradient.
+    Time is O(N² D), memory O(N D). Computed in float32 or float64, also under autocast. Only `embeddings` get a
+    gradient.
 
     Args:
         embeddings: The strong and the contrastive view, `[N, 2, D]`, of unit norm.
-        pseudo_labels: Integers `[N]`; any values, equal where the class is.
+        pseudo_labels: Integers `[N]`.
         confidences: In [0, 1], `[N]`.
         temperature: τ.
-        push_threshold: T_push, the least confidence of an image that attracts others, in [0, 1]; None for no threshold.
+        push_threshold: T_push in [0, 1], the minimum confidence of an image that attracts others; None: no threshold.
         own_pair_weight: "one" or "squared".
-        gather: Contrast against the images of all processes. Each process returns the mean over its own images, so that
-            averaging gradients over processes gives the gradient of one process on the global batch. All processes
-            need the same `N`. Without a process group it changes nothing.
+        gather: Contrast with the images of all processes, each with the same `N`. Each process returns the mean over
+            its own images; averaging gradients over processes gives the gradient of one process on the global batch.
+            Has no effect without a process group.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If a shape, a dtype or an option is not as described.
+        ValueError: A shape, a dtype or an option is not as described.
     """
     _check_contrastive(embeddings, pseudo_labels, confidences, temperature, push_threshold, own_pair_weight)
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -122,28 +119,23 @@ def _check_contrastive(
     push_threshold: float | None,
     own_pair_weight: str,
 ) -> None:
+    def got(tensor: Tensor) -> str:
+        return f"got {tensor.dtype} {list(tensor.shape)}"
+
     if embeddings.ndim != 3 or embeddings.shape[1] != 2 or not len(embeddings) or not embeddings.is_floating_point():
         raise ValueError(
-            "`embeddings` must be floating point of shape [N, 2, D] with N >= 1, two views an image; "
-            f"got {embeddings.dtype} {list(embeddings.shape)}. Build it with torch.stack([strong, contrastive], dim=1)."
+            "`embeddings` must be floating point of shape [N, 2, D] with N >= 1 and two views per image; "
+            f"{got(embeddings)}. Build it with torch.stack([strong, contrastive], dim=1)."
         )
     images = embeddings.shape[:1]
     if pseudo_labels.shape != images or pseudo_labels.dtype not in _INTEGERS:
-        raise ValueError(
-            f"`pseudo_labels` must be integers of shape {list(images)}, one an image; "
-            f"got {pseudo_labels.dtype} {list(pseudo_labels.shape)}."
-        )
+        raise ValueError(f"`pseudo_labels` must be integers of shape {list(images)}; {got(pseudo_labels)}.")
     if confidences.shape != images or not confidences.is_floating_point():
-        raise ValueError(
-            f"`confidences` must be floating point of shape {list(images)}, one an image; "
-            f"got {confidences.dtype} {list(confidences.shape)}."
-        )
+        raise ValueError(f"`confidences` must be floating point of shape {list(images)}; {got(confidences)}.")
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0, got {temperature}.")
     if push_threshold is not None and not 0 <= push_threshold <= 1:
-        raise ValueError(
-            f"`push_threshold` must be a confidence in [0, 1], or None for no threshold; got {push_threshold}."
-        )
+        raise ValueError(f"`push_threshold` must be a confidence in [0, 1] or None, got {push_threshold}.")
     if own_pair_weight not in get_args(OwnPairWeight):
         raise ValueError(f"`own_pair_weight` must be one of {get_args(OwnPairWeight)}, got {own_pair_weight!r}.")
 
@@ -151,22 +143,19 @@ def _check_contrastive(
 def weighted_positives(
     *, anchors: Tensor, keys: Tensor, labels: Tensor, attraction: Tensor, own_pair: Tensor, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Σ_j w_ij z_i·z_j, summed over the two views of each anchor, and Σ_j w_ij, which both views share.
+    """Returns Σ_j w_ij z_i·z_j, summed over the two views of each anchor, and Σ_j w_ij, the same for both; `[A]` each.
 
-    No pair is ever looked at: Σ_j w_ij z_i·z_j = a_i z_i·S, where S sums a_j z_j over the class of i, less i itself.
+    No matrix of pairs is needed: Σ_j w_ij z_i·z_j = a_i z_i·S, where S sums a_j z_j over the class of i without i.
 
     Args:
         anchors: `[A, 2, D]`, the images `first` to `first + A` of `keys`.
         keys: `[N, 2, D]`.
         labels: `[N]`.
-        attraction: a `[N]`: the confidence, or 0 for an image that attracts no other.
+        attraction: a `[N]`: the confidence, or 0 for an image that attracts no other image.
         own_pair: Weight `[N]` of the pair of views of one image.
-        first: Where the anchors begin among the keys.
-
-    Returns:
-        Both `[A]`.
+        first: Index of the first anchor among the keys.
     """
-    group = torch.searchsorted(labels.sort().values, labels)  # a number below N for each class; no wait for the device
+    group = torch.searchsorted(labels.sort().values, labels)  # class → a number below N, without a device sync
     pull = keys.sum(1) * attraction[:, None]
     class_pull = torch.zeros_like(pull).index_add(0, group, pull)
     class_attraction = torch.zeros_like(attraction).index_add(0, group, attraction)
@@ -182,8 +171,8 @@ def weighted_positives(
 class _WeightedLogPartition(torch.autograd.Function):
     """Σ_i c_i log Σ_{k≠i} exp(x_i·y_k): a scalar, from anchors x `[A, D]`, keys y `[K, D]` and weights c `[A]`.
 
-    Anchor i is key `first + i`. A chunk of rows of the similarities is held at a time. The gradient is a multiple of
-    the scalar that comes from behind, so it is made along with the value, while a chunk's exponentials are at hand.
+    Anchor i is key `first + i`. Only one chunk of rows of the similarities is in memory. The gradient is a multiple of
+    the incoming scalar gradient, so forward computes it while it has the exponentials of a chunk.
     """
 
     @staticmethod
@@ -193,7 +182,7 @@ class _WeightedLogPartition(torch.autograd.Function):
         rows = min(len(anchors), chunk_rows or max(_LEAST_ROWS, _CHUNK_ELEMENTS // len(keys)))
         buffer = anchors.new_empty(rows, len(keys))
         log_sums = torch.empty_like(weights)
-        # The keys' gradient is kept transposed: so its product runs along the rows of a chunk.
+        # The keys' gradient is kept transposed, so that its product runs along the rows of a chunk.
         grads = (torch.empty_like(anchors), keys.new_zeros(keys.shape[::-1])) if any(ctx.needs_input_grad) else None
         for start in range(0, len(anchors), rows):
             chunk = slice(start, start + rows)
@@ -204,7 +193,7 @@ class _WeightedLogPartition(torch.autograd.Function):
             exponentials = similarities.sub_(largest).exp_()
             sums = exponentials.sum(1, keepdim=True)
             log_sums[chunk] = (largest + sums.log()).squeeze(1)
-            if grads is not None:  # weights and sums scale what is D wide, not the similarities
+            if grads is not None:  # scale the smaller factor, [rows, D], not the similarities
                 scale = weights[chunk, None] / sums
                 torch.mm(exponentials, keys, out=grads[0][chunk]).mul_(scale)
                 grads[1].addmm_((x * scale).T, exponentials)

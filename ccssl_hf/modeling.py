@@ -1,4 +1,4 @@
-"""The model that is trained: a timm classifier, a projection head, and what further heads an algorithm asks for."""
+"""The model: a timm classifier, a projection head, and the further heads of an algorithm."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ class CCSSLOutput(ModelOutput):
     Attributes:
         loss: Cross-entropy, a scalar; None without labels.
         logits: `[N, C]`.
-        embeddings: `[N, D]` in float32, unit norm; None unless asked for.
-        heads: Name to output `[N, ...]` of each further head; None where there are none.
+        embeddings: `[N, D]` in float32, unit norm; None unless requested.
+        heads: Outputs `[N, ...]` of the further heads by name; None if the model has none.
     """
 
     loss: Tensor | None = None
-    logits: Tensor = None  # type: ignore[assignment]  # always set, but ModelOutput wants a default
+    logits: Tensor = None  # type: ignore[assignment]  # always set, but ModelOutput needs a default
     embeddings: Tensor | None = None
     heads: dict[str, Tensor] | None = None
 
 
 class CCSSLForImageClassification(PreTrainedModel):
-    """A timm backbone with its own classifier, a projection head and further heads, all on the same features.
+    """A timm backbone with its classifier, a projection head and further heads on the same features.
 
-    Build one with `from_timm` or `from_pretrained`.
+    Create it with `from_timm` or `from_pretrained`.
 
     Attributes:
         backbone: The timm model.
-        projection: Features `[N, feature_dim]` to embeddings.
-        heads: Name to module on the features.
+        projection: Maps features `[N, feature_dim]` to embeddings.
+        heads: Further modules on the features, by name.
         feature_dim: Width of the features before the classifier.
     """
 
@@ -64,16 +64,15 @@ class CCSSLForImageClassification(PreTrainedModel):
     config: CCSSLConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    accepts_loss_kwargs = False  # else the Trainer hands num_items_in_batch to forward
-    _supports_sdpa = True  # timm's attention uses it by itself
+    accepts_loss_kwargs = False  # otherwise the Trainer passes num_items_in_batch to forward
+    _supports_sdpa = True  # used by timm's attention
 
     def __init__(self, config: CCSSLConfig, backbone: Any = None) -> None:
         super().__init__(config)
         if backbone is None:
             check_backbone(config.architecture)
-            backbone = timm.create_model(
-                config.architecture, num_classes=config.num_labels, **(config.model_args or {})
-            )
+            model_args = config.model_args or {}
+            backbone = timm.create_model(config.architecture, num_classes=config.num_labels, **model_args)
             set_input(backbone, config.pretrained_cfg or backbone.pretrained_cfg)
         self.backbone: Any = backbone
         self.feature_dim = feature_width(backbone)
@@ -83,7 +82,7 @@ class CCSSLForImageClassification(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: timm and the heads have initialised themselves."""
+        """Does nothing: timm and the heads initialise themselves."""
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.backbone.set_grad_checkpointing(enable)
@@ -100,22 +99,22 @@ class CCSSLForImageClassification(PreTrainedModel):
         heads: Mapping[str, nn.Module] | None = None,
         **timm_kwargs: Any,
     ) -> CCSSLForImageClassification:
-        """A model for training.
+        """Creates a model for training.
 
         Args:
             name: timm name of the backbone, such as "resnet50" or "wide_resnet28_2_cifar".
-            labels: The class names, in the order of the label numbers.
-            pretrained: Whether to start from timm's weights.
+            labels: Class names in the order of the label numbers.
+            pretrained: Whether to load timm's weights.
             projection_dim: Size of the embeddings.
-            image_size: Side of the images in pixels; the backbone's own where None. Up to 96 px, images are not
+            image_size: Side of the images in pixels; None: the default of the backbone. Images up to 96 px are not
                 cropped at evaluation.
             heads: Further heads on the features, see `add_heads`.
             **timm_kwargs: Further arguments of `timm.create_model`, such as `drop_path_rate`, or
-                `pretrained_cfg_overlay={"mean": ..., "std": ..., "crop_pct": ...}` for how images enter.
+                `pretrained_cfg_overlay={"mean": ..., "std": ..., "crop_pct": ...}` to change the preprocessing.
 
         Raises:
-            ValueError: The labels are not distinct names, timm has no such model or weights, or the backbone's head
-                is not a classifier on pooled features.
+            ValueError: The labels are not distinct names, timm has no such model or weights, or the backbone has no
+                classifier on pooled features.
         """
         if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
             raise ValueError("labels must be a list of class names, such as dataset.features['label'].names.")
@@ -140,20 +139,20 @@ class CCSSLForImageClassification(PreTrainedModel):
         return model
 
     def add_heads(self, heads: Mapping[str, nn.Module]) -> None:
-        """Takes on the heads that an algorithm declares; one that is there already keeps its weights.
+        """Adds the heads of an algorithm. A head that the model already has keeps its weights.
 
         Args:
             heads: Name to module on the features `[N, feature_dim]`: a Linear, or a Sequential of Linear, BatchNorm1d,
                 ReLU and LeakyReLU.
 
         Raises:
-            ValueError: A module has other layers, or another head has this name.
+            ValueError: A module has other layers, or the model has another head of this name.
         """
         described = {name: describe_head(module) for name, module in heads.items()}
         known = dict(self.config.heads or {})
         for name, layers in described.items():
             if known.get(name, layers) != layers:
-                raise ValueError(f"The model has another head '{name}' ({known[name]}): give this one a new name.")
+                raise ValueError(f"The model has another head '{name}' ({known[name]}): use another name.")
         for name, module in heads.items():
             if name not in known:
                 self.heads[name] = module if isinstance(module, nn.Sequential) else nn.Sequential(module)
@@ -166,19 +165,19 @@ class CCSSLForImageClassification(PreTrainedModel):
         return_embeddings: bool = False,
         return_dict: bool | None = None,
     ) -> CCSSLOutput | tuple[Any, ...]:
-        """One pass of the backbone, all heads on its features.
+        """Computes the logits and the outputs of all heads in one pass of the backbone.
 
         Args:
             pixel_values: Normalised images `[N, 3, H, W]`.
             labels: Class numbers `[N]`, for the loss.
             return_embeddings: Whether to compute the embeddings.
-            return_dict: False for a tuple of what is not None.
+            return_dict: False: return a tuple of the outputs that are not None.
         """
         features, logits = features_and_logits(self.backbone, pixel_values)
         output = CCSSLOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             logits=logits,
-            # In float32 also under autocast: the contrastive loss needs the norm to be one.
+            # float32 also under autocast: the contrastive loss needs unit norm.
             embeddings=F.normalize(self.projection(features).float(), dim=1) if return_embeddings else None,
             heads={name: head(features) for name, head in self.heads.items()} or None,
         )
@@ -195,10 +194,10 @@ class CCSSLForImageClassification(PreTrainedModel):
         """Writes a folder that transformers and timm load without this package.
 
         Args:
-            save_directory: Made where it is missing.
-            state_dict: Weights to save in place of the model's own, with the same keys.
-            with_head: Whether to write the projection head and further heads, too (`ccssl_head.safetensors`).
-            is_main_process: Only the main process writes.
+            save_directory: Created if it does not exist.
+            state_dict: Weights to save instead of the model's own, with the same keys.
+            with_head: Whether to write the projection head and further heads (`ccssl_head.safetensors`).
+            is_main_process: False: write nothing.
         """
         if is_main_process:
             save_checkpoint(self, save_directory, state_dict=state_dict, with_head=with_head)
@@ -213,14 +212,14 @@ class CCSSLForImageClassification(PreTrainedModel):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> CCSSLForImageClassification:
-        """The model from a folder or Hub repository, in eval mode. Never runs code from there.
+        """Loads a model from a folder or Hub repository, in eval mode, without running code from there.
 
         Args:
             name: A folder that `save_pretrained` wrote, or a Hub id.
             revision: Branch, tag or commit on the Hub.
             token: For a private repository.
-            cache_dir: Where downloads are kept.
-            local_files_only: Whether to use what was downloaded before.
+            cache_dir: Folder for downloads.
+            local_files_only: Whether to use only files that are already downloaded.
 
         Raises:
             FileNotFoundError: There is no such folder or repository.
@@ -232,13 +231,13 @@ class CCSSLForImageClassification(PreTrainedModel):
         content, state, head = load_checkpoint(folder)
         model = cls(CCSSLConfig.from_dict(content, **(head or {})))
         if head is None:
-            warnings.warn(f"'{name}' has no projection head: training on starts with a fresh one.", stacklevel=2)
+            warnings.warn(f"'{name}' has no projection head: a new one is created.", stacklevel=2)
         expected = {key for key in model.state_dict() if head is not None or key.startswith("backbone.")}
         if state.keys() != expected:
             different = sorted(state.keys() ^ expected)
             raise ValueError(
-                f"The weights in '{name}' are not of '{model.config.architecture}', as {len(different)} keys differ, "
-                f"such as '{different[0]}': save the folder again."
+                f"The weights in '{name}' do not fit '{model.config.architecture}': {len(different)} keys differ, such "
+                f"as '{different[0]}'. Save the folder again."
             )
         model.load_state_dict(state, strict=head is not None)
         return model.eval()
@@ -254,7 +253,7 @@ class CCSSLForImageClassification(PreTrainedModel):
         revision: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Uploads what `save_pretrained` writes; projection head and further heads only if asked for by `with_head`."""
+        """Uploads the files of `save_pretrained`; the heads only with `with_head=True`."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, with_head=with_head)
             return upload(

@@ -1,4 +1,4 @@
-"""SGD as the paper sets it: no decay on norms and biases, and FixMatch's cosine."""
+"""Parameters with weight decay, and FixMatch's cosine schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _TIMM_NORMS = {f"timm.layers.{file}" for file in ("norm", "norm_act", "evo_norm", "filter_response_norm", "grn")}
-"""timm's norms are classes of these files, few of them derived from torch's."""
+"""timm defines its norms in these modules; few of them derive from torch's classes."""
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -19,13 +19,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def decayed_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay applies to: all but norms, found by module type, and biases."""
+    """Returns the names of parameters with weight decay: all except norms (by module type) and biases."""
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if not _is_norm(module)
         for name, _ in module.named_parameters(recurse=False)
-        if not name.endswith("bias")  # attention has such as in_proj_bias and q_bias
+        if not name.endswith("bias")  # attention has in_proj_bias, q_bias
     ]
 
 
@@ -37,10 +37,10 @@ def _cosine_7_16(step: int, *, warmup_steps: int, total_steps: int) -> float:
 
 
 def cosine_7_16_schedule(optimizer: Optimizer, *, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then cos(7/16 pi k/K) of the peak rate: FixMatch (arXiv 2001.07685), section 2.4.
+    """Linear warm-up, then cos(7π k / 16K) times the peak learning rate: FixMatch (arXiv 2001.07685), section 2.4.
 
     Args:
-        optimizer: Its rate is the peak rate.
-        warmup_steps, total_steps: Optimizer steps; `K` is their difference.
+        optimizer: Its learning rate is the peak.
+        warmup_steps, total_steps: In optimizer steps; `K` is their difference.
     """
     return LambdaLR(optimizer, functools.partial(_cosine_7_16, warmup_steps=warmup_steps, total_steps=total_steps))

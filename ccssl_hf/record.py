@@ -128,7 +128,7 @@ class SplitPredictions:
     embeddings: np.ndarray | None = None
 
     @property
-    def known(self) -> np.ndarray:
+    def in_distribution(self) -> np.ndarray:
         """Whether each image is in-distribution, bool `[N]`."""
         return self.labels >= 0
 

@@ -1,4 +1,4 @@
-"""What lets a run go on bit for bit: its state beside a checkpoint's plain folder, and which checkpoint is whole."""
+"""Training state for bit-exact resuming, and the last complete checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .distributed import all_gather, rank, read_batchnorm_buffers, world_size, w
 logger = logging.getLogger(__name__)
 
 TRAINING_STATE = "training_state.safetensors"
-"""Raw and averaged weights of the whole model, and the algorithm's statistics."""
+"""Raw and averaged weights with all heads, and the buffers of the algorithm."""
 
 _BATCHNORM = "batchnorm_of_processes"
-"""Its entry for what differs from process to process: BatchNorm's running statistics, `[processes, n]`."""
+"""Its entry for the BatchNorm statistics of each process, `[processes, n]`."""
 
 
 def save_training_state(folder: str | Path, modules: Mapping[str, nn.Module], *, write: bool) -> None:
-    """Writes the state of all modules to one file. Every process calls it; one of them writes.
+    """Writes the state of all modules to one file. Every process must call it.
 
     Args:
         folder: The checkpoint.
         modules: The modules by name.
-        write: Whether this process is the one that writes.
+        write: Whether this process writes the file.
     """
     together = nn.ModuleDict(modules)
     state = together.state_dict()
@@ -43,15 +43,15 @@ def save_training_state(folder: str | Path, modules: Mapping[str, nn.Module], *,
 
 
 def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) -> None:
-    """Reads what `save_training_state` wrote. With another number of processes, BatchNorm starts from their mean.
+    """Loads what `save_training_state` wrote. BatchNorm statistics of another number of processes are averaged.
 
     Raises:
-        ValueError: The checkpoint is not whole, or of another model or algorithm.
+        ValueError: The checkpoint is incomplete, or of another model or algorithm.
     """
-    if not is_whole(folder):
+    if not is_complete(folder):
         raise ValueError(
-            f"The run can't go on from {folder}: it was written with save_only_model, or its writing was cut short; "
-            "give an earlier checkpoint-N, or resume_from_checkpoint=True for the last one that is whole."
+            f"{folder} is incomplete: it was written with save_only_model, or saving was interrupted. Give an earlier "
+            "checkpoint-N, or resume_from_checkpoint=True for the last complete one."
         )
     together = nn.ModuleDict(modules)
     state = load_tensors(Path(folder) / TRAINING_STATE)
@@ -61,7 +61,7 @@ def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) ->
     if other:
         raise ValueError(
             f"{folder} is of a run with another model, data set, algorithm or ema_decay ({len(other)} entries differ, "
-            f"such as {other[0]!r}): resume with the arguments that it was written with."
+            f"such as {other[0]!r}): resume with the arguments of that run."
         )
     together.load_state_dict(state)
     if statistics is not None:
@@ -69,8 +69,8 @@ def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) ->
         write_batchnorm_buffers(together, own)
 
 
-def is_whole(folder: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer's state comes last, after every process's part."""
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Whether all files of a checkpoint were written. The Trainer's state is the last one."""
     try:
         json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -79,10 +79,10 @@ def is_whole(folder: str | os.PathLike[str]) -> bool:
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The last checkpoint of a run that is whole; a killed run may have left a later one that is not."""
+    """Returns the last complete checkpoint of a run, or None. A killed run may leave an incomplete one after it."""
     found = [path for path in Path(output_dir).iterdir() if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if is_whole(path):
+        if is_complete(path):
             return str(path)
-        logger.warning("%s was not written to its end: going on from an earlier checkpoint.", path)
+        logger.warning("%s is incomplete: resuming from an earlier checkpoint.", path)
     return None

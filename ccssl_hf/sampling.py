@@ -1,10 +1,8 @@
-"""Which images a step sees, and every random number in it: pure functions of (seed, step).
+"""The images of each step, and all random numbers: pure functions of (seed, step), without generator state.
 
-Nothing here keeps generator state. A *draw* is the position of an image in the endless sequence of images taken from
-one stream (labeled or unlabeled) over a whole run; it names the image and, through `uniform`, the augmentation that
-image gets.
-So a resumed run, and a run on another number of processes or workers, sees the same images under the same
-augmentations.
+A *draw* is the position of an image in the endless sequence of images taken from one stream (labeled or unlabeled) over
+a run. It determines the image and, through `uniform`, its augmentation. A resumed run, or a run on another number of
+processes or workers, therefore sees the same images with the same augmentations.
 """
 
 from __future__ import annotations
@@ -21,14 +19,14 @@ LABELED, UNLABELED = 0, 1
 """The two streams of images."""
 
 _SHUFFLE = 1 << 8
-"""Offset that keeps the keys of shuffles apart from those of augmentations, which use small stream numbers."""
+"""Offset between stream numbers of shuffles and of augmentations, which are small."""
 
 _AT_ONCE = 1 << 16
-"""Draws whose shuffling bits are made at once: the arithmetic has temporaries of their size."""
+"""Number of draws per chunk when shuffling, which bounds temporaries."""
 
 
 def _signed(value: int) -> int:
-    """The 64-bit pattern of `value` as the signed integer that torch's int64 arithmetic expects."""
+    """Converts a 64-bit pattern to the signed integer of torch's int64 arithmetic."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -37,7 +35,7 @@ _GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014); masks, because int64 shifts keep the sign."""
+    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014). Masks, because int64 shifts keep the sign."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -49,13 +47,13 @@ def _key(seed: int, stream: int) -> int:
 
 
 def counter_bits(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
-    """64 random bits for each (seed, stream, draw, column), the same on every device.
+    """Returns 64 random bits for each (seed, stream, draw, column), the same on every device.
 
     Args:
         seed: The run's seed.
-        stream: Names the purpose, so that two purposes never share a number.
+        stream: Number of the purpose; two purposes never share random numbers.
         draws: int64 `[N]`.
-        columns: How many numbers each draw gets.
+        columns: Number of random numbers per draw.
 
     Returns:
         int64 `[N, columns]`.
@@ -66,18 +64,14 @@ def counter_bits(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
 
 
 def uniform(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
-    """Uniform numbers in [0, 1) from `counter_bits`: multiples of 2**-24, exact in float32.
-
-    Returns:
-        float32 `[N, columns]`.
-    """
+    """Returns uniform numbers in [0, 1), float32 `[N, columns]`: multiples of 2**-24 from `counter_bits`."""
     bits = (counter_bits(seed, stream, draws, columns) >> 40) & ((1 << 24) - 1)
     return bits.to(torch.float32) * 2.0**-24
 
 
 @dataclass(frozen=True)
 class PairedIndices:
-    """What one process takes in one batch: row numbers and draws of both streams, int64 `[B]` and `[mu * B]`."""
+    """Row numbers and draws of one batch of one process, int64 `[B]` (labeled) and `[mu * B]` (unlabeled)."""
 
     labeled_index: np.ndarray
     labeled_draw: np.ndarray
@@ -89,7 +83,7 @@ class PairedIndices:
 
 
 class _Stream:
-    """The endless shuffled sequence of one split: epoch after epoch, each a permutation of its own."""
+    """The endless sequence of images of one split: a new permutation for each epoch."""
 
     def __init__(self, number: int, num_images: int, seed: int) -> None:
         self.number, self.num_images, self.seed = number, num_images, seed
@@ -117,38 +111,36 @@ class _Stream:
 class PairedBatchSampler:
     """Batches of `batch_size` labeled and `mu * batch_size` unlabeled images, drawn without replacement in each epoch.
 
-    Batch number `b` takes draws `b * batch_size` onwards of the labeled stream and `b * mu * batch_size` onwards of the
-    unlabeled one. Processes take turns (process `r` of `W` gets batches `r, W + r, ...`, accelerate's own rule), so `W`
-    batches together are the global batch that one process would get with `W * batch_size`.
+    Batch `b` starts at draw `b * batch_size` of the labeled stream and `b * mu * batch_size` of the unlabeled stream.
+    Process `r` of `W` gets batches `r, W + r, ...` (accelerate's rule), so `W` consecutive batches form the same global
+    batch that one process gets with `W * batch_size`.
 
     Args:
         num_labeled: Rows of the labeled split.
-        num_unlabeled: Rows of the unlabeled split; 0 where the algorithm reads none.
-        batch_size: Labeled images a batch, `B`.
-        mu: Unlabeled images per labeled one.
+        num_unlabeled: Rows of the unlabeled split; 0 if the algorithm reads none.
+        batch_size: Labeled images per batch, `B`.
+        mu: Unlabeled images per labeled image.
         num_batches: Length of the run, in batches over all processes.
         seed: The run's seed.
     """
 
-    drop_last = True  # accelerate pads the last batches of a sampler that does not drop them
+    drop_last = True  # otherwise accelerate pads the last batches
 
     def __init__(
         self, *, num_labeled: int, num_unlabeled: int, batch_size: int, mu: int, num_batches: int, seed: int
     ) -> None:
         self.labeled = _Stream(LABELED, num_labeled, seed)
         self.unlabeled = _Stream(UNLABELED, num_unlabeled, seed)
-        self.num_unlabeled_per_batch = mu * batch_size if num_unlabeled else 0
         self.num_labeled_per_batch = batch_size
-        self.batch_size = (
-            self.num_labeled_per_batch + self.num_unlabeled_per_batch
-        )  # accelerate compares len(batch) to it
+        self.num_unlabeled_per_batch = mu * batch_size if num_unlabeled else 0
+        self.batch_size = batch_size + self.num_unlabeled_per_batch  # accelerate compares it with len(batch)
         self.num_batches = num_batches
 
     def __len__(self) -> int:
         return self.num_batches
 
     def batch(self, number: int) -> PairedIndices:
-        """The contents of batch `number`."""
+        """Returns batch `number`."""
         labeled = self.labeled.take(number * self.num_labeled_per_batch, self.num_labeled_per_batch)
         unlabeled = self.unlabeled.take(number * self.num_unlabeled_per_batch, self.num_unlabeled_per_batch)
         return PairedIndices(*labeled, *unlabeled)

@@ -1,4 +1,4 @@
-"""One batch on its way through a step: uint8 images to views, views to the network's answers."""
+"""One training step: uint8 images to views, and views to the network's outputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from .transforms import View, ViewSettings, make_view, normalize
 def make_views(
     inputs: Mapping[str, Any], views: Sequence[View], settings: ViewSettings, *, seed: int, cropped: bool
 ) -> list[Tensor]:
-    """The weak view of the labeled images, then each of `views` of the unlabeled ones, normalised, `[n, 3, S, S]`.
+    """Makes the weak view of the labeled images, then each of `views` of the unlabeled images.
 
     Args:
-        inputs: A batch of `data.PairedDataset`, on the device where the views are made.
-        views: As the batch has them, if each has a crop of its own.
-        settings: How views are made.
+        inputs: A batch of `data.PairedDataset`, on the device that makes the views.
+        views: The views of the unlabeled images, in the order of the batch's crops.
+        settings: The settings of the views.
         seed: The run's seed.
-        cropped: Whether images come as one crop for each view, `[n, views, 3, S, S]`, and not as `[n, 3, S, S]`.
+        cropped: Whether the batch holds one crop for each view, `[n, views, 3, S, S]`, not whole images `[n, 3, S, S]`.
+
+    Returns:
+        One normalised batch `[n, 3, S, S]` for each view.
     """
     wanted = [("labeled", LABELED, 0, View.WEAK)]
     if "unlabeled_images" in inputs:
@@ -48,24 +51,31 @@ def forward_views(
     with_embeddings: bool,
     weak_forward: Literal["joint", "separate"] = "joint",
 ) -> SSLBatch:
-    """All views through the network, and its answers by name.
+    """Runs the network on all views.
 
     Args:
-        network: The model, or what DDP or a compiler made of it.
+        network: The model, possibly wrapped by DDP or `torch.compile`.
         views: From `make_views`.
-        inputs: The batch they were made of.
-        with_embeddings: Whether to compute the projection too.
-        weak_forward: `joint`: one forward over all views. `separate`: the unlabeled weak views on their own, without
-            gradient; BatchNorm then normalises them apart.
+        inputs: The batch that the views were made from.
+        with_embeddings: Whether to compute the embeddings.
+        weak_forward: "joint": one forward pass over all views. "separate": the unlabeled weak views in their own pass
+            without gradient; BatchNorm then normalises them separately.
     """
 
     def run(module: nn.Module, chosen: Sequence[Tensor]) -> list[CCSSLOutput]:
-        return _split(module(pixel_values=torch.cat(list(chosen)), return_embeddings=with_embeddings), chosen)
+        output = module(pixel_values=torch.cat(list(chosen)), return_embeddings=with_embeddings)
+        sizes = [len(view) for view in chosen]
+        embeddings = [None] * len(sizes) if output.embeddings is None else output.embeddings.split(sizes)
+        heads = {name: head.split(sizes) for name, head in (output.heads or {}).items()}
+        return [
+            CCSSLOutput(logits=part, embeddings=embeddings[i], heads={name: head[i] for name, head in heads.items()})
+            for i, part in enumerate(output.logits.split(sizes))
+        ]
 
     if len(views) == 1:
         return SSLBatch(logits_labeled=run(network, views)[0].logits, labels=inputs["labels"])
     if weak_forward == "separate":
-        with torch.no_grad():  # past DDP, which expects a backward after each forward
+        with torch.no_grad():  # without DDP, which expects a backward pass after each forward pass
             [weak] = run(getattr(network, "module", network), views[1:2])
         labeled, strong, *contrast = run(network, [views[0], *views[2:]])
     else:
@@ -86,15 +96,3 @@ def forward_views(
         }
         or None,
     )
-
-
-def _split(output: CCSSLOutput, views: Sequence[Tensor]) -> list[CCSSLOutput]:
-    """The answers for each of the concatenated views."""
-    sizes = [len(view) for view in views]
-    logits = output.logits.split(sizes)
-    embeddings = [None] * len(sizes) if output.embeddings is None else output.embeddings.split(sizes)
-    heads = {name: head.split(sizes) for name, head in (output.heads or {}).items()}
-    return [
-        CCSSLOutput(logits=logits[i], embeddings=embeddings[i], heads={name: part[i] for name, part in heads.items()})
-        for i in range(len(sizes))
-    ]

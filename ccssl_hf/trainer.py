@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import MAX_SIDE_HELD, View, ViewSettings
+from .transforms import MAX_SIDE_HELD, ViewSettings
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +46,8 @@ logger = logging.getLogger(__name__)
 class CCSSLTrainer(Trainer):
     """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
 
-    `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks, resuming and DDP through accelerate work as in
-    `transformers.Trainer`. Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
+    Training, evaluation, callbacks, resuming, DDP through accelerate and pushes work as in `transformers.Trainer`.
+    Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
 
     Args:
         model: The model to train.
@@ -352,10 +351,7 @@ class CCSSLTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.evaluated[split] = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         logits, labels = output.predictions, output.label_ids
-        if np.shape(logits) == (
-            np.size(labels),
-            len(self.class_names),
-        ):  # preprocess_logits_for_metrics may change them
+        if np.shape(logits) == (np.size(labels), len(self.class_names)):  # the user's preprocessing may change them
             logits = logits.astype(np.float32, copy=False)
             self.predictions[split] = SplitPredictions(split, self.provenance, logits, labels)
         return metrics
@@ -404,7 +400,7 @@ class CCSSLTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start anew."
+                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start."
                 )
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
@@ -449,8 +445,7 @@ class CCSSLTrainer(Trainer):
             algorithm=args.algorithm,
             hyperparameters=self.algorithm.hyperparameters,
             optimization=args.optimization_settings(),
-            views=_views_made(self.settings, self.algorithm.views)
-            | {"decode": "stream" if self._cropped else "memory"},
+            views=self.settings.in_effect(self.algorithm.views) | {"decode": "stream" if self._cropped else "memory"},
             splits=self._splits(),
             labeled_per_class=dict(zip(self.class_names, counts, strict=True)),
             base_model=self.base_model,
@@ -569,21 +564,17 @@ class CCSSLTrainer(Trainer):
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         files = plan_push(str(self.args.output_dir), with_head=with_head).files
-        options = self._upload_options(commit_message) | {
-            k: v for k, v in (("token", token), ("revision", revision)) if v
-        }
+        options = self._upload_options(commit_message, token=token, revision=revision)
         if blocking:
             return upload(files, str(self.hub_model_id), **options)
         return run_as_future(upload, files, str(self.hub_model_id), **options)
 
-    def _upload_options(self, message: str | None) -> dict[str, Any]:
+    def _upload_options(
+        self, message: str | None, *, token: str | None = None, revision: str | None = None
+    ) -> dict[str, Any]:
         args = self.args
-        return {
-            "message": message,
-            "private": args.hub_private_repo,
-            "revision": args.hub_revision,
-            "token": args.hub_token,
-        }
+        where = {"revision": revision or args.hub_revision, "token": token or args.hub_token}
+        return {"message": message, "private": args.hub_private_repo, **where}
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint in the background, as `hub_strategy` asks. Upstream also uploads `training_args.bin`."""
@@ -635,16 +626,3 @@ def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
     if streamed and settings.weak_crop == "pad":
         raise ValueError("weak_crop='pad' needs images at the training size: set weak_crop='resized' to stream.")
     return streamed
-
-
-def _views_made(settings: ViewSettings, views: Sequence[View]) -> dict[str, Any]:
-    """The settings of the views that a run makes, by name."""
-    simclr = {"contrastive_crop_scale", "jitter", "jitter_probability", "grayscale_probability"}
-    unused = {"crop_scale", "crop_ratio"} if settings.weak_crop == "pad" else set()
-    if View.STRONG not in views:
-        unused |= {"randaugment_ops", "randaugment_magnitude", "cutout_size"}
-    if View.CONTRASTIVE not in views:
-        unused |= {"contrastive_view", "normalize_contrastive"} | simclr
-    elif settings.contrastive_view == "randaugment":
-        unused |= simclr
-    return {name: value for name, value in asdict(settings).items() if name not in unused}

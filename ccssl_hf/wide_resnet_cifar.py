@@ -1,8 +1,8 @@
 """Wide ResNets for small images, registered with timm. Self-contained: copied into published folders that need it.
 
-The networks that semi-supervised learning is measured with (Zagoruyko and Komodakis, "Wide Residual Networks", BMVC
-2016, arXiv 1605.07146, as FixMatch and CCSSL use them): pre-activation, LeakyReLU 0.1, BatchNorm momentum 0.001. With
-this file imported, `timm.create_model("wide_resnet28_2_cifar")` works, and so does everything that builds on timm.
+The standard networks for benchmarks of semi-supervised learning (Zagoruyko and Komodakis, "Wide Residual Networks",
+BMVC 2016, arXiv 1605.07146, with the details of FixMatch and CCSSL): pre-activation, LeakyReLU 0.1, BatchNorm momentum
+0.001. Importing this file makes `timm.create_model("wide_resnet28_2_cifar")` work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TimmWrapperForImageClassification, TimmWrapperModel
 
 BATCH_NORM_MOMENTUM = 0.001
-"""Running statistics move this little because evaluation uses averaged weights."""
+"""Small, because evaluation uses averaged weights."""
 
 LEAKY_RELU_SLOPE = 0.1
 
@@ -23,15 +23,15 @@ LEAKY_RELU_SLOPE = 0.1
 class WideBlock(nn.Module):
     """Two 3x3 convolutions, each after BatchNorm and LeakyReLU, and a shortcut.
 
-    A block that changes the width (or the resolution) differs from the printed one, as in the code that published
-    results come from: in the first stage the shortcut starts behind the first activation, and in later stages neither
-    branch passes `bn1`. There `bn1` takes no part; it stays, frozen, so that weights of that code load key by key.
+    A block that changes the width or the resolution differs from the paper, as in the code of the published results: in
+    the first stage the shortcut starts after the first activation, and in later stages neither branch uses `bn1`. The
+    unused `bn1` stays, frozen, so that weights of that code load key by key.
 
     Args:
         in_chs: Channels of the input.
         out_chs: Channels of the output.
         stride: Stride of the first convolution.
-        preactivate: Whether `bn1` takes part in a block that changes the width; in others it always does.
+        preactivate: Whether a block that changes the width uses `bn1`; other blocks always do.
         conv_bias: Whether the convolutions have biases.
     """
 
@@ -45,7 +45,7 @@ class WideBlock(nn.Module):
         changes = stride != 1 or in_chs != out_chs
         self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=conv_bias) if changes else None
         self.uses_bn1 = preactivate or not changes
-        # A parameter that never gets a gradient stops DistributedDataParallel, so it must not ask for one.
+        # Freeze unused parameters: DistributedDataParallel would wait for their gradients.
         self.bn1.requires_grad_(self.uses_bn1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class WideBlock(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """He initialisation (fan out) of convolutions, Xavier of linear layers, as FixMatch's PyTorch versions do it."""
+    """He initialisation (fan out) for convolutions, Xavier for linear layers, as in FixMatch's PyTorch versions."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
     elif isinstance(module, nn.Linear):
@@ -67,23 +67,23 @@ def init_weights(module: nn.Module) -> None:
 class WideResNetCifar(nn.Module):
     """A Wide ResNet with timm's interface.
 
+    The arguments from `bn_eps` on exist for weights from USB and TorchSSL, whose networks differ in these points.
+
     Args:
-        depth: Layers with weights along the longest path: `stages * (2 * blocks + 1) + 1`.
+        depth: Number of layers with weights on the longest path: `stages * (2 * blocks + 1) + 1`.
         width: Widening factor `k`; stage `s` (from 0) has `16 * k * 2**s` channels.
-        stages: Stages of blocks; each but the first halves the resolution.
+        stages: Number of stages; each but the first halves the resolution.
         first_stride: Stride of the first stage.
-        num_classes: Outputs of the classifier; 0 for none.
+        num_classes: Outputs of the classifier; 0: no classifier.
         in_chans: Channels of the images.
         global_pool: timm's name of the pooling before the classifier.
-        bn_momentum: Share of a batch in BatchNorm's running statistics. The published 0.001 needs thousands of steps to
-            forget the initial ones; a run of hundreds wants 0.1.
-        bn_eps: BatchNorm's epsilon.
-        last_bn_eps: That of the last BatchNorm; the same where None.
+        bn_momentum: BatchNorm momentum. The published 0.001 needs thousands of steps to forget the initial statistics;
+            use 0.1 for a run of hundreds of steps.
+        bn_eps: BatchNorm epsilon.
+        last_bn_eps: Epsilon of the last BatchNorm; None: `bn_eps`.
         stem_bias: Whether the first convolution has a bias.
-        conv_bias: Whether those in the blocks have biases.
-        preactivate_all: Whether a block that changes the width starts both branches behind its first activation in
-            every stage; otherwise in the first stage only. From `bn_eps` on, the arguments are for weights of USB and
-            TorchSSL, whose networks differ in these points.
+        conv_bias: Whether the convolutions in the blocks have biases.
+        preactivate_all: Whether blocks that change the width use `bn1` in every stage, not only in the first.
     """
 
     def __init__(
@@ -112,20 +112,10 @@ class WideResNetCifar(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         for stage in range(stages):
             out_chs, stride = 16 * width * 2**stage, 2 if stage else first_stride
-            layers.append(
-                nn.Sequential(
-                    *(
-                        WideBlock(
-                            out_chs if block else chs,
-                            out_chs,
-                            stride=1 if block else stride,
-                            preactivate=preactivate_all or stage == 0,
-                            conv_bias=conv_bias,
-                        )
-                        for block in range(blocks)
-                    )
-                )
-            )
+            options = {"preactivate": preactivate_all or stage == 0, "conv_bias": conv_bias}
+            first = WideBlock(chs, out_chs, stride=stride, **options)
+            rest = (WideBlock(out_chs, out_chs, stride=1, **options) for _ in range(blocks - 1))
+            layers.append(nn.Sequential(first, *rest))
             chs, reduction = out_chs, reduction * stride
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f"stages.{stage}"))
         self.stages = nn.Sequential(*layers)
@@ -143,18 +133,18 @@ class WideResNetCifar(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of `num_classes` outputs; the pooling stays unless named."""
+        """Replaces the classifier, and the pooling if `global_pool` is given."""
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type)
         self.fc.apply(init_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `[N, 3, H, W]` to the last feature map, normalised and activated."""
+        """Maps images `[N, 3, H, W]` to the last feature map, normalised and activated."""
         return self.act(self.bn1(self.stages(self.conv1(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The feature map to logits `[N, num_classes]`, or to pooled features `[N, num_features]`."""
+        """Maps the feature map to logits `[N, num_classes]`, or to pooled features `[N, num_features]`."""
         x = self.global_pool(x)
         return x if pre_logits else self.fc(x)
 
@@ -163,7 +153,7 @@ class WideResNetCifar(nn.Module):
 
 
 def _cfg() -> dict[str, Any]:
-    """CIFAR-10's size and channel statistics, which the field uses for these networks; images are not cropped."""
+    """Image size and channel statistics of CIFAR-10; images are not cropped."""
     cfg: dict[str, Any] = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic")
     cfg.update(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616), first_conv="conv1", classifier="fc")
     return cfg
@@ -183,33 +173,33 @@ def wide_resnet10_1_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNet
 
 
 def wide_resnet28_2_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNetCifar:
-    """Wide ResNet 28-2 (1.5 million parameters), the field's network for CIFAR-10."""
+    """Wide ResNet 28-2 (1.5 million parameters), the standard network for CIFAR-10."""
     return _create("wide_resnet28_2_cifar", pretrained, kwargs, depth=28, width=2)
 
 
 def wide_resnet28_8_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNetCifar:
-    """Wide ResNet 28-8 (23 million parameters), the field's network for CIFAR-100."""
+    """Wide ResNet 28-8 (23 million parameters), the standard network for CIFAR-100."""
     return _create("wide_resnet28_8_cifar", pretrained, kwargs, depth=28, width=8)
 
 
 def wide_resnet37_2_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNetCifar:
-    """Wide ResNet 37-2 (6 million parameters), the field's network for STL-10 (96 px).
+    """Wide ResNet 37-2 (6 million parameters), the standard network for STL-10 (96 px).
 
-    28-2 with a fourth stage, and stride 2 from the first stage on, so 16 pixels become one feature. The blocks are
-    those of the other networks here; with `stem_bias`, `conv_bias` and `bn_eps=0.001` it is the one in TorchSSL.
+    28-2 with a fourth stage and with stride 2 in every stage, so 16 pixels become one feature. TorchSSL's network has
+    the same blocks with `stem_bias`, `conv_bias` and `bn_eps=0.001`.
     """
     return _create("wide_resnet37_2_cifar", pretrained, kwargs, depth=37, width=2, stages=4, first_stride=2)
 
 
-# A published folder's copy of this file must not replace what the installed package has registered.
+# The copy of this file in a published folder must not replace the models of the installed package.
 for _entrypoint in (wide_resnet10_1_cifar, wide_resnet28_2_cifar, wide_resnet28_8_cifar, wide_resnet37_2_cifar):
     if not is_model(_entrypoint.__name__):
         register_model(_entrypoint)
 
 
 class WideResNetCifarModel(TimmWrapperModel):
-    """What `AutoModel.from_pretrained(folder, trust_remote_code=True)` returns."""
+    """The class of `AutoModel.from_pretrained(folder, trust_remote_code=True)`."""
 
 
 class WideResNetCifarForImageClassification(TimmWrapperForImageClassification):
-    """What `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` returns."""
+    """The class of `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)`."""

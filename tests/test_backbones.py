@@ -151,7 +151,7 @@ def test_image_size_reaches_the_network_and_its_input_description():
     ("arguments", "message"),
     [
         ({"image_size": 32, "img_size": 48}, "give image_size only"),
-        ({"act_layer": nn.ReLU}, "by their names"),
+        ({"act_layer": nn.ReLU}, "by name"),
     ],
 )
 def test_arguments_that_contradict_or_cannot_be_saved_are_refused(arguments, message):

@@ -36,8 +36,8 @@ HEAD = {"ccssl_head.safetensors"}
 STATE = {f"checkpoint-1/{name}" for name in ("config.json", "model.safetensors", "ccssl_head.safetensors")}
 STATE |= {f"checkpoint-1/{name}" for name in ("optimizer.pt", "rng_state_0.pth", "trainer_state.json")}
 PRIVATE = {
-    "training_args.bin": "holds the Hub token in clear",
-    "checkpoint-1/training_args.bin": "holds the Hub token in clear",
+    "training_args.bin": "contains the Hub token",
+    "checkpoint-1/training_args.bin": "contains the Hub token",
     "_model.safetensors.partial": "not part of a published model",
     "train_results.json": "not part of a published model",
     "runs/events.out": "not part of a published model",
@@ -85,10 +85,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_only_what_is_known_to_be_public_goes(folder):
     plan = plan_push(folder)
     assert plan.files == {name: folder / name for name in PUBLIC}
-    heads = {"ccssl_head.safetensors": "heads, for training on: --with-head sends them"}
+    heads = {"ccssl_head.safetensors": "heads, for further training"}
     whole = {
         "runs/": "not part of a published model",
-        "checkpoint-1/": "training state: --with-training-state sends it",
+        "checkpoint-1/": "training state",
     }
     single = {name: why for name, why in PRIVATE.items() if name.split("/")[0] not in ("runs", "checkpoint-1")}
     assert plan.left == {**single, **whole, **heads}
@@ -118,17 +118,17 @@ def test_an_exported_model_goes_without_the_weights_of_torch(hub, folder, repo_i
 def test_a_folder_without_a_model_is_an_error(folder, missing):
     (folder / missing).unlink()
     shutil.rmtree(folder / "onnx")
-    with pytest.raises(FileNotFoundError, match=f"has no {missing}: give"):
+    with pytest.raises(FileNotFoundError, match=f"has no {missing}: pass"):
         plan_push(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("README.md", f"see\n{ANNA}", r"README.md, line 2, holds an access token \(hf_ann…\)"),
-        ("handler.py", "ROOT = '{folder}'", "handler.py, line 1, holds a path of this machine"),
-        ("requirements.txt", "x\n-e file://{home}/code", "requirements.txt, line 2, holds a path of this machine"),
-        ("config.json", '{{"file": "{cwd}/weights.pt"}}', "config.json, line 1, holds a path of this machine"),
+        ("README.md", f"see\n{ANNA}", r"README.md, line 2, contains an access token \(hf_ann…\)"),
+        ("handler.py", "ROOT = '{folder}'", "handler.py, line 1, contains a local path"),
+        ("requirements.txt", "x\n-e file://{home}/code", "requirements.txt, line 2, contains a local path"),
+        ("config.json", '{{"file": "{cwd}/weights.pt"}}', "config.json, line 1, contains a local path"),
     ],
 )
 def test_a_text_with_a_token_or_a_local_path_does_not_go(hub, folder, repo_id, name, text, words):
@@ -183,7 +183,7 @@ def test_a_push_that_breaks_off_loses_nothing_and_the_next_sends_what_is_missing
         with (folder / name).open("ab") as file:  # no other push has sent these
             file.write(f"{repo_id} {number}".encode())
     before = contents(folder)
-    with hub.failing(request_, after=after), pytest.raises(ConnectionError, match=r"broke off .* push again"):
+    with hub.failing(request_, after=after), pytest.raises(ConnectionError, match=r"failed .* push again"):
         upload(plan_push(folder).files, repo_id, token=ANNA)
     repo = hub.repo(repo_id)
     assert contents(folder) == before and repo.files() == {} and len(repo.commits) == 1
@@ -199,7 +199,7 @@ def test_a_push_that_breaks_off_loses_nothing_and_the_next_sends_what_is_missing
     ("metadata", "words"),
     [
         ("license: my own", '"license" must be one of'),
-        ("tags: [a", "metadata that the Hub does not take .*mend"),
+        ("tags: [a", "metadata that the Hub refuses .*correct"),
         ("base_model: ../resnet", '"base_model" with value "../resnet" is not valid'),
         ("model-index:\n- name: x", "model_index"),
     ],
@@ -213,7 +213,7 @@ def test_a_card_that_the_hub_refuses_stops_the_push_before_anything_is_made(hub,
 
 def test_what_is_private_does_not_become_public_by_mistake(hub, folder, repo_id):
     HfApi(token=ANNA).create_repo(repo_id)
-    with pytest.raises(ValueError, match="is there, and public"):
+    with pytest.raises(ValueError, match="exists and is public"):
         upload(plan_push(folder).files, repo_id, private=True, token=ANNA)
     assert hub.repo(repo_id).files() == {}
 
@@ -226,14 +226,14 @@ def test_errors_name_the_fix(hub, folder, repo_id, monkeypatch):
         upload(files, repo_id, token="hf_nobody")
     with pytest.raises(PermissionError, match=r"don't have the rights .*hf auth whoami"):
         upload(files, repo_id, token=TOKENS["ben"])
-    with pytest.raises(ValueError, match="'a b' is no Hub id: write USER/REPO"):
+    with pytest.raises(ValueError, match="'a b' is not a Hub id: use USER/REPO"):
         upload(files, "a b", token=ANNA)
     with pytest.raises(ValueError, match="has no revision 'refs/pr/7'"):
         upload(files, repo_id, revision="refs/pr/7", token=ANNA)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        with pytest.raises(ConnectionError, match=r"broke off .*refused"):
+        with pytest.raises(ConnectionError, match=r"failed .*refused"):
             upload(files, repo_id, token=ANNA)
 
 
@@ -253,12 +253,13 @@ def test_a_dry_run_lists_what_would_go_and_stay_and_asks_nobody(folder, repo_id,
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run went to the network"))
     result = CliRunner(env={"HF_TOKEN": ""}).invoke(app, ["push", str(folder), repo_id, "--dry-run", "--with-head"])
     assert result.exit_code == 0, result.output
-    going, staying = result.stdout.split("Would stay here:\n")
-    assert going.splitlines()[0] == f"Would go to {repo_id}:"
+    going, staying = result.stdout.split("Would not be uploaded:\n")
+    assert going.splitlines()[0] == f"Would be uploaded to {repo_id}:"
     assert [re.split(" {2,}", line.strip())[0] for line in going.splitlines()[1:]] == sorted(PUBLIC | HEAD)
     size = (folder / "model.safetensors").stat().st_size
     assert f"model.safetensors          {size / 1000:,.1f} kB" in going
-    assert "  training_args.bin           holds the Hub token in clear\n" in staying
+    assert "  training_args.bin           contains the Hub token\n" in staying
+    assert "  checkpoint-1/               training state (--with-training-state uploads it)\n" in staying
 
 
 def test_the_command_pushes_and_says_where(hub, folder, repo_id):
@@ -267,17 +268,18 @@ def test_the_command_pushes_and_says_where(hub, folder, repo_id):
     repo = hub.repo(repo_id)
     assert repo.private and repo.at("main").title == "From the shell" and repo.files().keys() == PUBLIC
     assert (
-        result.stdout.startswith(f"{len(PUBLIC)} files (") and f"{repo_id}/commit/{repo.at('main').id}" in result.stdout
+        result.stdout.startswith(f"Uploaded {len(PUBLIC)} files (")
+        and f"{repo_id}/commit/{repo.at('main').id}" in result.stdout
     )
     (folder / "requirements.txt").write_text("pillow")
     result = RUN.invoke(app, ["push", str(folder), repo_id, "--create-pr"])
-    assert f"{hub.url}/{repo_id}/discussions/1, a pull request" in result.stdout
+    assert f"to the pull request {hub.url}/{repo_id}/discussions/1" in result.stdout
 
 
 def test_the_command_ends_with_one_line_where_it_must_stop(hub, folder, repo_id):
     for arguments, words in (
         ([str(folder / "runs"), repo_id], "has no config.json"),
-        ([str(folder), "ben/digits"], "does not let you push to ben/digits"),
+        ([str(folder), "ben/digits"], "refuses the push to ben/digits"),
         ([str(folder), repo_id, "--revision", "refs/pr/3"], "has no revision"),
     ):
         result = RUN.invoke(app, ["push", *arguments])

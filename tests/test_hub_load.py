@@ -107,7 +107,7 @@ def test_the_projection_head_comes_back_and_training_goes_on(published, tmp_path
 
 
 def test_without_its_heads_a_model_says_so_and_training_starts_with_fresh_ones(published, tmp_path):
-    with pytest.warns(UserWarning, match="'anna/test_vit' has no projection head: training on starts with a fresh one"):
+    with pytest.warns(UserWarning, match="'anna/test_vit' has no projection head: a new one is created"):
         model = CCSSLForImageClassification.from_pretrained("anna/test_vit")
     assert different(copy_of(model.backbone), copy_of(published["test_vit"].ema.module.backbone)) == []
     trainer_of(tmp_path, model, max_steps=1).train()
@@ -116,7 +116,7 @@ def test_without_its_heads_a_model_says_so_and_training_starts_with_fresh_ones(p
 def test_what_is_private_needs_a_token_of_its_owner(published, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     for token in (None, TOKENS["ben"]):
-        with pytest.raises(FileNotFoundError, match="'anna/test_resnet' is neither a folder here nor a Hub repository"):
+        with pytest.raises(FileNotFoundError, match="'anna/test_resnet' is neither a local folder nor a readable Hub"):
             CCSSLForImageClassification.from_pretrained("anna/test_resnet", token=token, cache_dir=tmp_path)
     CCSSLForImageClassification.from_pretrained("anna/test_resnet", token=ANNA, cache_dir=tmp_path)
 

@@ -111,7 +111,7 @@ def test_labels_are_in_the_configuration():
     [
         ("test_resnett", {}, "did you mean test_resnet"),
         ("test_resnet", {"num_classes": 3}, "follows from the labels"),
-        ("deit_tiny_distilled_patch16_224", {"image_size": 32}, "choose another backbone"),
+        ("deit_tiny_distilled_patch16_224", {"image_size": 32}, "Choose another backbone"),
         ("test_vit", {"image_size": 30}, "change image_size"),
     ],
 )

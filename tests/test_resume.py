@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters
-from ccssl_hf.resume import TRAINING_STATE, is_whole, last_checkpoint
+from ccssl_hf.resume import TRAINING_STATE, is_complete, last_checkpoint
 from tiny_runs import StopAt, different, everything, logs_of_steps, model_of, trainer_of
 
 DROPOUT = {"backbone": "test_vit", "drop_rate": 0.3, "drop_path_rate": 0.3}
@@ -120,7 +120,7 @@ BREAKAGES = {
 def test_a_checkpoint_that_is_not_whole_is_passed_over_and_refused_by_name(stopped, tmp_path, breakage):
     run = copy_run(stopped, tmp_path)
     BREAKAGES[breakage](run / "checkpoint-3")
-    assert not is_whole(run / "checkpoint-3")
+    assert not is_complete(run / "checkpoint-3")
     assert last_checkpoint(run) == str(run / "checkpoint-2")
 
     trainer = trainer_of(run, model_of(seed=1))
@@ -163,7 +163,7 @@ def test_save_only_model_leaves_nothing_to_resume_from(tmp_path):
 )
 def test_a_checkpoint_of_other_arguments_is_refused(stopped, tmp_path, changes):
     trainer = trainer_of(tmp_path, **changes)
-    with pytest.raises(ValueError, match="resume with the arguments that it was written with"):
+    with pytest.raises(ValueError, match="resume with the arguments of that run"):
         trainer.train(resume_from_checkpoint=str(stopped / "checkpoint-3"))
 
 

@@ -71,6 +71,10 @@ def affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    return geometry.affine(images, geometry.rotation_matrices(degrees, *images.shape[2:]))
+
+
 def shear_matrices(entry: int, values: Tensor) -> Tensor:
     matrices = geometry.affine_matrices(len(values))
     matrices[:, entry] = values
@@ -93,7 +97,7 @@ OPS = {
         lambda image, shift: tvf.adjust_hue(image, (shift + 0.5 * np.sign(shift)) / 255),
         torch.arange(-26, 27, 2),
     ),
-    "rotate": (geometry.rotate, lambda image, degrees: image.rotate(degrees), ANGLES),
+    "rotate": (rotate, lambda image, degrees: image.rotate(degrees), ANGLES),
     "shear_x": (
         lambda images, v: geometry.affine(images, shear_matrices(1, v)),
         lambda image, v: affine(image, 1, v, 0, 0, 1, 0),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -77,7 +77,7 @@ class SSLBatch:
                 return {name: tuple(map(up, parts)) for name, parts in value.items()}
             return upcast(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return replace(self, **{item.name: up(getattr(self, item.name)) for item in fields(self)})
+        return SSLBatch(**{name: up(value) for name, value in vars(self).items()})
 
 
 class PseudoLabels(NamedTuple):
@@ -139,7 +139,7 @@ class Algorithm(nn.Module):
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters by name, including defaults."""
-        return self.settings.as_dict()
+        return asdict(self.settings)
 
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels | None, dict[str, Tensor]]:
         """Returns the pseudo labels and the loss terms; None without unlabeled images.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -97,10 +97,6 @@ class Hyperparameters:
         hints = get_type_hints(cls, include_extras=True)
         specs = {field.name: (field.default, *get_args(hints[field.name])) for field in fields(cls)}
         return {name: Hyperparameter(kind, default, spec.help) for name, (default, kind, spec) in specs.items()}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the values by name."""
-        return asdict(self)
 
 
 def _checked(name: str, value: Any, kind: Any, spec: Spec) -> Any:

@@ -68,7 +68,7 @@ def _training_caption(subjects: Sequence[str], provenance: Provenance | None) ->
 
 def _draw(file: str, path: Path, split: SplitPredictions, class_names: Sequence[str]) -> str:
     """Draw a picture of a split, and return the first part of its caption."""
-    known = split.labels >= 0
+    known = split.in_distribution
     if file == CONFUSION_MATRIX:
         predicted, total = split.logits.argmax(1), len(class_names)
         plots.plot_confusion_matrix(split.labels, predicted, class_names, path)

@@ -18,7 +18,7 @@ from .facts import read_facts
 from .model_card import IMAGES, render_card, renew_results
 from .old_cards import upgrade
 from .pictures import draw_pictures
-from .plots import format_table
+from .tables import format_table
 from .text import cell
 
 CARD_FILE = "README.md"

@@ -52,7 +52,7 @@ def evaluate(
             batch_size=batch_size,
             num_workers=num_workers,
         )
-    images, unknown = len(predictions.labels), int((~predictions.known).sum())
+    images, unknown = len(predictions.labels), int((~predictions.in_distribution).sum())
     named = unknown_names(dataset, label_column, classifier.labels)
     names = f" ({', '.join([*named[:10], *(['...'] if len(named) > 10 else [])])})" if named else ""
     strangers = f", {unknown:,} of them of no known class{names}" if unknown else ""

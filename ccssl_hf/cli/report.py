@@ -1,4 +1,4 @@
-"""`ccssl-hf report`: what a model is, and a card that says how good it is."""
+"""`ccssl-hf report`: describe a published model, or measure it and renew its card."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from .options import BatchSize, Device, ImageColumn, LabelColumn, Model, NumWork
 def report(
     model: Model,
     out: Annotated[
-        Path | None, typer.Argument(metavar="[OUT]", help="The folder of the card; default: MODEL, if it is a folder.")
+        Path | None, typer.Argument(metavar="[OUT]", help="Folder of the card. Default: MODEL, if it is a folder.")
     ] = None,
     split: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SOURCE", help="Labeled images to measure on, as of evaluate; can be repeated."),
+        typer.Option(
+            metavar="NAME=SOURCE",
+            help="Labeled images to measure on: a name, and a folder of class folders, parquet or a Hub dataset. Can "
+            "be repeated.",
+        ),
     ] = None,
     embeddings: Annotated[
         bool,
-        typer.Option("--embeddings", help="Draw embeddings by t-SNE, of 1,000 images at most: some seconds."),
+        typer.Option("--embeddings", help="Draw the embeddings of up to 1,000 images by t-SNE, which takes seconds."),
     ] = False,
     batch_size: BatchSize = None,
     num_workers: NumWorkers = None,
@@ -31,11 +35,11 @@ def report(
     image_column: ImageColumn = "image",
     label_column: LabelColumn = "label",
 ) -> None:
-    """Say what a model is, or, with --split, measure it and bring its card up to date.
+    """Describe a published model, or, with --split, measure it and renew its card.
 
-    Without --split: what the folder and its card say of classes, results and training. With it: results and pictures go
-    into README.md and images/. Numbers of other splits stay, and so does all text outside the two comments that enclose
-    the results; a card without these gets them at its end.
+    Without --split, print the backbone, classes, results and training settings of the model and its card. With --split,
+    write results and pictures to README.md and images/. Results of other splits stay, and so does all text outside of
+    the two comments that enclose the results. A card without these comments gets them at its end.
     """
     with errors_in_one_line():
         from ..card.report import describe, provenance_of, results_table, write_report
@@ -44,7 +48,7 @@ def report(
 
         if not split:
             if out is not None or embeddings:
-                raise ValueError("Nothing to measure on: name at least one --split NAME=SOURCE.")
+                raise ValueError("There is no split to measure on: add at least one --split NAME=SOURCE.")
             typer.echo(describe(model))
             return
         sources = dict(_name_and_source(each) for each in split)
@@ -55,7 +59,7 @@ def report(
         provenance = provenance_of(model)
         results, predictions = [], []
         for name, dataset in datasets.items():
-            measured, said = evaluate(
+            measured, outputs = evaluate(
                 classifier,
                 dataset,
                 name,
@@ -66,7 +70,7 @@ def report(
                 num_workers=num_workers,
             )
             results += measured
-            predictions.append(said if embeddings else replace(said, embeddings=None))
+            predictions.append(outputs if embeddings else replace(outputs, embeddings=None))
         folder = out or Path(model)
         written = write_report(model, folder, results, predictions, sources)
     typer.echo(f"{results_table(results)}\n\nWritten to {folder}: {', '.join(written)}.")
@@ -75,5 +79,5 @@ def report(
 def _name_and_source(text: str) -> tuple[str, str]:
     name, equals, source = text.partition("=")
     if not (name and equals and source):
-        raise ValueError(f"--split {text}: write NAME=SOURCE, such as test=photos/test.")
+        raise ValueError(f"--split {text}: use NAME=SOURCE, such as test=photos/test.")
     return name, source

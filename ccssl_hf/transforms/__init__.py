@@ -1,4 +1,4 @@
-"""Weak, strong and contrastive views: batched, random for each image by counters, equal to PIL's."""
+"""Weak, strong and contrastive views, made in batches, with counter-based random numbers and the results of PIL."""
 
 from .settings import MAX_SIDE_HELD, MAX_SIDE_UNCROPPED, Column, View, ViewSettings
 from .views import crop_boxes, make_view, normalize

@@ -1,7 +1,7 @@
-"""Geometric operations on a uint8 batch of images, each with a parameter of its own for each image, with PIL's results.
+"""Geometric operations on a uint8 batch, with separate parameters for each image and the same results as PIL.
 
-Every function is pure and takes uint8 `[N, 3, H, W]` (`N` images). Parameters are best kept on the CPU: where to read
-from is worked out there, exactly, and only whole numbers travel to the images' device.
+Images are uint8 `[N, 3, H, W]`. Keep the parameters on the CPU: source positions are computed there exactly, and only
+integers are copied to the device of the images.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _PRECISION = 22
 
 
 def chunks(number: int, values: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `number` images with `values` values each: they bound temporaries, and keep a CPU within its cache."""
+    """Slices of `number` images with `values` values each, which bound temporaries and fit a CPU's cache."""
     step = max(1, (1 << 20 if device.type == "cpu" else 1 << 24) // values)
     return (slice(begin, begin + step) for begin in range(0, number, step))
 
 
 def rotation_matrices(degrees: Tensor, height: int, width: int) -> Tensor:
-    """What `Image.rotate` hands to `Image.transform`: output to input coordinates, float64 `[N, 6]`."""
+    """The matrices that `Image.rotate` passes to `Image.transform`: output to input coordinates, float64 `[N, 6]`."""
     angle = -torch.deg2rad(degrees.to(torch.float64))
     cos, sin = torch.cos(angle), torch.sin(angle)
     x, y = width / 2, height / 2
@@ -30,7 +30,7 @@ def rotation_matrices(degrees: Tensor, height: int, width: int) -> Tensor:
 
 
 def affine_matrices(number: int) -> Tensor:
-    """Identities in `Image.transform`'s order of six numbers, float64 `[number, 6]`."""
+    """Identity matrices in the order of `Image.transform`, float64 `[number, 6]`."""
     return torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64).repeat(number, 1)
 
 
@@ -44,13 +44,13 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     height, width = images.shape[2:]
     a, b, c, d, e, f = matrices.to(torch.float64).unbind(1)
     matrix = torch.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5])
-    # Pillow walks in 16.16 fixed point from the centre of the first pixel.
+    # Pillow uses 16.16 fixed point, from the centre of the first pixel.
     fixed = (matrix * 65536.0 + 0.5).floor().to(torch.int32).to(images.device, non_blocking=True)[:, :, None, None]
     x = torch.arange(width, device=images.device, dtype=torch.int32)
     y = torch.arange(height, device=images.device, dtype=torch.int32)[:, None]
     column = (fixed[0] * x + (fixed[1] * y + fixed[2])) >> 16
     row = (fixed[3] * x + (fixed[4] * y + fixed[5])) >> 16
-    # All bits set where any of the four is negative; comparisons are slow loops on a CPU.
+    # All bits are set if any of the four is negative. Comparisons would be slower on a CPU.
     outside = (column | row | (width - 1 - column) | (height - 1 - row)) >> 31
     inside = ~outside
     source = row.mul_(width).add_(column).bitwise_and_(inside).flatten(1).long()
@@ -58,21 +58,16 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     return moved.bitwise_and_(inside.to(torch.uint8)[:, None])
 
 
-def rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """`Image.rotate(degrees)`: counter-clockwise about the centre."""
-    return affine(images, rotation_matrices(degrees, *images.shape[2:]))
-
-
 def put_rows(images: Tensor, index: Tensor, rows: Tensor) -> None:
     """Replaces the images at `index` (int64 `[n]`, on the CPU) by `rows` `[n, 3, H, W]`, in place."""
     if images.device.type == "cpu":
-        images.numpy()[index.numpy()] = rows.numpy()  # whole rows; index_copy_ goes byte by byte
+        images.numpy()[index.numpy()] = rows.numpy()  # copies whole rows; index_copy_ copies single bytes
     else:
         images.index_copy_(0, index.to(images.device, non_blocking=True), rows)
 
 
 def flip(images: Tensor, mirror: Tensor) -> Tensor:
-    """Mirrors the images left to right where `mirror` (bool `[N]`) is set."""
+    """Returns a copy in which the images with `mirror` (bool `[N]`) are mirrored left to right."""
     index = mirror.cpu().nonzero().flatten()
     result = images.clone(memory_format=torch.contiguous_format)
     put_rows(result, index, images.index_select(0, index.to(images.device, non_blocking=True)).flip(3))
@@ -90,14 +85,13 @@ def _select(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def reflect_crop(images: Tensor, top: Tensor, left: Tensor, *, pad: int, mirror: Tensor) -> Tensor:
-    """Pads by `pad` pixels (reflected, the edge itself not repeated), then crops back to the size of the images.
+    """Pads by `pad` pixels (reflection without repeating the edge), then crops back to the size of the images.
 
     Args:
         images: uint8 `[N, 3, H, W]`.
-        top: First row of the crop in the padded image, `0..2 * pad`, int64 `[N]`.
-        left: First column, likewise.
-        pad: Pixels on each side, less than the side.
-        mirror: Which crops are then mirrored left to right, bool `[N]`.
+        top, left: First row and column of the crop in the padded image, `0..2 * pad`, int64 `[N]` each.
+        pad: Pixels on each side, less than the image side.
+        mirror: Which crops are mirrored left to right, bool `[N]`.
     """
 
     def reflected(start: Tensor, side: int) -> Tensor:
@@ -110,15 +104,14 @@ def reflect_crop(images: Tensor, top: Tensor, left: Tensor, *, pad: int, mirror:
 
 
 def _taps(start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Which inputs each output of a bilinear, antialiased resize reads, and with which weight.
+    """Input positions and weights of each output of a bilinear, antialiased resize.
 
     Args:
-        start: Where the crop begins, int64 `[N]`.
-        length: Its length, int64 `[N]`.
+        start, length: First position and length of each crop, int64 `[N]` each.
         size: Length of the output.
 
     Returns:
-        int64 indices and int32 weights in units of 2**-22, both `[T, N, size]` with `T` taps.
+        int64 positions and int32 weights in units of 2**-22, `[T, N, size]` each, with `T` taps.
     """
     scale = (length.to(torch.float64) / size)[:, None]
     support = scale.clamp(min=1.0)
@@ -128,12 +121,12 @@ def _taps(start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor]:
     taps = int((end - first).max())
     position = first + torch.arange(taps, device=start.device)[:, None, None]
     weight = (1 - ((position - centre + 0.5) * (1.0 / support)).abs()).clamp(min=0) * (position < end)
-    weight = (weight / weight.cumsum(0)[-1] * (1 << _PRECISION) + 0.5).to(torch.int32)  # a sum in the order of the taps
+    weight = (weight / weight.cumsum(0)[-1] * (1 << _PRECISION) + 0.5).to(torch.int32)  # summed in tap order
     return start[:, None] + torch.minimum(position, end - 1).long(), weight
 
 
 def _resample(lines: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sums of lines: uint8 `[n, L, M]`, taps `[T, n, size]` -> uint8 `[n, size, M]`, in int32 as Pillow's."""
+    """Weighted sums of lines: uint8 `[n, L, M]`, taps `[T, n, size]` → uint8 `[n, size, M]`, in int32 like Pillow."""
     number, length, width = lines.shape
     index = index + torch.arange(number, device=lines.device)[:, None] * length
     flat = lines.reshape(-1, width)
@@ -144,16 +137,16 @@ def _resample(lines: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 def resized_crop(images: Tensor, boxes: Tensor, *, size: int, mirror: Tensor) -> Tensor:
-    """`image.crop(box).resize((size, size), BILINEAR)`, Pillow's antialiased resize: first across, then down.
+    """`image.crop(box).resize((size, size), BILINEAR)`: Pillow's antialiased resize, horizontal, then vertical.
 
     Args:
         images: uint8 `[N, 3, H, W]`.
         boxes: top, left, height, width in pixels, within the images, int64 `[N, 4]`.
-        size: Side of the output in pixels.
-        mirror: Which crops are then mirrored left to right, bool `[N]`.
+        size: Side of the output in pixels, `S`.
+        mirror: Which crops are mirrored left to right, bool `[N]`.
 
     Returns:
-        uint8 `[N, 3, size, size]`.
+        uint8 `[N, 3, S, S]`.
     """
     number, channels, height, _ = images.shape
     top, left, box_height, box_width = boxes.unbind(1)
@@ -166,7 +159,7 @@ def resized_crop(images: Tensor, boxes: Tensor, *, size: int, mirror: Tensor) ->
     )
     result = torch.empty((number, channels, size, size), dtype=torch.uint8, device=images.device)
     for part in chunks(number, channels * size * max(height, size), images.device):
-        columns = images[part].permute(0, 3, 1, 2).flatten(2)  # one line is one column of all channels
+        columns = images[part].permute(0, 3, 1, 2).flatten(2)  # a line is one column of all channels
         columns = _resample(columns, across[:, part], across_weight[:, part])
         rows = columns.view(-1, size, channels, height).permute(0, 3, 2, 1).flatten(2)
         rows = _resample(rows, down[:, part], down_weight[:, part])
@@ -175,16 +168,14 @@ def resized_crop(images: Tensor, boxes: Tensor, *, size: int, mirror: Tensor) ->
 
 
 def cutout(images: Tensor, top: Tensor, left: Tensor, *, size: int, value: int = 127) -> Tensor:
-    """Fills a square of `size` pixels, clipped at the borders, with one grey level.
+    """Fills a square of each image, clipped at the borders, with one grey level.
 
     Args:
         images: uint8 `[N, 3, H, W]`.
-        top: First row of the square, may be negative, int64 `[N]`.
-        left: First column, likewise.
+        top, left: First row and column of the square, may be negative, int64 `[N]` each.
         size: Side of the square in pixels.
         value: The grey level.
     """
-
     if images.device.type != "cpu":
         return _masked_cutout(images, top, left, size, value)
     result = images.clone()
@@ -194,7 +185,7 @@ def cutout(images: Tensor, top: Tensor, left: Tensor, *, size: int, value: int =
 
 
 def _masked_cutout(images: Tensor, top: Tensor, left: Tensor, size: int, value: int) -> Tensor:
-    """All squares at once, for an accelerator, where a kernel for each would take longer."""
+    """All squares at once: on an accelerator, one kernel per image would be slower."""
 
     def covered(start: Tensor, side: int) -> Tensor:
         offset = torch.arange(side, device=images.device) - start.to(images.device, non_blocking=True)[:, None]

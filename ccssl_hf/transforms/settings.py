@@ -1,20 +1,21 @@
-"""What a view is made of: its names, its settings, and which random number decides what."""
+"""The three views of an image, their settings, and the random numbers that each view uses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 MAX_SIDE_HELD = 64
-"""Image side in pixels up to which `auto` decodes the images once, holds them, and crops with padding, as for CIFAR."""
+"""Image side in pixels up to which `auto` decodes images once, keeps them in memory and crops with padding."""
 
 MAX_SIDE_UNCROPPED = 96
-"""Image side in pixels up to which evaluation does not crop, as for CIFAR and STL-10; above it, timm's crop applies."""
+"""Image side in pixels up to which evaluation does not crop (CIFAR, STL-10). Larger images get timm's crop."""
 
 
 class View(IntEnum):
-    """The views of one image. A view has random numbers of its own: stream number `16 * stream + view`."""
+    """The views of one image. Each view has its own random numbers: stream number `16 * stream + view`."""
 
     WEAK = 0
     STRONG = 1
@@ -22,10 +23,10 @@ class View(IntEnum):
 
 
 class Column(IntEnum):
-    """Which of a view's random numbers decides what. Numbers are independent, so unused ones cost nothing else.
+    """Columns of a view's random numbers. The numbers are independent, so a view may leave some unused.
 
-    The two numbers of try `t` of a resized crop are `CROP_TRIES + 2 * t` (area) and the next (ratio). The four of
-    RandAugment's op `k` are `RANDAUGMENT + 4 * k` (which op), then magnitude, whether it is applied, sign.
+    Try `t` of a resized crop uses `CROP_TRIES + 2 * t` (area) and the next column (ratio). RandAugment's op `k` uses
+    `RANDAUGMENT + 4 * k` (which op) and the next three (magnitude, whether it is applied, sign).
     """
 
     FLIP = 0
@@ -45,34 +46,34 @@ class Column(IntEnum):
 
 
 CROP_TRIES = 10
-"""Boxes tried before the central crop is taken, as in torchvision."""
+"""Number of boxes that are tried before the central crop is used, as in torchvision."""
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How the weak, strong and contrastive views are made.
+    """Settings of the weak, strong and contrastive view.
 
     Args:
         image_size: Side of every view in pixels, `S`.
         mean: Mean of each channel, for values in 0..1.
-        std: Standard deviation of each channel, likewise.
-        weak_crop: Geometry of the weak and strong view. "pad" reflects 12.5 % of the side around an image that has the
-            output size and crops it back; "resized" is a random resized crop.
-        crop_scale: Share of the image's area that a "resized" weak or strong crop covers, lowest and highest.
-        crop_ratio: Width over height of any resized crop, lowest and highest.
+        std: Standard deviation of each channel, for values in 0..1.
+        weak_crop: Crop of the weak and the strong view. "pad": pad an image of the output size with 12.5 % of its side
+            by reflection, then crop. "resized": random resized crop.
+        crop_scale: Lowest and highest share of the image area for a "resized" crop.
+        crop_ratio: Lowest and highest width over height of every resized crop.
         horizontal_flip: Whether half of the views are mirrored.
-        randaugment_ops: Ops drawn for each strong view.
-        randaugment_magnitude: Magnitudes are drawn from 1 to one below it, on RandAugment's scale of 10.
-        cutout_size: Side of the grey square in pixels; 0 for none.
+        randaugment_ops: Number of RandAugment ops per strong view.
+        randaugment_magnitude: Magnitudes are drawn from 1 to `randaugment_magnitude - 1`, on RandAugment's scale of 10.
+        cutout_size: Side of the grey square in pixels; 0: no square.
         contrastive_view: "simclr" (resized crop, colour jitter, grey) or "randaugment" (another strong view).
-        contrastive_crop_scale: As `crop_scale`, for "simclr".
+        contrastive_crop_scale: `crop_scale` of the "simclr" view.
         jitter: Strength of brightness, contrast, saturation (factors in 1 ± strength) and hue (share of the circle).
-        jitter_probability: How often colours are jittered.
-        grayscale_probability: How often a contrastive view is grey.
-        normalize_contrastive: False leaves the contrastive view in 0..1, as the authors' configs do.
+        jitter_probability: Share of "simclr" views with colour jitter.
+        grayscale_probability: Share of "simclr" views that are grey.
+        normalize_contrastive: False keeps the contrastive view in 0..1, as in the authors' configs.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: A value is out of range.
     """
 
     image_size: int
@@ -95,33 +96,41 @@ class ViewSettings:
     def __post_init__(self) -> None:
         for name in ("mean", "std", "crop_scale", "crop_ratio", "contrastive_crop_scale", "jitter"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # YAML gives lists
-        strengths = all(strength >= 0 for strength in self.jitter)
+
+        def is_scale(scale: tuple[float, ...]) -> bool:
+            return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+
+        scales, views = "(lowest, highest) share of the area, in (0, 1]", ("simclr", "randaugment")
+        has_jitter = len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5
+        is_ratio = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]
         checks = {
             "image_size": (self.image_size >= 8, "at least 8 pixels"),
             "mean": (len(self.mean) == 3, "three numbers, one for each channel"),
             "std": (len(self.std) == 3 and min(self.std) > 0, "three positive numbers, one for each channel"),
             "weak_crop": (self.weak_crop in ("pad", "resized"), "'pad' or 'resized'"),
-            "contrastive_view": (self.contrastive_view in ("simclr", "randaugment"), "'simclr' or 'randaugment'"),
+            "crop_scale": (is_scale(self.crop_scale), scales),
+            "crop_ratio": (is_ratio, "(lowest, highest), positive"),
             "randaugment_ops": (self.randaugment_ops >= 0, "0 or more"),
             "randaugment_magnitude": (2 <= self.randaugment_magnitude <= 11, "between 2 and 11"),
             "cutout_size": (self.cutout_size >= 0, "0 (none) or a side in pixels"),
-            "jitter": (
-                len(self.jitter) == 4 and strengths and self.jitter[3] <= 0.5,
-                "four strengths from 0 on, the last (hue) up to 0.5",
-            ),
+            "contrastive_view": (self.contrastive_view in views, "'simclr' or 'randaugment'"),
+            "contrastive_crop_scale": (is_scale(self.contrastive_crop_scale), scales),
+            "jitter": (has_jitter, "four strengths of at least 0, the last one (hue) at most 0.5"),
+            "jitter_probability": (0 <= self.jitter_probability <= 1, "between 0 and 1"),
+            "grayscale_probability": (0 <= self.grayscale_probability <= 1, "between 0 and 1"),
         }
-        for name in ("crop_scale", "contrastive_crop_scale"):
-            scale = getattr(self, name)
-            checks[name] = (
-                len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1,
-                "(lowest, highest) share of the area, in (0, 1]",
-            )
-        checks["crop_ratio"] = (
-            len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1],
-            "(lowest, highest), positive",
-        )
-        for name in ("jitter_probability", "grayscale_probability"):
-            checks[name] = (0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name, (holds, wanted) in checks.items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use {wanted}.")
+
+    def in_effect(self, views: Sequence[View]) -> dict[str, Any]:
+        """The settings that affect a run with these views of its unlabeled images, by name."""
+        simclr = {"contrastive_crop_scale", "jitter", "jitter_probability", "grayscale_probability"}
+        unused = {"crop_scale", "crop_ratio"} if self.weak_crop == "pad" else set()
+        if View.STRONG not in views:
+            unused |= {"randaugment_ops", "randaugment_magnitude", "cutout_size"}
+        if View.CONTRASTIVE not in views:
+            unused |= {"contrastive_view", "normalize_contrastive", *simclr}
+        elif self.contrastive_view == "randaugment":
+            unused |= simclr
+        return {name: value for name, value in asdict(self).items() if name not in unused}

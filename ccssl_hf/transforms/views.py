@@ -1,8 +1,8 @@
-"""The weak, strong and contrastive views of a batch, random for each image by counters, with PIL's results.
+"""Weak, strong and contrastive views of a batch, with the same results as PIL.
 
-As in a PIL pipeline, an image is uint8 between any two operations. All random numbers come from `sampling.uniform`, one
-row for each draw and view, and are drawn on the CPU: which image gets which operation is known there, so that nothing
-waits for the accelerator. A view depends on its image, seed, stream and draw alone, not on the batch around it.
+As in a PIL pipeline, images are uint8 between operations. All random numbers come from `sampling.uniform`, one row for
+each draw and view. They are drawn on the CPU, so that selecting images for an operation does not wait for the
+accelerator. A view depends on its image, seed, stream and draw, not on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..sampling import uniform
 from . import geometry, ops
 from .settings import CROP_TRIES, Column, View, ViewSettings
 
-RANDAUGMENT_OPS = (
+_PIXEL_OPS = (
     "autocontrast",
     "equalize",
     "identity",
@@ -29,19 +29,16 @@ RANDAUGMENT_OPS = (
     "sharpness",
     "posterize",
     "solarize",
-    "rotate",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
 )
-"""RandAugment's ops, in the order in which the random number for the op counts them."""
+_GEOMETRIC_OPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+RANDAUGMENT_OPS = _PIXEL_OPS + _GEOMETRIC_OPS
+"""RandAugment's ops. The random number for the op selects one by position."""
 
 _JITTER_ORDERS = torch.tensor(list(permutations(range(4))))
 
 
 def _random(view: View, settings: ViewSettings, seed: int, stream: int, draws: Tensor) -> Tensor:
-    """The numbers of `Column`, float64 `[N, columns]` on the CPU: a product with a small integer is then exact."""
+    """The numbers of `Column`, `[N, columns]` on the CPU; in float64 a product with a small integer is exact."""
     columns = Column.RANDAUGMENT + 4 * settings.randaugment_ops
     return uniform(seed, 16 * stream + view, draws.cpu(), columns).to(torch.float64)
 
@@ -53,33 +50,31 @@ def _is_simclr(view: View, settings: ViewSettings) -> bool:
 def crop_boxes(
     view: View, settings: ViewSettings, *, seed: int, stream: int, draws: Tensor, heights: Tensor, widths: Tensor
 ) -> Tensor:
-    """The boxes of random resized crops: torchvision's `RandomResizedCrop`, ten tries and then a central crop.
+    """The boxes of random resized crops, as in torchvision's `RandomResizedCrop`: ten tries, then a central crop.
 
-    A worker that cuts a view out of a large image itself takes the box from here, calls
-    `image.crop((left, top, left + width, top + height)).resize((size, size), BILINEAR)` and hands the result to
-    `make_view` with `cropped=True`; the view is then the same as one made from the whole image.
+    A data loading worker can crop a large image itself: take the box from here, call
+    `image.crop((left, top, left + width, top + height)).resize((size, size), BILINEAR)`, and pass the result to
+    `make_view` with `cropped=True`. The view equals the one made from the whole image.
 
     Args:
-        view: Which view.
+        view: The view.
         settings: Its settings.
         seed: The run's seed.
         stream: `sampling.LABELED` or `sampling.UNLABELED`.
         draws: int64 `[N]`.
-        heights: Of the images, in pixels, int64 `[N]`.
-        widths: Likewise.
+        heights, widths: Size of the images in pixels, int64 `[N]` each.
 
     Returns:
         top, left, height, width in pixels, int64 `[N, 4]` on the CPU.
 
     Raises:
-        ValueError: If the view is not made by a resized crop.
+        ValueError: The view does not use a resized crop.
     """
     simclr = _is_simclr(view, settings)
     if settings.weak_crop == "pad" and not simclr:
-        raise ValueError(
-            f"weak_crop='pad' makes the {View(view).name.lower()} view without a box: use weak_crop='resized'."
-        )
-    # In numpy, which is quicker than torch with the few numbers of one batch.
+        name = View(view).name.lower()
+        raise ValueError(f"The {name} view has no crop box with weak_crop='pad': use weak_crop='resized'.")
+    # In numpy, which is faster than torch for the few numbers of one batch.
     random = _random(view, settings, seed, stream, draws).numpy()
     limits = torch.stack([heights, widths], dim=1).cpu().long().numpy()
     tries = random[:, Column.CROP_TRIES : Column.CROP_TRIES + 2 * CROP_TRIES]
@@ -89,7 +84,7 @@ def crop_boxes(
     ratio = np.exp(np.log(least) + (np.log(most) - np.log(least)) * tries[:, 1::2])
     tried = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=2).round().astype(np.int64)
     fits = np.all((tried > 0) & (tried <= limits[:, None]), axis=2)
-    # Whatever image has another shape than a crop may have keeps its shorter side.
+    # The central crop keeps the shorter side of an image whose aspect ratio is out of range.
     central = np.stack([limits[:, 1] / least, limits[:, 0] * most], axis=1).round().astype(np.int64)
     found = np.any(fits, axis=1, keepdims=True)
     side = np.where(found, tried[np.arange(len(fits)), fits.argmax(axis=1)], np.minimum(central, limits))
@@ -101,7 +96,7 @@ def crop_boxes(
 def _crop_and_flip(
     images: Tensor, random: Tensor, settings: ViewSettings, boxes: Tensor | None, cropped: bool
 ) -> Tensor:
-    """The geometry of a view: a resized crop where there are boxes, otherwise a padded one."""
+    """Crops and flips: a resized crop if there are boxes, otherwise a padded crop."""
     mirror = (random[:, Column.FLIP] < 0.5) & settings.horizontal_flip
     if cropped:
         return geometry.flip(images, mirror)
@@ -113,7 +108,7 @@ def _crop_and_flip(
 
 
 def _apply(images: Tensor, chosen: Tensor, op: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Replaces the images at the `chosen` (bool `[N]`, on the CPU) by what `op` makes of them."""
+    """Applies `op` in place to the `chosen` images (bool `[N]`, on the CPU)."""
     indices = chosen.nonzero().flatten()
     for part in geometry.chunks(len(indices), images[:1].numel(), images.device):
         index = indices[part]
@@ -122,7 +117,7 @@ def _apply(images: Tensor, chosen: Tensor, op: Callable[..., Tensor], *parameter
 
 
 def _affine_matrices(names: dict[str, Tensor], magnitude: Tensor, sign: Tensor, size: int) -> Tensor:
-    """RandAugment's five geometric ops as matrices for `geometry.affine`, float64 `[N, 6]`; other ops: identity."""
+    """Matrices of RandAugment's geometric ops for `geometry.affine`, float64 `[N, 6]`; identity for other ops."""
     matrices = geometry.affine_matrices(len(magnitude))
     share = sign * (0.3 * magnitude.to(torch.float64) / 10)
     degrees = sign * (30 * magnitude // 10)
@@ -138,7 +133,7 @@ def _affine_matrices(names: dict[str, Tensor], magnitude: Tensor, sign: Tensor, 
 
 
 def _randaugment_choices(random: Tensor, number: int, settings: ViewSettings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which op comes as `number`, its magnitude, whether it is applied, and its sign, all `[N]`."""
+    """Op `number` of each image: position in `RANDAUGMENT_OPS`, magnitude, whether it is applied, sign; `[N]` each."""
     op, magnitude, applied, sign = random[:, Column.RANDAUGMENT + 4 * number :][:, :4].unbind(1)
     op = (op * len(RANDAUGMENT_OPS)).long()
     magnitude = 1 + (magnitude * (settings.randaugment_magnitude - 1)).long()
@@ -146,40 +141,35 @@ def _randaugment_choices(random: Tensor, number: int, settings: ViewSettings) ->
 
 
 def _randaugment(images: Tensor, random: Tensor, settings: ViewSettings) -> None:
-    """RandAugment as FixMatch uses it, in place: ops drawn with replacement, each applied with probability 0.5."""
+    """FixMatch's RandAugment, in place: ops drawn with replacement, each applied with probability 0.5."""
     for number in range(settings.randaugment_ops):
         op, magnitude, applied, sign = _randaugment_choices(random, number, settings)
         chosen = {name: (op == code) & applied for code, name in enumerate(RANDAUGMENT_OPS)}
-
+        factor = 0.05 + 0.9 * magnitude.to(torch.float64) / 10
         _apply(images, chosen["autocontrast"], ops.autocontrast)
         _apply(images, chosen["equalize"], ops.equalize)
-        factor = 0.05 + 0.9 * magnitude.to(torch.float64) / 10
-        _apply(images, chosen["brightness"], ops.brightness, factor)
-        _apply(images, chosen["color"], ops.color, factor)
-        _apply(images, chosen["contrast"], ops.contrast, factor)
-        _apply(images, chosen["sharpness"], ops.sharpness, factor)
+        for enhance in (ops.brightness, ops.color, ops.contrast, ops.sharpness):
+            _apply(images, chosen[enhance.__name__], enhance, factor)
         _apply(images, chosen["posterize"], ops.posterize, 4 + 4 * magnitude // 10)
         _apply(images, chosen["solarize"], ops.solarize, 256 - 256 * magnitude // 10)
         matrices = _affine_matrices(chosen, magnitude, sign, settings.image_size)
-        moved = applied & (op >= RANDAUGMENT_OPS.index("rotate"))
+        moved = applied & (op >= len(_PIXEL_OPS))
         _apply(images, moved, geometry.affine, matrices)
 
 
 def _jitter(images: Tensor, random: Tensor, settings: ViewSettings) -> None:
-    """torchvision's `ColorJitter` and `RandomGrayscale` on PIL images, in place; the order of the four is random."""
+    """torchvision's `ColorJitter`, with its four operations in random order, and `RandomGrayscale`, in place."""
     applied = random[:, Column.JITTER] < settings.jitter_probability
     order = _JITTER_ORDERS[(random[:, Column.JITTER_ORDER] * len(_JITTER_ORDERS)).long()]
     steps: list[tuple[Callable[..., Tensor], Tensor]] = []
+    columns = (Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION)
     for op, column, strength in zip(
-        (ops.brightness, ops.contrast, ops.color),
-        (Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION),
-        settings.jitter[:3],
-        strict=True,
+        (ops.brightness, ops.contrast, ops.color), columns, settings.jitter[:3], strict=True
     ):
         low = max(0.0, 1 - strength)
         steps.append((op, low + (1 + strength - low) * random[:, column]))
     turn = settings.jitter[3] * (2 * random[:, Column.HUE] - 1)
-    steps.append((ops.hue, (turn * 255).long()))  # truncated, as torchvision does
+    steps.append((ops.hue, (turn * 255).long()))  # truncated as in torchvision
     for position in range(4):
         for number, (op, parameter) in enumerate(steps):
             _apply(images, applied & (order[:, position] == number), op, parameter)
@@ -187,10 +177,10 @@ def _jitter(images: Tensor, random: Tensor, settings: ViewSettings) -> None:
 
 
 def _cutout(images: Tensor, random: Tensor, settings: ViewSettings) -> Tensor:
-    """A grey square, its centre uniform over the image, clipped at the borders.
+    """Draws a grey square of `cutout_size` pixels, with its centre uniform over the image, clipped at the borders.
 
-    It is `cutout_size` wide. The authors' square is one pixel wider, as `ImageDraw` counts the last one in, and is
-    moved instead of clipped where it leaves the image at the top or left.
+    The authors' square is one pixel wider, because `ImageDraw` includes the last one, and is moved, not clipped, at the
+    top and left border.
     """
     centre = random[:, Column.CUTOUT_TOP : Column.CUTOUT_LEFT + 1] * settings.image_size
     top, left = (centre - settings.cutout_size / 2).floor().long().unbind(1)
@@ -200,25 +190,25 @@ def _cutout(images: Tensor, random: Tensor, settings: ViewSettings) -> Tensor:
 def make_view(
     images: Tensor, view: View, settings: ViewSettings, *, seed: int, stream: int, draws: Tensor, cropped: bool = False
 ) -> Tensor:
-    """One view of each image.
+    """Makes one view of each image.
 
-    Weak: crop and flip. Strong: crop and flip, RandAugment, a grey square. Contrastive, "simclr": resized crop and
-    flip, colour jitter, grey; "randaugment": as strong, with random numbers of its own.
+    Weak: crop, flip. Strong: crop, flip, RandAugment, grey square. Contrastive: "simclr" is resized crop, flip, colour
+    jitter, grey; "randaugment" is another strong view.
 
     Args:
-        images: uint8 `[N, 3, H, W]` on any device, unchanged.
-        view: Which view.
+        images: uint8 `[N, 3, H, W]` on any device, not changed.
+        view: The view.
         settings: Its settings, with image side `S`.
         seed: The run's seed.
         stream: `sampling.LABELED` or `sampling.UNLABELED`.
-        draws: int64 `[N]`, best on the CPU.
+        draws: int64 `[N]`, fastest on the CPU.
         cropped: Whether the images are already crops of the boxes from `crop_boxes`, `[N, 3, S, S]`.
 
     Returns:
         uint8 `[N, 3, S, S]`.
 
     Raises:
-        ValueError: If images or draws have another type or shape.
+        ValueError: Images or draws have a wrong type or shape.
     """
     _check(images, view, settings, draws, cropped)
     random = _random(view, settings, seed, stream, draws)
@@ -240,18 +230,18 @@ def make_view(
 def _check(images: Tensor, view: View, settings: ViewSettings, draws: Tensor, cropped: bool) -> None:
     side, shape = settings.image_size, tuple(images.shape)
     if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3:
-        raise ValueError(f"Images are {images.dtype} {list(shape)}: give uint8 [N, 3, H, W], values 0 to 255.")
+        raise ValueError(f"Images are {images.dtype} {list(shape)}: give uint8 [N, 3, H, W].")
     if draws.shape != shape[:1] or draws.dtype != torch.int64:
         raise ValueError(f"Draws are {draws.dtype} {list(draws.shape)} for {shape[0]} images: give int64 [{shape[0]}].")
     if view not in tuple(View):
         raise ValueError(f"There is no view {view!r}: use View.WEAK, View.STRONG or View.CONTRASTIVE.")
     if shape[2:] != (side, side):
         if cropped:
-            raise ValueError(f"Images cropped before are {shape[2]}x{shape[3]}: resize them to {side}x{side}.")
+            raise ValueError(f"The cropped images are {shape[2]}x{shape[3]}: resize them to {side}x{side}.")
         if settings.weak_crop == "pad" and not _is_simclr(view, settings):
             raise ValueError(
-                f"weak_crop='pad' needs images of {side}x{side} pixels, these are {shape[2]}x{shape[3]}: "
-                "resize them first, or use weak_crop='resized'."
+                f"weak_crop='pad' needs images of {side}x{side} pixels, got {shape[2]}x{shape[3]}: resize them, or use "
+                "weak_crop='resized'."
             )
 
 
@@ -264,13 +254,13 @@ def _scale_and_shift(settings: ViewSettings, standard: bool, device: torch.devic
 
 
 def normalize(images: Tensor, settings: ViewSettings, *, view: View, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(value / 255 - mean) / std, computed in float32.
+    """Computes (value / 255 - mean) / std in float32.
 
     Args:
         images: uint8 `[N, 3, S, S]`.
-        settings: Holds mean and std; with `normalize_contrastive=False` the contrastive view is only scaled to 0..1.
-        view: Which view this is.
-        dtype: Of the result.
+        settings: Mean and std. With `normalize_contrastive=False` the contrastive view is only scaled to 0..1.
+        view: The view.
+        dtype: dtype of the result.
 
     Returns:
         `[N, 3, S, S]` in channels_last memory format.
