@@ -26,13 +26,7 @@ _BATCHNORM = "batchnorm_of_processes"
 
 
 def save_training_state(folder: str | Path, modules: Mapping[str, nn.Module], *, write: bool) -> None:
-    """Writes the state of all modules to one file. Every process must call it.
-
-    Args:
-        folder: The checkpoint.
-        modules: The modules by name.
-        write: Whether this process writes the file.
-    """
+    """Writes the state of all modules to one file. Every process must call it; the one with `write=True` writes."""
     together = nn.ModuleDict(modules)
     state = together.state_dict()
     statistics = read_batchnorm_buffers(together)
