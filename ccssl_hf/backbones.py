@@ -1,7 +1,7 @@
 """timm backbones, and the small heads on top of them.
 
 A backbone is typed `Any`: timm's models share an interface (`forward_features`, `forward_head`, `get_classifier`,
-`pretrained_cfg`), but no class.
+`pretrained_cfg`), but no common base class.
 """
 
 from __future__ import annotations

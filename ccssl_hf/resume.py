@@ -44,7 +44,7 @@ def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) ->
     """
     if not is_complete(folder):
         raise ValueError(
-            f"{folder} is incomplete: it was written with save_only_model, or saving was interrupted. Give an earlier "
+            f"{folder} is incomplete (written with save_only_model, or saving was interrupted): give an earlier "
             "checkpoint-N, or resume_from_checkpoint=True for the last complete one."
         )
     together = nn.ModuleDict(modules)
