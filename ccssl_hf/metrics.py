@@ -29,7 +29,7 @@ def to_numpy(values: Any) -> np.ndarray:
         values = (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
     elif isinstance(values, pa.ChunkedArray):
         rows = values.combine_chunks()
-        if not pa.types.is_list(rows.type):
+        if not pa.types.is_large_list(rows.type):
             return rows.to_numpy(zero_copy_only=False)
         width = len(rows[0]) if len(rows) else 1
         numbers = rows.cast(pa.list_(rows.type.value_type, width)).flatten()
@@ -162,7 +162,7 @@ class _ArrowFeatures(datasets.Features):
 
 
 _LABELS = datasets.Value("int64")
-_LOGITS = _ArrowFeatures(predictions=datasets.List(datasets.Value("float32")), references=_LABELS)
+_LOGITS = _ArrowFeatures(predictions=datasets.LargeList(datasets.Value("float32")), references=_LABELS)
 _SCORES = _ArrowFeatures(predictions=datasets.Value("float64"), references=_LABELS)
 
 
@@ -226,7 +226,7 @@ class OutOfDistributionAUROC(_InMemoryMetric):
     )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        if pa.types.is_list(predictions.type):
+        if pa.types.is_large_list(predictions.type):
             logits, references = _arrays(predictions, references)
             predictions = confidences(logits)
         return {"auroc": out_of_distribution_auroc(predictions, references)}
