@@ -357,7 +357,7 @@ def test_one_tensor_under_two_keys_is_not_dropped_in_silence(usb, tmp_path):
             dict(weights="ema"),
             r"no weights under 'ema_model' \(it has model\): use 'model' with weights='raw'",
         ),
-        ("net", dict(weights="raw"), r"no weights under 'model' \(it has net\): pass another checkpoint"),
+        ("net", dict(weights="raw"), r"no weights under 'model' \(it has net\): pass another file"),
         ("model", dict(weights="EMA"), "use 'ema' or 'raw'"),
         ("model", dict(weights="raw", labels=["cat", "dog"]), "has 10 classes, but 2 labels"),
         (

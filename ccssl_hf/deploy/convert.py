@@ -44,6 +44,7 @@ _SEMICLS_INPUT: dict[str, dict[str, Any]] = {
 _IMAGENET_INPUT: dict[str, Any] = dict(
     image_size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875, interpolation="bilinear"
 )
+_PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 
 
 @dataclass(frozen=True)
@@ -112,26 +113,15 @@ def convert_semicls(
             shape.
     """
     architecture = backbone.partition(".")[0]
-    wide = is_own_backbone(architecture)
-    known = {} if wide else {r"fc\.(weight|bias)": "a projection that takes no part, as the network has no proj"}
-    if not with_head:
-        known[r"fc[12]\.(weight|bias)"] = "the projection head, which was not asked for"
-    source = _Source(
-        checkpoint,
-        *_entries(weights, ema="ema_state_dict", raw="state_dict"),
-        training_state=_SEMICLS_STATE,
-        known=known,
-    )
-    content = _read(checkpoint)
-    state = _weights(content, source)
-    model = _build(
-        backbone,
-        labels,
-        _SEMICLS_INPUT.get(architecture, {}),
-        dict(image_size=image_size, mean=mean, std=std),
-        projection_dim=len(state["fc2.weight"]) if "fc2.weight" in state else 64,
-    )
-    return _convert(content, source, model, out, allow_unknown=allow_unknown)
+    known = {} if with_head else {r"fc[12]\.(weight|bias)": "the projection head, which was not asked for"}
+    if not is_own_backbone(architecture):
+        known[r"fc\.(weight|bias)"] = "a projection that takes no part, as the network has no proj"
+    entries = _entries(weights, ema="ema_state_dict", raw="state_dict")
+    source = _Checkpoint(checkpoint, *entries, training_state=_SEMICLS_STATE, known=known)
+    head = source.weights.get("fc2.weight")
+    defaults = _SEMICLS_INPUT.get(architecture, {}) | dict(projection_dim=64 if head is None else len(head))
+    model = _build(backbone, labels, defaults, image_size=image_size, mean=mean, std=std)
+    return source.convert(model, out, allow_unknown=allow_unknown)
 
 
 def convert_moco(
@@ -156,7 +146,7 @@ def convert_moco(
     Raises:
         FileNotFoundError, ValueError: See `convert_semicls`.
     """
-    source = _Source(
+    source = _Checkpoint(
         checkpoint,
         "state_dict",
         training_state=_MOCO_STATE,
@@ -168,11 +158,10 @@ def convert_moco(
         },
         may_lack=("projection.", "backbone.fc."),
     )
-    content = _read(checkpoint)
-    if not any(key.startswith("encoder_q.") for key in _weights(content, source)):
+    if not any(key.startswith("encoder_q.") for key in source.weights):
         raise ValueError(f"'{checkpoint}' has no query encoder (encoder_q.conv1.weight, ...): pass one of MoCo v2.")
-    model = _build(backbone, labels, _IMAGENET_INPUT, dict(image_size=image_size, mean=mean, std=std))
-    return _convert(content, source, model, out, allow_unknown=allow_unknown)
+    model = _build(backbone, labels, _IMAGENET_INPUT, image_size=image_size, mean=mean, std=std)
+    return source.convert(model, out, allow_unknown=allow_unknown)
 
 
 def convert_usb(
@@ -204,7 +193,7 @@ def convert_usb(
     """
     if not is_own_backbone(backbone):
         raise ValueError(f"'{backbone}' is not a Wide ResNet of USB: use wide_resnet28_2_cifar, 28_8 or 37_2.")
-    source = _Source(
+    source = _Checkpoint(
         checkpoint,
         *_entries(weights, ema="ema_model", raw="model"),
         training_state=_USB_STATE,
@@ -213,10 +202,9 @@ def convert_usb(
             r"mlp_proj\..*": "a projection head with ReLU, where these networks have LeakyReLU here",
         },
     )
-    content = _read(checkpoint)
-    arguments = _usb_arguments(_weights(content, source), checkpoint)
-    model = _build(backbone, labels, {}, dict(image_size=image_size, mean=mean, std=std), **arguments)
-    return _convert(content, source, model, out, allow_unknown=allow_unknown)
+    arguments = _usb_arguments(source.weights, checkpoint)
+    model = _build(backbone, labels, arguments, image_size=image_size, mean=mean, std=std)
+    return source.convert(model, out, allow_unknown=allow_unknown)
 
 
 def _entries(weights: Weights, *, ema: str, raw: str) -> tuple[str, str]:
@@ -224,70 +212,6 @@ def _entries(weights: Weights, *, ema: str, raw: str) -> tuple[str, str]:
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is '{weights}': use 'ema' or 'raw'.")
     return (ema, raw) if weights == "ema" else (raw, ema)
-
-
-def _strip(key: str) -> str:
-    """The key without the prefix of DataParallel and DistributedDataParallel."""
-    return key.removeprefix("module.")
-
-
-def _our_key(key: str) -> str:
-    """The authors' and USB's keys: some name the classifier `classifier`, and USB wraps some networks (`backbone.`)."""
-    return authors_key(re.sub(r"^classifier\.", "fc.", key.removeprefix("backbone.")))
-
-
-@dataclass(frozen=True)
-class _Source:
-    """How to read a checkpoint.
-
-    Attributes:
-        path: The file.
-        entry: Key of the requested weights.
-        other: Key of the other weights.
-        training_state: Pattern of the keys that are not weights.
-        name: Converts a key of the weights, without `module.`, to that of `CCSSLForImageClassification`.
-        known: Pattern of keys of the weights that are left out, to the reason.
-        may_lack: Prefixes of the model's keys that may all be missing.
-    """
-
-    path: str | Path
-    entry: str
-    other: str | None = None
-    training_state: str = ""
-    name: Callable[[str], str] = _our_key
-    known: Mapping[str, str] = field(default_factory=dict)
-    may_lack: Sequence[str] = ("projection.",)
-
-
-def _read(path: str | Path) -> Mapping[str, Any]:
-    """The checkpoint on the CPU. Only tensors and plain Python values are unpickled."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file '{path}': pass the path of a checkpoint.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the type depends on where the file is damaged
-        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"'{path}' contains more than weights ({unsafe[1]}). That could run code, so it is not loaded. If you "
-                "trust the file, load it with the code that wrote it, and torch.save only its state dicts, under the "
-                "same names, to a new file."
-            ) from None
-        raise ValueError(f"'{path}' is not a checkpoint of torch.save, or is damaged: get the file again.") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"'{path}' contains a {type(content).__name__}: pass a checkpoint, which is a dict.")
-    return content
-
-
-def _weights(content: Mapping[str, Any], source: _Source) -> dict[str, Tensor]:
-    """The requested weights, under their keys without `module.`."""
-    state = content.get(source.entry)
-    if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
-        return {_strip(key): value for key, value in state.items()}
-    choice = "raw" if source.entry.startswith("ema") else "ema"
-    hint = f"use '{source.other}' with weights='{choice}'" if source.other in content else "pass another checkpoint"
-    raise ValueError(
-        f"'{source.path}' has no weights under '{source.entry}' (it has {', '.join(map(str, content))}): {hint}."
-    )
 
 
 def _usb_arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
@@ -306,79 +230,114 @@ def _usb_arguments(state: Mapping[str, Tensor], path: str | Path) -> dict[str, A
 
 
 def _build(
-    backbone: str,
-    labels: Sequence[str],
-    default: Mapping[str, Any],
-    given: Mapping[str, Any],
-    **arguments: Any,
+    backbone: str, labels: Sequence[str], defaults: Mapping[str, Any], **given: Any
 ) -> CCSSLForImageClassification:
-    """A new model with the preprocessing in `given`, and in `default` where that is None."""
-    overlay = {**default, **{key: value for key, value in given.items() if value is not None}}
-    size = overlay.pop("image_size", None)
+    """A new model. `defaults` and `given` are arguments of the model and of its preprocessing; None is not given."""
+    arguments = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+    overlay = {key: arguments.pop(key) for key in _PREPROCESSING if key in arguments}
     if overlay:
         arguments["pretrained_cfg_overlay"] = overlay
-    return CCSSLForImageClassification.from_timm(backbone, labels=labels, image_size=size, **arguments)
+    return CCSSLForImageClassification.from_timm(backbone, labels=labels, **arguments)
 
 
-def _convert(
-    content: Mapping[str, Any],
-    source: _Source,
-    model: CCSSLForImageClassification,
-    out: str | Path,
-    *,
-    allow_unknown: bool,
-) -> ConversionReport:
-    """Check everything, load the weights into the model and write its folder, without a random projection head."""
-    own = model.state_dict()
-    mapped, left_out, unknown = _sort(content, source, own)
-    architecture = model.config.architecture
-    if unknown and not allow_unknown:
-        raise ValueError(
-            f"'{source.path}' has {len(unknown)} keys that a {architecture} does not ({', '.join(unknown)}): choose "
-            "the backbone that it was trained with, or leave them out with allow_unknown."
-        )
-    new = {target: content[source.entry][key] for key, target in mapped.items()}
-    absent = tuple(prefix for prefix in source.may_lack if not any(key.startswith(prefix) for key in new))
-    if missing := [key for key in own if key not in new and not key.startswith(absent)]:
-        raise ValueError(
-            f"'{source.path}' lacks {len(missing)} tensors of a {architecture}, such as '{missing[0]}': choose the "
-            "backbone that it was trained with."
-        )
-    _check_shapes(new, model, source.path)
-    model.load_state_dict({**own, **new})
-    model.save_pretrained(out, with_head="projection." not in absent)
-    fresh = tuple(key for key in own if key not in new and key.startswith("backbone."))
-    return ConversionReport(Path(out), architecture, source.entry, mapped, left_out, unknown, fresh)
+def _our_key(key: str) -> str:
+    """The authors' and USB's keys: some name the classifier `classifier`, and USB wraps some networks (`backbone.`)."""
+    return authors_key(re.sub(r"^classifier\.", "fc.", key.removeprefix("backbone.")))
 
 
-def _sort(
-    content: Mapping[str, Any], source: _Source, own: Mapping[str, Tensor]
-) -> tuple[dict[str, str], dict[str, tuple[str, ...]], tuple[str, ...]]:
-    """Sort the keys of the checkpoint: mapped to a key of `own`, left out for a reason, or unknown."""
-    mapped: dict[str, str] = {}
-    left_out: dict[str, tuple[str, ...]] = {}
-    unknown: list[str] = []
+def _strip(key: str) -> str:
+    """The key without the prefix of DataParallel and DistributedDataParallel."""
+    return key.removeprefix("module.")
 
-    def leave_out(key: str, reason: str) -> None:
-        left_out[reason] = (*left_out.get(reason, ()), key)
 
-    for key in map(str, content):
-        if key == source.other:
-            leave_out(key, "the other set of weights")
-        elif re.fullmatch(source.training_state, key):
-            leave_out(key, "training state, not weights")
-        elif key != source.entry:
-            unknown.append(key)
-    for key in content[source.entry]:
-        target = source.name(_strip(key))
-        reason = next((reason for pattern, reason in source.known.items() if re.fullmatch(pattern, _strip(key))), None)
-        if reason:
-            leave_out(key, reason)
-        elif target in own and target not in mapped.values():
-            mapped[key] = target
-        else:
-            unknown.append(key)
-    return mapped, left_out, tuple(unknown)
+@dataclass
+class _Checkpoint:
+    """A checkpoint of other code, and how to read its keys."""
+
+    path: str | Path
+    entry: str  # key of the requested weights
+    other: str | None = None  # key of the other weights
+    training_state: str = ""  # pattern of the keys that are not weights
+    name: Callable[[str], str] = _our_key  # a key of the weights, without `module.`, to the key of our model
+    known: Mapping[str, str] = field(default_factory=dict)  # pattern of keys that are left out, to the reason
+    may_lack: Sequence[str] = ("projection.",)  # prefixes of our keys that may all be missing
+
+    def __post_init__(self) -> None:
+        self.content = _read(self.path)
+        state = self.content.get(self.entry)
+        if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
+            choice = "raw" if self.entry.startswith("ema") else "ema"
+            hint = f"use '{self.other}' with weights='{choice}'" if self.other in self.content else "pass another file"
+            keys = ", ".join(map(str, self.content))
+            raise ValueError(f"'{self.path}' has no weights under '{self.entry}' (it has {keys}): {hint}.")
+        self.weights = {_strip(key): value for key, value in state.items()}
+
+    def convert(self, model: CCSSLForImageClassification, out: str | Path, *, allow_unknown: bool) -> ConversionReport:
+        """Check everything, load the weights into the model and write its folder, without a random projection head."""
+        own, architecture = model.state_dict(), model.config.architecture
+        mapped, left_out, unknown = self._sort(own)
+        if unknown and not allow_unknown:
+            raise ValueError(
+                f"'{self.path}' has {len(unknown)} keys that a {architecture} does not ({', '.join(unknown)}): choose "
+                "the backbone that it was trained with, or leave them out with allow_unknown."
+            )
+        new = {target: self.content[self.entry][key] for key, target in mapped.items()}
+        absent = tuple(prefix for prefix in self.may_lack if not any(key.startswith(prefix) for key in new))
+        if missing := [key for key in own if key not in new and not key.startswith(absent)]:
+            raise ValueError(
+                f"'{self.path}' lacks {len(missing)} tensors of a {architecture}, such as '{missing[0]}': choose the "
+                "backbone that it was trained with."
+            )
+        _check_shapes(new, model, self.path)
+        model.load_state_dict({**own, **new})
+        model.save_pretrained(out, with_head="projection." not in absent)
+        fresh = tuple(key for key in own if key not in new and key.startswith("backbone."))
+        return ConversionReport(Path(out), architecture, self.entry, mapped, left_out, unknown, fresh)
+
+    def _sort(self, own: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, tuple[str, ...]], tuple[str, ...]]:
+        """Sort all keys of the file: mapped to a key of `own`, left out for a reason, or unknown."""
+        mapped: dict[str, str] = {}
+        left_out: dict[str, tuple[str, ...]] = {}
+        unknown: list[str] = []
+
+        def leave_out(key: str, reason: str) -> None:
+            left_out[reason] = (*left_out.get(reason, ()), key)
+
+        for key in map(str, self.content):
+            if key == self.other:
+                leave_out(key, "the other set of weights")
+            elif re.fullmatch(self.training_state, key):
+                leave_out(key, "training state, not weights")
+            elif key != self.entry:
+                unknown.append(key)
+        for key in self.content[self.entry]:
+            target, bare = self.name(_strip(key)), _strip(key)
+            if reason := next((reason for pattern, reason in self.known.items() if re.fullmatch(pattern, bare)), None):
+                leave_out(key, reason)
+            elif target in own and target not in mapped.values():
+                mapped[key] = target
+            else:
+                unknown.append(key)
+        return mapped, left_out, tuple(unknown)
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    """The file's content on the CPU. Only tensors and plain Python values are unpickled."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file '{path}': pass the path of a checkpoint.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the type depends on where the file is damaged
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"'{path}' contains more than weights ({unsafe[1]}). That could run code, so it is not loaded. If you "
+                "trust the file, load it with the code that wrote it, and torch.save only its state dicts, under the "
+                "same names, to a new file."
+            ) from None
+        raise ValueError(f"'{path}' is not a checkpoint of torch.save, or is damaged: get the file again.") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"'{path}' contains a {type(content).__name__}: pass a checkpoint, which is a dict.")
+    return content
 
 
 def _check_shapes(new: Mapping[str, Tensor], model: CCSSLForImageClassification, path: str | Path) -> None:

@@ -28,9 +28,6 @@ BATCH_SIZES = (1, 2, 5)  # of the comparison with PyTorch
 HANDLER_FILE, REQUIREMENTS_FILE = "handler.py", "requirements.txt"
 
 
-# ------------------------------------------------------------------------------------------------------------- handler
-
-
 def write_handler(folder: str | Path, out: str | Path | None = None) -> list[Path]:
     """Write `handler.py` and its `requirements.txt` to a published folder, and return their paths.
 
@@ -51,9 +48,6 @@ def write_handler(folder: str | Path, out: str | Path | None = None) -> list[Pat
     shutil.copyfile(handler.__file__, out / HANDLER_FILE)
     (out / REQUIREMENTS_FILE).write_text(f"timm>={timm.__version__}\n", encoding="utf-8")
     return [out / HANDLER_FILE, out / REQUIREMENTS_FILE]
-
-
-# ---------------------------------------------------------------------------------------------------------------- ONNX
 
 
 @dataclass(frozen=True)

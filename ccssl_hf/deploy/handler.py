@@ -19,17 +19,13 @@ import torch
 import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""Accepted formats. Pillow knows more, but some of them run other programs (EPS)."""
-
-MAX_PIXELS = 89_478_485
-"""Largest accepted image: where Pillow warns of a decompression bomb, 268 MB decoded."""
-
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow runs other programs for some other formats (EPS)
+MAX_PIXELS = 89_478_485  # the size from which Pillow warns of a decompression bomb: 268 MB decoded
 FUNCTIONS = ("softmax", "sigmoid", "none")
 PARAMETERS = ("top_k", "function_to_apply")
 
 
-# This file runs without the package: these three are copies from ccssl_hf/images.py, and a test keeps them equal.
+# This file runs without the package: these are copies from ccssl_hf/images.py, which a test keeps equal.
 
 
 class TooLargeError(ValueError):
@@ -49,17 +45,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def open_image(
     source: bytes | str | Path, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """Open an encoded image as upright RGB.
-
-    Args:
-        source: The bytes of an image file, or the path of a local file.
-        max_pixels: Refuse larger images before decoding them.
-        formats: Pillow's names of the accepted formats; None accepts all.
-
-    Raises:
-        TooLargeError: The image has more than `max_pixels` pixels, or Pillow takes it for a decompression bomb.
-        ValueError: The image cannot be read.
-    """
+    """Open an encoded image as upright RGB. Raises ValueError, or TooLargeError above `max_pixels`."""
     try:
         # Not by its path: Pillow would map some TIFF files into memory, and read rotated ones wrongly.
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -74,21 +60,6 @@ def open_image(
         reason = "unknown format" if unknown else f"{type(error).__name__}: {error}"
         raise ValueError(f"not a readable image ({reason})") from error
     raise TooLargeError(f"too large ({problem})")
-
-
-def read_image(content: bytes) -> Image.Image:
-    """Open the bytes of an image of a request.
-
-    Raises:
-        TooLargeError: The image has more than `MAX_PIXELS` pixels. It was not decoded.
-        ValueError: The image cannot be read, or has another format than `FORMATS`.
-    """
-    try:
-        return open_image(content, max_pixels=MAX_PIXELS, formats=FORMATS)
-    except TooLargeError as error:
-        raise TooLargeError(f"The image is {error}: send a smaller one.") from error
-    except ValueError as error:
-        raise ValueError(f"This is {error}: send a complete {', '.join(FORMATS)} file.") from error
 
 
 def decode_base64(text: Any) -> bytes:
@@ -106,6 +77,24 @@ def decode_base64(text: Any) -> bytes:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"This is not base64 text ({error}): send the image's bytes in base64.") from error
+
+
+def read_image(given: Any) -> Image.Image:
+    """Open an image of a request: a PIL image, the bytes of a file, or base64 text.
+
+    Raises:
+        TooLargeError: The image has more than `MAX_PIXELS` pixels. It was not decoded.
+        ValueError: The image cannot be read, or its format is not in `FORMATS`.
+    """
+    if isinstance(given, Image.Image):
+        return upright_rgb(given)
+    content = given if isinstance(given, bytes) else decode_base64(given)
+    try:
+        return open_image(content, max_pixels=MAX_PIXELS, formats=FORMATS)
+    except TooLargeError as error:
+        raise TooLargeError(f"The image is {error}: send a smaller one.") from error
+    except ValueError as error:
+        raise ValueError(f"This is {error}: send a complete {', '.join(FORMATS)} file.") from error
 
 
 def check_parameters(parameters: Any) -> dict[str, Any]:
@@ -157,12 +146,6 @@ class EndpointHandler:
         inputs, parameters = data.get("inputs"), check_parameters(data.get("parameters") or {})
         if inputs is None or inputs == []:
             raise ValueError("inputs is missing: send an image, or a list of at least one.")
-        images = [_image(one) for one in (inputs if isinstance(inputs, list) else [inputs])]
+        images = [read_image(one) for one in (inputs if isinstance(inputs, list) else [inputs])]
         answers = self._pipeline(images, **parameters)
         return answers if isinstance(inputs, list) else answers[0]
-
-
-def _image(given: Any) -> Image.Image:
-    if isinstance(given, Image.Image):
-        return upright_rgb(given)
-    return read_image(given if isinstance(given, bytes) else decode_base64(given))

@@ -13,10 +13,11 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,19 +40,11 @@ from ..data import check_images, check_writable, load_split
 from ..images import encoded_images, open_encoded, upright_rgb
 from ..modeling import CCSSLForImageClassification
 
-MAX_WORKERS = 8
-"""Maximum number of threads by default. More threads wait for Python's lock."""
-
-CPU_BATCH, ACCELERATOR_BATCH = 16, 64
-"""Default batch sizes. On a CPU the output of a layer should still be in the cache when the next layer reads it."""
-
-ROW_GROUP = 4096
-"""Rows that are collected before they are written: 32 MiB with embeddings of size 2048."""
+MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lock
+CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it
+ROW_GROUP = 4096  # rows that are written at a time: 32 MiB with embeddings of size 2048
 
 T = TypeVar("T", bound=Sized)
-
-
-# ---------------------------------------------------------------------------------------------------------- classifier
 
 
 @dataclass(frozen=True)
@@ -214,9 +207,6 @@ class Classifier:
         return logits.softmax(dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
-
-
 def open_images(
     source: str | Path | Sequence[str | Path] | datasets.Dataset, *, image_column: str = "image"
 ) -> list[str] | datasets.Dataset:
@@ -232,16 +222,13 @@ def open_images(
         ValueError: There are no images.
     """
     if isinstance(source, (str, Path)):
-        path = Path(source).expanduser()
-        if path.is_dir() and not any(path.glob("*.parquet")):
-            return _image_files(
-                (os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files), path
-            )
-        if path.suffix.lower() != ".parquet" and path.is_file():
-            return _image_files([str(path)], path)
-        if path.suffix.lower() != ".parquet" and glob.has_magic(str(path)):
-            return _image_files(glob.iglob(str(path), recursive=True), path)
-        source = load_split(str(source), role="test")
+        given, files = source, _files(Path(source).expanduser())
+        if files is None:
+            source = load_split(str(source), role="test")
+        else:
+            source = sorted(file for file in files if file.lower().endswith(tuple(ImageFolder.EXTENSIONS)))
+            if not source:
+                raise ValueError(f"{given}: no image files; name a folder, file or glob of images such as photo.jpg.")
     if isinstance(source, Sequence):
         if not source:
             raise ValueError("The list of images is empty: name at least one file.")
@@ -250,15 +237,18 @@ def open_images(
     return encoded_images(source, image_column)
 
 
-def _image_files(files: Iterable[str], source: Path) -> list[str]:
-    found = sorted(file for file in files if file.lower().endswith(tuple(ImageFolder.EXTENSIONS)))
-    if not found:
-        raise ValueError(f"{source}: no image files; name a folder, file or glob of images such as photo.jpg.")
-    return found
+def _files(path: Path) -> list[str] | None:
+    """The files of a folder, file or glob; None for parquet files and Hub datasets."""
+    if path.suffix.lower() == ".parquet" or any(path.glob("*.parquet")):
+        return None
+    if path.is_dir():
+        return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    if path.is_file():
+        return [str(path)]
+    return glob.glob(str(path), recursive=True) if glob.has_magic(str(path)) else None
 
 
-_Batch = list[tuple[str, Mapping[str, Any]]]
-"""For each image its path, or its row number if it has none, and the encoded image."""
+_Batch = list[tuple[str, Mapping[str, Any]]]  # path, or row number where there is none, and the encoded image
 
 
 def _batches(images: list[str] | datasets.Dataset, size: int) -> Iterator[_Batch]:
@@ -342,9 +332,6 @@ def predict_all(
     return Predictions(labels, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-# ------------------------------------------------------------------------------------------------------------- parquet
-
-
 @dataclass(frozen=True)
 class Written:
     """Number of images, how many of them could not be read, and seconds without loading the model."""
@@ -388,17 +375,18 @@ def predict_to_parquet(
     """
     images = open_images(source, image_column=image_column)
     out = check_output(out, source)
-    schema = _schema(classifier, embedding)
-    partial = out.with_name(f"_{out.name}.partial")
+    columns = {"path": pa.string(), "label": pa.string(), "confidence": pa.float32()}
+    metadata = {"model": classifier.name}
+    if embedding:
+        columns["embedding"], metadata["embedding"] = pa.list_(pa.float32()), classifier.embedding
+    schema = pa.schema({**columns, "error": pa.string()}, metadata)
+    unfinished = out.with_name(f"_{out.name}.partial")
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
-
-    def work(batch: _Batch) -> list[dict[str, Any]]:
-        return _rows(classifier, batch, embedding)
-
+    work = partial(_rows, classifier, embedding)
     with (
         closing(_in_batches(classifier, images, work, batch_size, num_workers)) as results,
-        pq.ParquetWriter(partial, schema) as writer,
+        pq.ParquetWriter(unfinished, schema) as writer,
     ):
         try:
             for done in results:
@@ -412,7 +400,7 @@ def predict_to_parquet(
                     rows = []
         finally:
             writer.write_table(pa.Table.from_pylist(rows, schema))
-    os.replace(partial, out)
+    os.replace(unfinished, out)
     return Written(len(images), unreadable, time.perf_counter() - started)
 
 
@@ -427,15 +415,7 @@ def check_output(out: str | Path, source: Any) -> Path:
     return out
 
 
-def _schema(classifier: Classifier, embedding: bool) -> pa.Schema:
-    columns = {"path": pa.string(), "label": pa.string(), "confidence": pa.float32()}
-    metadata = {"model": classifier.name}
-    if embedding:
-        columns["embedding"], metadata["embedding"] = pa.list_(pa.float32()), classifier.embedding
-    return pa.schema({**columns, "error": pa.string()}, metadata)
-
-
-def _rows(classifier: Classifier, batch: _Batch, embedding: bool) -> list[dict[str, Any]]:
+def _rows(classifier: Classifier, embedding: bool, batch: _Batch) -> list[dict[str, Any]]:
     """The rows of a batch of encoded images. Missing keys become nulls."""
     rows: list[dict[str, Any]] = [{"path": path, "error": None} for path, _ in batch]
     pixels, readable = [], []

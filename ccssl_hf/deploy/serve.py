@@ -15,12 +15,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import torch
@@ -34,19 +35,12 @@ from torch import Tensor
 
 from ..card.model_card import library_versions
 from ..errors import near_misses
-from .handler import TooLargeError, check_parameters, decode_base64, read_image
+from .handler import TooLargeError, check_parameters, read_image
 from .predict import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
 
-TOP_K = 5
-"""Default number of classes in an answer, as in transformers' pipeline."""
-
-UPLOAD_SECONDS = 60
-"""Maximum time for a request to arrive. It occupies a place in the queue meanwhile."""
-
-SHUTDOWN_SECONDS = 30
-"""Maximum time for open requests after the server was told to stop."""
-
-_T = TypeVar("_T")
+TOP_K = 5  # default number of classes in an answer, as in transformers' pipeline
+UPLOAD_SECONDS = 60  # for a request to arrive: it occupies a place in the queue meanwhile
+SHUTDOWN_SECONDS = 30  # for open requests after the server was told to stop
 
 
 @dataclass(frozen=True)
@@ -66,9 +60,6 @@ class ServingSettings:
     max_image_mb: float = 20.0
     max_queue: int = 256
     num_workers: int | None = None
-
-
-# ------------------------------------------------------------------------------------------------------------ batching
 
 
 class Batcher:
@@ -140,9 +131,6 @@ class Batcher:
                     answer.set_result(row)
 
 
-# ---------------------------------------------------------------------------------------------------------------- HTTP
-
-
 class _Service:
     """The endpoints and their shared state, on one event loop."""
 
@@ -160,7 +148,9 @@ class _Service:
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        with ThreadPoolExecutor(os.cpu_count()) as self._decoders, self._batcher.running(self._workers):
+        with ThreadPoolExecutor(os.cpu_count()) as decoders, self._batcher.running(self._workers):
+            in_thread = partial(asyncio.get_running_loop().run_in_executor, decoders)
+            self._in_thread: Callable[..., Awaitable[Any]] = in_thread
             yield
 
     async def health(self, request: Request) -> JSONResponse:
@@ -239,9 +229,6 @@ class _Service:
             raise HTTPException(408, f"The request took more than {UPLOAD_SECONDS} s to arrive: try again.") from error
         return bytes(body)
 
-    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
-
     async def _answer(self, encoded: Any, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
         """Labels and scores of an image, given as bytes or base64 text. Errors start with `where`."""
         pixels = await self._in_thread(self._pixels, encoded, where)
@@ -254,7 +241,7 @@ class _Service:
 
     def _pixels(self, encoded: Any, where: str) -> Tensor:
         try:
-            return self.classifier.pixels(read_image(encoded if isinstance(encoded, bytes) else decode_base64(encoded)))
+            return self.classifier.pixels(read_image(encoded))
         except TooLargeError as error:
             raise HTTPException(413, f"{where}{error}") from error
         except ValueError as error:

@@ -114,9 +114,6 @@ def _check_output(out: Path) -> Path:
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------- images
-
-
 class _Split:
     """Labeled images, checked before any work is done.
 
@@ -189,9 +186,6 @@ def _write_examples(folder: Path, split: _Split) -> None:
     rows += ood[:: max(1, len(ood) // OOD_EXAMPLES)][:OOD_EXAMPLES].tolist()  # neighbours are often of one class
     for number, row in enumerate(rows):
         (folder / f"{number}.webp").write_bytes(_encoded(split.image(row), EXAMPLE_SIDE))
-
-
-# ---------------------------------------------------------------------------------------------------- thresholds, card
 
 
 def _measure(network: app.Model, split: _Split) -> app.Thresholds:

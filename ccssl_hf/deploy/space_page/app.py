@@ -41,7 +41,7 @@ NEAREST = 6  # labeled images to show
 SHOWN_SIDE = 448  # longer side of shown images in pixels: the input of many networks is tiny
 
 
-# This file runs without the package: these three are copies from ccssl_hf/images.py, and a test keeps them equal.
+# This file runs without the package: these are copies from ccssl_hf/images.py, which a test keeps equal.
 
 
 class TooLargeError(ValueError):
@@ -61,17 +61,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def open_image(
     source: bytes | str | Path, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """Open an encoded image as upright RGB.
-
-    Args:
-        source: The bytes of an image file, or the path of a local file.
-        max_pixels: Refuse larger images before decoding them.
-        formats: Pillow's names of the accepted formats; None accepts all.
-
-    Raises:
-        TooLargeError: The image has more than `max_pixels` pixels, or Pillow takes it for a decompression bomb.
-        ValueError: The image cannot be read.
-    """
+    """Open an encoded image as upright RGB. Raises ValueError, or TooLargeError above `max_pixels`."""
     try:
         # Not by its path: Pillow would map some TIFF files into memory, and read rotated ones wrongly.
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -98,34 +88,19 @@ def open_upload(path: str) -> Image.Image:
         raise ValueError("This file can't be read as an image. Try a JPEG, PNG or WebP file.") from error
 
 
-# -------------------------------------------------------------------------------------------------- out of distribution
-
-
 @dataclass(frozen=True)
 class Thresholds:
-    """An image below both thresholds may be out of distribution (OOD). Also holds how often that was right.
+    """Below both thresholds an image may be out of distribution (OOD). Measured on labeled images."""
 
-    Attributes:
-        confidence: Threshold of the largest softmax probability.
-        energy: Threshold of the log-sum-exp of the logits.
-        quantile: Share of the in-distribution images below each threshold.
-        source: Name of the labeled images that were measured.
-        images: Number of in-distribution images among them.
-        top1: Top-1 accuracy on the in-distribution images.
-        flagged: Share of the in-distribution images below both thresholds.
-        ood_images: Number of OOD images among the measured ones.
-        ood_flagged: Share of the OOD images below both thresholds; None where there are none.
-    """
-
-    confidence: float
-    energy: float
-    quantile: float
-    source: str
-    images: int
-    top1: float
-    flagged: float
+    confidence: float  # of the largest softmax probability
+    energy: float  # of the log-sum-exp of the logits
+    quantile: float  # share of the in-distribution images below each threshold
+    source: str  # name of the labeled images
+    images: int  # number of in-distribution images
+    top1: float  # top-1 accuracy on these
+    flagged: float  # share of these below both thresholds
     ood_images: int = 0
-    ood_flagged: float | None = None
+    ood_flagged: float | None = None  # share of the OOD images below both thresholds
 
 
 @dataclass(frozen=True)
@@ -163,20 +138,11 @@ def possibly_ood(logits: Tensor, *, confidence: float, energy: float) -> Tensor:
     return (confidences < confidence) & (energies < energy)
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
-
-
 def to_map(output: Tensor, *, layout: str, size: tuple[int, int], prefix_tokens: int) -> Tensor:
-    """A layer's output as a map `[N, C, rows, columns]`; grad-cam calls it as its `reshape_transform`.
+    """A layer's output as a map `[N, C, rows, columns]`, from `layout` NCHW, NHWC or tokens `[N, T, C]`.
 
-    Args:
-        output: `[N, C, rows, columns]` (`NCHW`), `[N, rows, columns, C]` (`NHWC`) or `[N, T, C]` (`tokens`).
-        layout: Which of these the network's feature maps are.
-        size: Height and width of the network's input in pixels.
-        prefix_tokens: Number of class and register tokens before the patch tokens.
-
-    Raises:
-        ValueError: The output is not a map of the image, or is too coarse.
+    `size` is the height and width of the network's input. Class and register tokens come first. Raises ValueError if
+    the output is not a map of the image, or is too coarse.
     """
     if output.ndim == 3 and layout == "tokens":
         output = _unfold(output, size, prefix_tokens)
@@ -204,12 +170,8 @@ def _unfold(tokens: Tensor, size: tuple[int, int], prefix_tokens: int) -> Tensor
 def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
     """Find the last layer whose output is a map that the pooled features depend on, and its `to_map`.
 
-    One forward and backward pass finds it in any timm network. In a vision transformer, for example, only the class
-    token matters after the last attention, so the last map is the input of that attention.
-
-    Args:
-        network: A timm classifier in eval mode.
-        size: Height and width of its input in pixels.
+    `network` is a timm classifier in eval mode, `size` the height and width of its input. In a vision transformer, for
+    example, only the class token matters after the last attention, so the last map is the input of that attention.
     """
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, *size, generator=generator).requires_grad_()
@@ -244,23 +206,16 @@ def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, Callable[[
 
 
 class Model:
-    """A published classifier.
-
-    Attributes:
-        labels: The class names, in the order of the logits.
-        network: The timm model.
-        side: Longer side of its input in pixels.
-        feature_map: The layer that the heat map is computed from, and its reader; None where there is none.
-    """
+    """A published classifier, from a folder or Hub id. No code from there is run."""
 
     def __init__(self, name: str | Path, *, revision: str | None = None) -> None:
-        """Loads a folder or Hub id without running code from there."""
         self._processor = AutoImageProcessor.from_pretrained(name, revision=revision)
         model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
         self.labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
         self.network = model.timm_model.eval().requires_grad_(False)
         size = self._processor.data_config["input_size"][-2:]
-        self.side, self.feature_map = max(size), find_map(self.network, size)
+        self.side = max(size)
+        self.feature_map = find_map(self.network, size)  # the source of heat maps; None in some networks
         self._lock = threading.Lock()  # a heat map adds hooks to the network
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
@@ -314,9 +269,6 @@ def enlarge(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC)
 
 
-# -------------------------------------------------------------------------------------------------------------- gallery
-
-
 def thumbnail_name(row: int) -> str:
     """The name in `THUMBNAILS_FILE` of the image of embedding `row`."""
     return f"{row}.webp"
@@ -341,28 +293,16 @@ class Gallery:
             ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- page
-
-
 @dataclass(frozen=True)
 class Answer:
-    """What the page shows for one image.
+    """What the page shows for one image."""
 
-    Attributes:
-        out_of_distribution: Whether the image may be out of distribution.
-        reason: The scores and thresholds behind that, as text.
-        confidences: Class name to softmax probability.
-        best: Number of the most probable class.
-        overlay: The heat map of that class over the image.
-        nearest: Image and caption of each of the nearest labeled images.
-    """
-
-    out_of_distribution: bool
-    reason: str
-    confidences: dict[str, float]
-    best: int
-    overlay: Image.Image
-    nearest: list[tuple[Image.Image, str]]
+    out_of_distribution: bool  # whether it may be
+    reason: str  # the scores and thresholds behind that
+    confidences: dict[str, float]  # class name to softmax probability
+    best: int  # number of the most probable class
+    overlay: Image.Image  # the heat map of that class over the image
+    nearest: list[tuple[Image.Image, str]]  # labeled images with their captions
 
 
 class Space:
@@ -448,8 +388,7 @@ CSS = """
 #nearest .grid-wrap { min-height: 0; padding-top: 32px; }
 """
 
-FONT = ["system-ui", "sans-serif"]
-"""The visitor's own fonts: the page loads nothing from other servers."""
+FONT = ["system-ui", "sans-serif"]  # the visitor's own: the page loads nothing from other servers
 
 
 def note_html(headline: str, text: str = "", *, warning: bool = False) -> str:
