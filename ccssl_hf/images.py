@@ -25,14 +25,8 @@ from torch import Tensor
 
 from .transforms import View, ViewSettings, crop_boxes
 
-CHUNK_BYTES = 1 << 24
-"""Decoded pixels that are held and written at a time: far below the 2 GiB limit of an Arrow column of bytes."""
-
-DECODED_AT_ONCE = 8
-"""Whole images that a worker holds at once. Their crop boxes are drawn together."""
-
-
-# ---------------------------------------------------------------------------------------------------------- open images
+CHUNK_BYTES = 1 << 24  # decoded pixels that are written at a time: far below the 2 GiB limit of an Arrow column
+DECODED_AT_ONCE = 8  # images that a worker holds at once; their crop boxes are drawn together
 
 
 class TooLargeError(ValueError):
@@ -102,9 +96,6 @@ def decode_image(encoded: Mapping[str, Any] | None, row: int, role: str) -> Imag
             f"Image {row} of the {role} split can't be decoded ({error}): drop such rows first with "
             "ccssl_hf.data.drop_unreadable(dataset)."
         ) from error
-
-
-# -------------------------------------------------------------------------------------------------- images of a split
 
 
 def encoded_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
