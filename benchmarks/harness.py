@@ -25,8 +25,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from ccssl_hf.card.model_card import library_versions
 from ccssl_hf.card.plots import format_table
+from ccssl_hf.record import library_versions
 
 RESULTS = Path(__file__).parent / "results"
 

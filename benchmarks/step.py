@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
-from ccssl_hf.step import forward_views, make_views, unlabeled_views
+from ccssl_hf.step import forward_views, make_views
 
 LABELS = [str(digit) for digit in range(10)]
 SIZE, BATCH, MU = 32, 8, 7
@@ -132,7 +132,7 @@ def loop_step(trainer: CCSSLTrainer) -> Callable[[], None]:
     """A step as one would write it without a Trainer, of the same parts; `trainer` is not trained, but lends them."""
     model, algorithm, average = trainer.model.train(), trainer.algorithm, trainer.ema
     optimizer, loader = trainer.create_optimizer(), iter(trainer.get_train_dataloader())
-    views = unlabeled_views(algorithm)
+    views = algorithm.views
 
     def step() -> None:
         inputs = next(loader)

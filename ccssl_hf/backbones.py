@@ -21,10 +21,8 @@ from timm.models.resnet import ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
+from .transforms import MAX_SIDE_UNCROPPED
 from .wide_resnet_cifar import LEAKY_RELU_SLOPE, WideResNetCifar, init_weights
-
-SMALL_IMAGE = 96
-"""Side in pixels up to which images are shown whole, as CIFAR and STL-10 are; larger ones are cropped as timm says."""
 
 _RESNET_HIDDEN = 2048
 _INPUT_KEYS = (
@@ -95,7 +93,7 @@ def create_backbone(
     backbone = _create(name, pretrained, num_classes=num_classes, **timm_kwargs)
     source = backbone.pretrained_cfg
     crop = {}
-    if max(size) <= SMALL_IMAGE and "crop_pct" not in (timm_kwargs.get("pretrained_cfg_overlay") or {}):
+    if max(size) <= MAX_SIDE_UNCROPPED and "crop_pct" not in (timm_kwargs.get("pretrained_cfg_overlay") or {}):
         crop["crop_pct"] = 1.0
     set_input(backbone, {**source, **crop, "input_size": (source["input_size"][0], *size)})
     return backbone, model_args

@@ -1,28 +1,23 @@
-"""Numbers that say what they are: the metric, the split, and which weights of which run they were measured with.
-
-A card keeps them in its metadata, as the Hub's model index; they are read back from there.
-"""
+"""What a run knows of itself: settings, splits, results with provenance, predictions. The card is a function of it."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from huggingface_hub import EvalResult
 
-Section = Literal["known classes", "pseudo labels", "open set"]
+Section = Literal["classes", "pseudo labels", "ood"]
 
 
 class Metric(NamedTuple):
-    """A metric as the Hub's metadata and as people call it, and the part of a card that it belongs to."""
+    """A metric's name in the Hub's metadata, its name for readers, and the section of the card that shows it."""
 
     hub_name: str
     words: str
-    section: Section = "known classes"
+    section: Section = "classes"
 
 
 METRICS = {
@@ -30,35 +25,36 @@ METRICS = {
     "top5": Metric("top_5_accuracy", "Top-5 accuracy"),
     "macro_f1": Metric("f1", "Macro F1"),
     "ece": Metric("expected_calibration_error", "Expected calibration error (lower is better)"),
-    "precision": Metric("pseudo_label_precision", "Precision of the pseudo labels that passed", "pseudo labels"),
-    "coverage": Metric("pseudo_label_coverage", "Share of the unlabeled images that passed", "pseudo labels"),
+    "precision": Metric("pseudo_label_precision", "Pseudo-label precision", "pseudo labels"),
+    "coverage": Metric("pseudo_label_coverage", "Pseudo-label coverage", "pseudo labels"),
     "ood_share_passed": Metric(
-        "pseudo_label_ood_share_passed", "Share of the images of no known class that passed", "pseudo labels"
+        "pseudo_label_ood_share_passed", "Share of OOD images above the threshold", "pseudo labels"
     ),
-    "mask_rate": Metric("mask_rate", "Mask rate while training", "pseudo labels"),
+    "mask_rate": Metric("mask_rate", "Mask rate (training)", "pseudo labels"),
     "training_precision": Metric(
-        "pseudo_label_training_precision", "Precision of the pseudo labels trained on", "pseudo labels"
+        "pseudo_label_training_precision", "Pseudo-label precision (training)", "pseudo labels"
     ),
-    "auroc": Metric("roc_auc", "AUROC, known classes against no known class", "open set"),
-    "auroc_open_set": Metric("roc_auc_open_set", "AUROC of the same by the algorithm's open-set score", "open set"),
+    "auroc": Metric("roc_auc", "OOD AUROC (confidence)", "ood"),
+    "auroc_open_set": Metric("roc_auc_open_set", "OOD AUROC (open-set score)", "ood"),
 }
-"""By the names of `ccssl_hf.metrics`. A name may carry the confidence that counts as passed, as in `precision@0.95`."""
+"""By the names of `ccssl_hf.metrics`. A name may carry the confidence threshold, as in `precision@0.95`."""
 
-_BY_HUB_NAME = {metric.hub_name: name for name, metric in METRICS.items()}
+PUBLISHED = "published weights"
+"""Stands for the provenance of weights whose run is unknown."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which weights of which run a number or a picture belongs to.
+    """The weights that a number or a picture belongs to.
 
     Args:
         weights: `EMA` or `raw` (in any case).
         step: Optimizer steps that these weights were trained for.
-        which: `last` or `best`: how that step was chosen.
+        which: `last` or `best`: how the step was chosen.
         seed: The run's seed.
 
     Raises:
-        ValueError: If `weights` or `which` is something else.
+        ValueError: `weights` or `which` is something else.
     """
 
     weights: str
@@ -68,34 +64,24 @@ class Provenance:
 
     def __post_init__(self) -> None:
         if self.weights.lower() not in ("ema", "raw"):
-            raise ValueError(f"Provenance.weights is {self.weights!r}: say 'EMA' or 'raw'.")
+            raise ValueError(f"Provenance.weights is {self.weights!r}: use 'EMA' or 'raw'.")
         if self.which not in ("last", "best"):
-            raise ValueError(f"Provenance.which is {self.which!r}: say 'last' or 'best'.")
+            raise ValueError(f"Provenance.which is {self.which!r}: use 'last' or 'best'.")
         object.__setattr__(self, "weights", {"ema": "EMA", "raw": "raw"}[self.weights.lower()])
 
     def __str__(self) -> str:
         return f"{self.weights} weights, {self.which} step {self.step}, seed {self.seed}"
 
-    @classmethod
-    def parse(cls, text: str) -> Provenance | None:
-        """The provenance that `text` names in the words of `str(provenance)`; None where it names none."""
-        found = re.search(r"(EMA|raw) weights, (last|best) step (\d+), seed (\d+)", text)
-        return cls(found[1], int(found[3]), found[2], int(found[4])) if found else None
-
-
-PUBLISHED = "published weights"
-"""What is said in place of an provenance where nothing is known of the run."""
-
 
 @dataclass(frozen=True)
 class Result:
-    """One number, and all that it takes to know what it is.
+    """A measured number with its metric, split and provenance.
 
     Args:
         metric: A name of `METRICS`, or any other.
-        value: As a fraction in [0, 1].
-        split: The split's name, such as `test`.
-        provenance: The weights; None where the run is not known, as of weights that were downloaded.
+        value: A fraction in [0, 1].
+        split: Name of the split, such as `test`.
+        provenance: The weights; None if the run is unknown, as for a downloaded model without a card.
     """
 
     metric: str
@@ -105,59 +91,34 @@ class Result:
 
     @property
     def name(self) -> str:
-        """The metric in words."""
-        name, _, confidence = self.metric.partition("@")
+        """The metric's name for readers, with its threshold."""
+        name, _, threshold = self.metric.partition("@")
         words = METRICS[name].words if name in METRICS else name
-        return f"{words} (confidence {confidence} or more)" if confidence else words
+        return f"{words} (threshold {threshold})" if threshold else words
+
+    @property
+    def hub_name(self) -> str:
+        """The metric's name in the Hub's metadata, with its threshold."""
+        name, at, threshold = self.metric.partition("@")
+        return (METRICS[name].hub_name if name in METRICS else name) + at + threshold
 
     @property
     def section(self) -> Section:
-        """The part of a card that it belongs to."""
+        """The section of the card that shows it."""
         name = self.metric.partition("@")[0]
-        return METRICS[name].section if name in METRICS else "known classes"
-
-    def to_hub(self, dataset: str) -> EvalResult:
-        """As the Hub's metadata has it, measured on `dataset`."""
-        name, at, confidence = self.metric.partition("@")
-        return EvalResult(
-            task_type="image-classification",
-            task_name="Image Classification",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=self.split,
-            metric_type=(METRICS[name].hub_name if name in METRICS else name) + at + confidence,
-            metric_name=f"{self.name} ({self.provenance or PUBLISHED})",
-            metric_value=round(float(self.value), 6),
-        )
-
-    @classmethod
-    def from_hub(cls, found: EvalResult) -> Result | None:
-        """The inverse of `to_hub`; None of a result that was not written by it."""
-        how = found.metric_name or ""
-        provenance = Provenance.parse(how)
-        if provenance is None and not how.endswith(f"({PUBLISHED})"):
-            return None
-        hub_name, at, confidence = found.metric_type.partition("@")
-        metric = _BY_HUB_NAME.get(hub_name, hub_name) + at + confidence
-        return cls(metric, found.metric_value, found.dataset_split or "", provenance)
-
-
-def hub_results(results: Iterable[Result], dataset_of_split: dict[str, str]) -> list[EvalResult]:
-    """All results as the Hub's metadata has them; NaN and infinity, which it refuses, are left out."""
-    finite = (result for result in results if math.isfinite(result.value))
-    return [result.to_hub(dataset_of_split.get(result.split, "unknown")) for result in finite]
+        return METRICS[name].section if name in METRICS else "classes"
 
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """What a model said of a labeled split of `N` images.
+    """A model's outputs on a labeled split of `N` images, of `C` classes.
 
     Args:
-        split: The split's name.
-        provenance: The weights; None where the run is not known.
+        split: Name of the split.
+        provenance: The weights; None if the run is unknown.
         logits: float32 `[N, C]`.
-        labels: `[N]`, -1 for an image of no known class.
-        embeddings: `[N, D]`, where they are to be drawn.
+        labels: `[N]`; -1 for an out-of-distribution image.
+        embeddings: `[N, D]`; None if they are not drawn.
     """
 
     split: str
@@ -168,8 +129,80 @@ class SplitPredictions:
 
     @property
     def known(self) -> np.ndarray:
-        """Which images are of a known class, bool `[N]`."""
+        """Whether each image is in-distribution, bool `[N]`."""
         return self.labels >= 0
 
     def __str__(self) -> str:
         return f"{self.split} split, {self.provenance or PUBLISHED}"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The data of a split: a Hub id or path, the number of images, and a fingerprint (`data.fingerprint`)."""
+
+    data: str
+    images: int | None = None
+    fingerprint: str | None = None
+
+
+@dataclass
+class RunRecord:
+    """What a run knows of itself. The card leaves out what is empty or None.
+
+    Args:
+        backbone: timm name of the network.
+        class_names: Names of the classes, in order.
+        algorithm: Name in `ccssl_hf.algorithms.ALGORITHMS`; None if nothing is known about the training.
+        hyperparameters: Those of the algorithm and CCSSL, by name. `lambda_contrast` above 0 means CCSSL.
+        optimization: All other settings that affect the weights, by name.
+        views: Settings of the views, by name.
+        splits: The data by name of the split (`labeled`, `unlabeled`, `validation`, `test`).
+        labeled_per_class: Number of labeled images by class name.
+        base_model: Hub id or timm name of the initial weights; None for random weights.
+        steps: Optimizer steps of the run.
+        batch_size: Labeled images in each step, over all processes.
+        mu: Unlabeled images for each labeled image; None if the algorithm uses none.
+        seed: The run's seed.
+        versions: Library to version, from `library_versions`.
+        device: Kind of device, such as `cuda`.
+        num_processes: Number of training processes.
+        run_time: Training time in seconds.
+        history: The log, `trainer.state.log_history`.
+        provenance: The published weights; None if the run is unknown.
+        results: Measured numbers.
+        predictions: Outputs on labeled splits, for the pictures.
+    """
+
+    backbone: str
+    class_names: Sequence[str]
+    algorithm: str | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    optimization: Mapping[str, Any] = field(default_factory=dict)
+    views: Mapping[str, Any] = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)
+    labeled_per_class: Mapping[str, int] = field(default_factory=dict)
+    base_model: str | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    mu: int | None = None
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    device: str | None = None
+    num_processes: int = 1
+    run_time: float | None = None
+    history: Sequence[Mapping[str, Any]] = ()
+    provenance: Provenance | None = None
+    results: Sequence[Result] = ()
+    predictions: Sequence[SplitPredictions] = ()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries that a run depends on."""
+    names = ("ccssl_hf", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -8,15 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .algorithms import Algorithm, SSLBatch
+from .algorithms import SSLBatch
 from .modeling import CCSSLOutput
 from .sampling import LABELED, UNLABELED
 from .transforms import View, ViewSettings, make_view, normalize
-
-
-def unlabeled_views(algorithm: Algorithm) -> tuple[View, ...]:
-    """The views of an unlabeled image that `algorithm` reads; two-view algorithms are not charged for a third."""
-    return (View.WEAK, View.STRONG, View.CONTRASTIVE) if algorithm.needs_contrastive_view else (View.WEAK, View.STRONG)
 
 
 @torch.no_grad()

@@ -1,66 +1,72 @@
-"""`CCSSLTrainer`: a `transformers.Trainer` that feeds three views of two splits to one algorithm."""
+"""`CCSSLTrainer`: a `transformers.Trainer` for one algorithm, two splits and up to three views."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo, run_as_future
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
-from .callbacks import ProgressBar, StepMonitor, UpdateAverage
+from .callbacks import StepMonitor, UpdateAverage, progress_callback
+from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
+from .hub import plan_push, upload
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
-from .publishing import PublishingTrainer
-from .record import METRICS, Provenance, Result, SplitPredictions
+from .publishing import files_of_checkpoint, upload_in_background
+from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
-from .step import forward_views, make_views, unlabeled_views
+from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import ViewSettings
+from .transforms import MAX_SIDE_HELD, View, ViewSettings
 
 logger = logging.getLogger(__name__)
 
-SMALL_IMAGE = 64
-"""Up to this side, in pixels, `auto` means images held decoded and shifted crops, as for CIFAR."""
 
-
-class CCSSLTrainer(PublishingTrainer):
+class CCSSLTrainer(Trainer):
     """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
 
-    Everything else is `transformers.Trainer`: `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks,
-    DDP through accelerate, resuming. Evaluation, saving and publishing use the averaged weights (`args.eval_weights`).
+    `train`, `evaluate`, `predict`, `save_model`, `push_to_hub`, callbacks, resuming and DDP through accelerate work as in
+    `transformers.Trainer`. Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
 
     Args:
         model: The model to train.
         args: The run's arguments.
         train_dataset: Labeled images.
-        unlabeled_dataset: Unlabeled images; may be None only where the algorithm reads none.
-        eval_dataset: Labeled images, or a dictionary of such splits. Rows labeled -1, or with a name that is none of
-            the model's classes, count as out of distribution.
+        unlabeled_dataset: Unlabeled images. None is allowed only if the algorithm uses none.
+        eval_dataset: Labeled images, or a dictionary of such splits. Images with the label -1, or with a name that is
+            not a class of the model, count as out-of-distribution.
         compute_metrics: As in `transformers.Trainer`; default `classification_metrics`.
         callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `transformers.Trainer`.
 
     Raises:
-        TypeError: `model` or `args` is of another class.
-        ValueError: The data can't be trained on; the sentence names the fix. Raised before any work is done.
+        TypeError: `model` or `args` has the wrong class.
+        ValueError: The data do not fit the arguments. Raised before any work is done.
     """
 
     args: CCSSLTrainingArguments
+    push_in_progress: PushInProgress | None = None
 
     def __init__(
         self,
@@ -77,20 +83,20 @@ class CCSSLTrainer(PublishingTrainer):
     ) -> None:
         _check_types(model, args)
         self.class_names = model.config.labels
-        self.settings = _view_settings(model, args)
-        self._cropped = _is_streamed(args, self.settings)  # then each view comes with a crop of its own
+        self.settings = args.view_settings(model.backbone.pretrained_cfg)
+        self._cropped = _is_streamed(args, self.settings)  # if so, the dataset crops every view separately
         self.unlabeled_dataset = unlabeled_dataset
         self._check_data(args, train_dataset, unlabeled_dataset, eval_dataset)
         self.algorithm = self._build_algorithm(model, args)
         data.check_writable(args.output_dir)
 
-        # What no loss reaches is frozen, or DDP would wait for its gradient.
+        # Freeze parameters that receive no gradient; DDP would wait for them.
         model.projection.requires_grad_(self.algorithm.needs_embeddings)
         for name, head in model.heads.items():
             head.requires_grad_(name in self.algorithm.heads)
         if args.device.type != "cpu":
-            # On a CPU, convolutions bring weights into a format of their own, and the fused SGD copies those that are
-            # not contiguous: images alone in channels_last are as fast there, and the optimizer four times.
+            # Not on a CPU: convolutions convert weights anyway, and the fused SGD takes 4x as long on weights that are
+            # not contiguous. There, channels_last images alone are as fast.
             model.to(memory_format=torch.channels_last)
         super().__init__(
             model=model,
@@ -106,27 +112,28 @@ class CCSSLTrainer(PublishingTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError(
-                f"One process sees {args.n_gpu} GPUs, and DataParallel would split the batch's pairs: start the "
-                "run with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+                f"One process sees {args.n_gpu} GPUs, and DataParallel would split the pairs of a batch: use "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of one batch
         self.algorithm.to(args.device)
-        self.model.to(args.device)  # upstream waits with it under bf16_full_eval, but the average starts as a copy
-        copy_from_main_process(self.model)  # DDP does so too late for that
+        self.model.to(args.device)  # upstream delays this under bf16_full_eval, but the EMA starts as a copy
+        copy_from_main_process(self.model)  # DDP copies too late for the EMA
         self.ema = WeightAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names)
-        self.results: dict[str, list[Result]] = {}  # what the card says of each split, and, below, draws of it
+        # For the record: the last evaluation of each split, and names that the trainer cannot know.
+        self.results: dict[str, list[Result]] = {}
         self.predictions: dict[str, SplitPredictions] = {}
         self.evaluated: dict[str, datasets.Dataset] = {}
-        self.dataset_names: dict[str, str] = {}  # what the card calls the splits, where their own name is not it
-        self.base_model: str | None = None  # what the card calls the weights that training started from
+        self.dataset_names: dict[str, str] = {}
+        self.base_model: str | None = None
         self._best_step: int | None = None
-        self._loop_output: Any = None  # of the evaluation that is going on
+        self._loop_output: Any = None  # of the current evaluation
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
         if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressBar)
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+            self.add_callback(progress_callback())
 
     # ----------------------------------------------------------------------------------------------------------- set-up
 
@@ -143,7 +150,7 @@ class CCSSLTrainer(PublishingTrainer):
         if len(labeled) < batch and not args.repeat_labeled:
             raise ValueError(
                 f"{len(labeled)} labeled images are fewer than a batch of {batch}: lower per_device_train_batch_size, "
-                "or set repeat_labeled=True to let images repeat in a batch, as the paper does with 40 labels."
+                "or set repeat_labeled=True to repeat images within a batch, as the paper does with 40 labels."
             )
         self.hidden_labels = None
         if unlabeled is not None:
@@ -169,24 +176,24 @@ class CCSSLTrainer(PublishingTrainer):
         algorithm = build_algorithm(
             args.algorithm,
             num_classes=len(self.class_names),
-            num_unlabeled=len(self.unlabeled_dataset or ()),  # none at all is answered below
+            num_unlabeled=len(self.unlabeled_dataset or ()),  # None is an error below
             embedding_dim=model.config.projection_dim,
             batch_size=args.per_device_train_batch_size * args.world_size,
             mu=args.mu,
             **args.hyperparameters(),
         )
         model.add_heads({name: make(model.feature_dim) for name, make in algorithm.heads.items()})
-        if algorithm.needs_unlabeled and self.unlabeled_dataset is None:
+        if algorithm.views and self.unlabeled_dataset is None:
             raise ValueError(
-                f"Algorithm {args.algorithm!r} with these settings learns from "
-                "unlabeled images: pass unlabeled_dataset, or set algorithm='supervised' and lambda_contrast=0."
+                f"Algorithm {args.algorithm!r} with these settings needs unlabeled images: pass unlabeled_dataset, or "
+                "set algorithm='supervised' and lambda_contrast=0."
             )
-        if not algorithm.needs_unlabeled and self.unlabeled_dataset is not None:
-            logger.warning("Algorithm %r reads no unlabeled images: unlabeled_dataset is left alone.", args.algorithm)
+        if not algorithm.views and self.unlabeled_dataset is not None:
+            logger.warning("Algorithm %r uses no unlabeled images: unlabeled_dataset is ignored.", args.algorithm)
         return algorithm
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Found by module type; upstream goes by name, and timm's `bn1` and `norm1` are names it does not know."""
+        """Decayed parameters by module type. Upstream goes by name, and does not know timm's `bn1` and `norm1`."""
         return decayed_parameter_names(model)
 
     @staticmethod
@@ -210,9 +217,9 @@ class CCSSLTrainer(PublishingTrainer):
     # ------------------------------------------------------------------------------------------------------------- data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of both splits; one long epoch, because each split has epochs of its own inside the sampler."""
+        """Batches of both splits in one long epoch: the sampler handles the epochs of each split."""
         args, algorithm = self.args, self.algorithm
-        unlabeled = self.unlabeled_dataset if algorithm.needs_unlabeled else None
+        unlabeled = self.unlabeled_dataset if algorithm.views else None
         with args.main_process_first(desc="decoding images"):
             dataset = data.PairedDataset(
                 self.train_dataset,
@@ -220,7 +227,7 @@ class CCSSLTrainer(PublishingTrainer):
                 unlabeled,
                 hidden_labels=self.hidden_labels,
                 image_column=args.image_column,
-                views=unlabeled_views(algorithm),
+                views=algorithm.views,
                 settings=self.settings,
                 seed=args.seed,
                 decode="stream" if self._cropped else "memory",
@@ -235,14 +242,14 @@ class CCSSLTrainer(PublishingTrainer):
         )
         loader = DataLoader(
             dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]  # torch's stub knows lists only; any index will do
+            batch_sampler=sampler,  # type: ignore[arg-type]  # torch's stub has lists only
             collate_fn=_already_a_batch,
             **self._loading(decodes=self._cropped),
         )
         return self.accelerator.prepare(loader)
 
     def _loading(self, *, decodes: bool) -> dict[str, Any]:
-        """The flags of a loader, `decodes`: of one whose batches take decoding."""
+        """Arguments of a DataLoader; `decodes`: whether its dataset decodes images."""
         args, workers = self.args, self.args.dataloader_num_workers
         if workers == -1:
             workers = data.default_workers(args.device) if decodes else 0
@@ -258,7 +265,7 @@ class CCSSLTrainer(PublishingTrainer):
         split = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         split = self.eval_dataset if split is None else split
         if split is None:
-            raise ValueError("There is nothing to evaluate on: pass eval_dataset to CCSSLTrainer or to evaluate().")
+            raise ValueError("There is no evaluation split: pass eval_dataset to CCSSLTrainer or to evaluate().")
         return self._evaluation_dataloader(split, self._evaluation_labels(split, name, self.args), name)
 
     def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
@@ -266,7 +273,7 @@ class CCSSLTrainer(PublishingTrainer):
         data.check_images(test_dataset, role="test", image_column=self.args.image_column)
         labels = self._evaluation_labels(test_dataset, "test", self.args) if has_labels else None
         if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
-            labels = None  # withheld, as in many a test split: there is nothing to measure
+            labels = None  # the split withholds its labels
         return self._evaluation_dataloader(test_dataset, labels, "test")
 
     def _evaluation_dataloader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
@@ -280,7 +287,7 @@ class CCSSLTrainer(PublishingTrainer):
         loader = DataLoader(
             dataset,
             batch_size=self.args.per_device_eval_batch_size,
-            generator=torch.Generator(),  # else each evaluation draws a number that dropout in training would have had
+            generator=torch.Generator(),  # else an evaluation changes the random numbers of dropout in training
             **self._loading(decodes=True),
         )
         return self.accelerator.prepare(loader)
@@ -294,11 +301,9 @@ class CCSSLTrainer(PublishingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The algorithm's loss in training; plain cross-entropy over the known classes in evaluation."""
+        """The algorithm's loss in training; cross-entropy over in-distribution images in evaluation."""
         if "labeled_images" in inputs:
-            views = make_views(
-                inputs, unlabeled_views(self.algorithm), self.settings, seed=self.args.seed, cropped=self._cropped
-            )
+            views = make_views(inputs, self.algorithm.views, self.settings, seed=self.args.seed, cropped=self._cropped)
             batch = forward_views(
                 model,
                 views,
@@ -311,9 +316,9 @@ class CCSSLTrainer(PublishingTrainer):
             return result.loss
         output = model(pixel_values=inputs["pixel_values"])
         logits = output.logits
-        known = (inputs["labels"] != data.OUT_OF_DISTRIBUTION).sum()
+        count = (inputs["labels"] != data.OUT_OF_DISTRIBUTION).sum()
         loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
-        loss = loss / known.clamp(min=1)  # a batch without a known class must not make the split's mean NaN
+        loss = loss / count.clamp(min=1)  # a batch of OOD images only must not turn the split's mean into NaN
         outputs = {"logits": logits}
         if self._measures_open_set_score:
             outputs["open_set_scores"] = self.algorithm.open_set_score(logits.float(), output.heads)
@@ -330,48 +335,49 @@ class CCSSLTrainer(PublishingTrainer):
     # ------------------------------------------------------------------------------------------------------- evaluation
 
     def _published_weights(self) -> Any:
-        """Context in which `self.model` holds the weights that are evaluated and saved."""
+        """A context in which `self.model` holds the weights that are evaluated and saved."""
         return published_weights(self.model, self.ema if self.args.eval_weights == "ema" else None)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in `transformers.Trainer`; what was measured last on each split goes onto the card."""
+        """As in `transformers.Trainer`. The card shows the last evaluation of each split."""
         self._loop_output = None
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         output, self._loop_output = self._loop_output, None
-        if output is None:  # a dictionary of splits: each of them has come by here
+        if output is None:  # a dictionary of splits: upstream has called evaluate for each
             return metrics
         split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
         self.add_results(split, _without_prefix(metrics, metric_key_prefix))
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.evaluated[split] = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         logits, labels = output.predictions, output.label_ids
-        if np.shape(logits) == (np.size(labels), len(self.class_names)):  # metrics of the user's own may change them
+        if np.shape(logits) == (
+            np.size(labels),
+            len(self.class_names),
+        ):  # preprocess_logits_for_metrics may change them
             logits = logits.astype(np.float32, copy=False)
             self.predictions[split] = SplitPredictions(split, self.provenance, logits, labels)
         return metrics
 
     @property
     def provenance(self) -> Provenance:
-        """Which weights are evaluated and saved now."""
+        """The weights that are evaluated and saved now."""
         which, step = ("last", self.state.global_step) if self._best_step is None else ("best", self._best_step)
         return Provenance(self.args.eval_weights, step, which, self.args.seed)
 
     def add_results(self, split: str, metrics: Mapping[str, float]) -> None:
-        """Puts numbers onto the card that were measured on `split` with the weights that are evaluated now.
-
-        They take the place of what the card said of this split. `evaluate` calls it by itself.
+        """Add results with the current provenance to the record. `evaluate` calls it.
 
         Args:
-            split: Such as `test`.
-            metrics: By the names of `ccssl_hf.metrics`, which may carry a confidence, as in `precision@0.95`.
+            split: Name of the split, such as `test`. Earlier results of this split are replaced.
+            metrics: Values by the names of `ccssl_hf.metrics`, with a threshold if there is one: `precision@0.95`.
         """
         self.results[split] = [Result(name, value, split, self.provenance) for name, value in metrics.items()]
 
     @property
     def _measures_open_set_score(self) -> bool:
-        """Whether the algorithm has an open-set score besides confidence. Metrics of the user's get logits alone."""
+        """Whether the algorithm has its own open-set score. A user's metrics get logits only."""
         own = type(self.algorithm).open_set_score is not Algorithm.open_set_score
         return own and self.compute_metrics is default_metrics and self.preprocess_logits_for_metrics is None
 
@@ -380,22 +386,12 @@ class CCSSLTrainer(PublishingTrainer):
         with self._published_weights():
             output = super().evaluation_loop(*args, **kwargs)
         self.model.train(training)  # upstream leaves the model in eval mode
-        if self._measures_open_set_score and isinstance(output.predictions, tuple):  # the scores were for the metrics
+        if self._measures_open_set_score and isinstance(output.predictions, tuple):  # scores are for metrics
             output = output._replace(predictions=output.predictions[0])
         self._loop_output = output
         return output
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The plain folder, with the weights that are evaluated. No `training_args.bin`: it holds the Hub token."""
-        if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `transformers.Trainer`, and the card beside it. Call it in every process: all have a part in it."""
-        with self._published_weights():  # not in _save, which some releases call on one process only
-            super().save_model(output_dir, _internal_call)
 
     def train(
         self,
@@ -403,17 +399,16 @@ class CCSSLTrainer(PublishingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in `transformers.Trainer`; with True the run goes on from the last checkpoint that is whole."""
-        if resume_from_checkpoint in (True, "true", "True"):  # the command line knows texts only
+        """As in `transformers.Trainer`. With True, the run resumes from the last complete checkpoint."""
+        if resume_from_checkpoint in (True, "true", "True"):  # the command line passes text
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"{self.args.output_dir} holds no whole checkpoint to go on from: start without "
-                    "resume_from_checkpoint."
+                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start anew."
                 )
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
-        set_seed(self.args.seed)  # for dropout, which must not depend on what was drawn since the trainer was made
+        set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _modules_with_state(self) -> dict[str, nn.Module]:
@@ -426,7 +421,7 @@ class CCSSLTrainer(PublishingTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the state that the main process writes next marks a whole checkpoint
+        self.accelerator.wait_for_everyone()  # the state that is written next marks a complete checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_training_state(resume_from_checkpoint, self._modules_with_state())
@@ -434,7 +429,7 @@ class CCSSLTrainer(PublishingTrainer):
     def _load_best_model(self) -> None:
         logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
         self._best_step = self.state.best_global_step
-        # What was measured last was another step's: the log still knows this one's numbers.
+        # The last evaluation was of another step. The log has the results of the best one.
         self.predictions.clear()
         logged = [entry for entry in self.state.log_history if entry["step"] == self._best_step]
         for split in self.results:
@@ -442,9 +437,184 @@ class CCSSLTrainer(PublishingTrainer):
             self.add_results(split, _without_prefix({k: v for entry in logged for k, v in entry.items()}, prefix))
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
 
+    # ------------------------------------------------------------------------------------------------------- publishing
+
+    def run_record(self) -> RunRecord:
+        """What the run knows of itself at this moment: the card is written from it."""
+        args, state = self.args, self.state
+        counts = np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        return RunRecord(
+            backbone=self.model.config.architecture,
+            class_names=self.class_names,
+            algorithm=args.algorithm,
+            hyperparameters=self.algorithm.hyperparameters,
+            optimization=args.optimization_settings(),
+            views=_views_made(self.settings, self.algorithm.views)
+            | {"decode": "stream" if self._cropped else "memory"},
+            splits=self._splits(),
+            labeled_per_class=dict(zip(self.class_names, counts, strict=True)),
+            base_model=self.base_model,
+            steps=state.global_step,
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            mu=args.mu if self.algorithm.views else None,
+            seed=args.seed,
+            versions=library_versions(),
+            device=args.device.type,
+            num_processes=args.world_size,
+            run_time=next((entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry), None),
+            history=state.log_history,
+            provenance=self.provenance,
+            results=[*(result for results in self.results.values() for result in results), *self._logged_results()],
+            predictions=list(self.predictions.values()),
+        )
+
+    def _splits(self) -> dict[str, Split]:
+        """All splits with names and fingerprints. The fingerprint of a labeled split includes its labels."""
+        args, names = self.args, [*self.class_names, ""]  # the last name is for -1
+        splits = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset} | self.evaluated
+        splits.setdefault("validation", self.eval_dataset)
+        found = {}
+        for role, split in splits.items():
+            if not isinstance(split, datasets.Dataset):
+                continue
+            labels = []
+            if role != "unlabeled" and args.label_column in split.column_names:
+                numbers = data.read_labels(split, args.label_column, self.class_names, role=role, allow_ood=True)
+                labels = [names[number] for number in numbers.tolist()]
+            name = self.dataset_names.get(role) or data.name_of(split)
+            found[role] = Split(name, len(split), data.fingerprint(split, args.image_column, labels))
+        return found
+
+    def _logged_results(self) -> list[Result]:
+        """Mask rate and precision of the last log: of the raw weights, as means over the steps before it."""
+        keys = {"mask_rate": "mask_rate", "pseudo_label_precision": "training_precision"}
+        logs = (entry for entry in reversed(self.state.log_history) if "mask_rate" in entry)
+        last: dict[str, Any] = next(logs, {})
+        provenance = Provenance("raw", last.get("step", 0), "last", self.args.seed)
+        return [Result(metric, last[key], "unlabeled", provenance) for key, metric in keys.items() if key in last]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the published model. Upstream also writes `training_args.bin`, which holds the Hub token."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the published model and its card, and push both with `args.push_to_hub`.
+
+        Call it in every process: the main process writes, but all average the BatchNorm statistics.
+        """
+        with self._published_weights():  # not in _save, which some releases call on one process only
+            super().save_model(output_dir, _internal_call=True)
+        if not _internal_call:
+            self.create_model_card(folder=output_dir)
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(  # upstream's other arguments are in the record
+        self,
+        model_name: str | None = None,
+        license: str | None = None,
+        tags: list[str] | None = None,
+        limits: str | None = None,
+        folder: str | None = None,
+    ) -> None:
+        """Write README.md and its pictures. An error is logged, so that a failing card never loses a run.
+
+        Results and pictures show the last evaluation of each split. An existing card is overwritten; `ccssl-hf report`
+        keeps text that was added by hand.
+
+        Args:
+            model_name: Hub id, or a title.
+            license: The Hub's identifier, such as `apache-2.0`.
+            tags: Further tags.
+            limits: Known limits of this model, in words.
+            folder: Where to write; default `args.output_dir`.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = Path(folder or str(self.args.output_dir))
+        name = model_name or self.hub_model_id or path.name
+        try:
+            write_card(self.run_record(), path, model_name=name, license=license, tags=tags, limits=limits)
+        except Exception:
+            logger.exception("The model card could not be written; the model is saved. Call create_model_card again.")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        with_head: bool = False,
+        **card: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save and upload the published model and its card. Call it in every process.
+
+        If the upload fails, everything is saved: call it again, or run `ccssl-hf push`.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in `transformers.Trainer`.
+            with_head: Whether to upload the projection head and the algorithm's heads, too.
+            **card: Arguments of `create_model_card`.
+        """
+        self.save_model(_internal_call=True)
+        if private is not None:
+            self.args.hub_private_repo = private
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card)
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        files = plan_push(str(self.args.output_dir), with_head=with_head).files
+        options = self._upload_options(commit_message) | {
+            k: v for k, v in (("token", token), ("revision", revision)) if v
+        }
+        if blocking:
+            return upload(files, str(self.hub_model_id), **options)
+        return run_as_future(upload, files, str(self.hub_model_id), **options)
+
+    def _upload_options(self, message: str | None) -> dict[str, Any]:
+        args = self.args
+        return {
+            "message": message,
+            "private": args.hub_private_repo,
+            "revision": args.hub_revision,
+            "token": args.hub_token,
+        }
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint in the background, as `hub_strategy` asks. Upstream also uploads `training_args.bin`."""
+        args, push = self.args, self.push_in_progress
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if push is not None and push.is_done():
+            self._finish_current_push()
+            push = None
+        if push is not None and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        job = upload_in_background(
+            files_of_checkpoint(Path(checkpoint_folder), HubStrategy(args.hub_strategy)),
+            str(self.hub_model_id),
+            keep_in=Path(str(args.output_dir)),
+            **self._upload_options(f"Training in progress, step {self.state.global_step}"),
+        )
+        self.push_in_progress = PushInProgress([*(push.jobs if push else []), job])
+
+    def _finish_current_push(self) -> None:
+        """Wait for uploads of checkpoints. An error is logged: the checkpoint is saved here, and training goes on."""
+        super()._finish_current_push()
+        for job in self.push_in_progress.jobs if self.push_in_progress else []:
+            if error := job.exception():
+                logger.warning("A checkpoint was not pushed: %s", error)
+        self.push_in_progress = None
+
 
 def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Those of an evaluation that a card names, by their own names."""
+    """The metrics of an evaluation that a card shows, without their prefix."""
     names = [name for name, metric in METRICS.items() if metric.section != "pseudo labels"]
     return {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
 
@@ -460,28 +630,21 @@ def _check_types(model: Any, args: Any) -> None:
         raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
 
 
-def _view_settings(model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> ViewSettings:
-    own = model.backbone.pretrained_cfg
-    size = own["input_size"][-1]
-    weak_crop = args.weak_crop
-    if weak_crop == "auto":
-        weak_crop = "pad" if size <= SMALL_IMAGE else "resized"
-    return ViewSettings(
-        image_size=size,
-        mean=tuple(own["mean"]),
-        std=tuple(own["std"]),
-        weak_crop=weak_crop,
-        horizontal_flip=args.horizontal_flip,
-        randaugment_ops=args.randaugment_ops,
-        randaugment_magnitude=args.randaugment_magnitude,
-        cutout_size=args.cutout_size,
-        contrastive=args.contrastive_view,
-        normalize_contrastive=args.normalize_contrastive,
-    )
-
-
 def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
-    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > SMALL_IMAGE)
+    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MAX_SIDE_HELD)
     if streamed and settings.weak_crop == "pad":
-        raise ValueError("weak_crop='pad' shifts images held at the training size: set weak_crop='resized' to stream.")
+        raise ValueError("weak_crop='pad' needs images at the training size: set weak_crop='resized' to stream.")
     return streamed
+
+
+def _views_made(settings: ViewSettings, views: Sequence[View]) -> dict[str, Any]:
+    """The settings of the views that a run makes, by name."""
+    simclr = {"contrastive_crop_scale", "jitter", "jitter_probability", "grayscale_probability"}
+    unused = {"crop_scale", "crop_ratio"} if settings.weak_crop == "pad" else set()
+    if View.STRONG not in views:
+        unused |= {"randaugment_ops", "randaugment_magnitude", "cutout_size"}
+    if View.CONTRASTIVE not in views:
+        unused |= {"contrastive_view", "normalize_contrastive"} | simclr
+    elif settings.contrastive_view == "randaugment":
+        unused |= simclr
+    return {name: value for name, value in asdict(settings).items() if name not in unused}

@@ -1,4 +1,4 @@
-"""`CCSSLTrainingArguments`: what `transformers.TrainingArguments` says of a run, and what semi-supervision adds."""
+"""`CCSSLTrainingArguments`: `transformers.TrainingArguments` with the settings of semi-supervised training."""
 
 from __future__ import annotations
 
@@ -6,27 +6,39 @@ import os
 import shlex
 import shutil
 import sys
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from transformers import TrainingArguments
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
 
 from .algorithms import ALGORITHMS, algorithm_hyperparameters
+from .errors import near_misses
+from .transforms import MAX_SIDE_HELD, ViewSettings
+
+CONFIGS = Path(__file__).parent / "configs"
+"""Folder of the packaged YAML files, which `from_config` reads by name."""
+
+
+def _argument(default: Any, text: str) -> Any:
+    """A field with a default and a help text."""
+    return field(default=default, metadata={"help": text})
 
 
 def _hyperparameter(name: str) -> Any:
-    """A field that is None until set: the algorithm's own default then holds, and one it does not have is an error."""
+    """A field that is None, for the algorithm's default. Its help names the algorithms, unless all have it."""
     tables = {algorithm: algorithm_hyperparameters(algorithm) for algorithm in ALGORITHMS}
     takers = [algorithm for algorithm, table in tables.items() if name in table]
     text = tables[takers[0]][name].help
-    return field(
-        default=None, metadata={"help": text if len(takers) == len(tables) else f"{text} ({', '.join(takers)})"}
-    )
+    return _argument(None, text if len(takers) == len(tables) else f"{text} ({', '.join(takers)})")
 
 
 @dataclass
 class HyperparameterArguments:
-    """Hyperparameters of all algorithms: the same names in Python, YAML, on the command line and on the card."""
+    """Hyperparameters of all algorithms. Names are the same in Python, YAML, on the command line and on the card."""
 
     lambda_contrast: float | None = _hyperparameter("lambda_contrast")
     contrast_temperature: float | None = _hyperparameter("contrast_temperature")
@@ -52,126 +64,158 @@ class HyperparameterArguments:
     lambda_open: float | None = _hyperparameter("lambda_open")
 
 
+@dataclass
+class ViewArguments:
+    """Settings of the views, with the names of `ViewSettings`. Sizes are in pixels at the model's input size."""
+
+    weak_crop: Literal["auto", "pad", "resized"] = _argument(
+        "auto",
+        "Crop of the weak and strong view. pad: shift by up to an eighth of the side, with reflected "
+        "borders. resized: random resized crop. auto: pad up to 64 px, resized above.",
+    )
+    horizontal_flip: bool = _argument(
+        True, "Mirror images at random. Turn it off where a mirrored image changes class."
+    )
+    randaugment_ops: int = _argument(2, "Number of RandAugment operations on the strong view.")
+    randaugment_magnitude: int = _argument(10, "RandAugment draws magnitudes from 1 to this number minus 1.")
+    cutout_size: int = _argument(16, "Side of the grey square on the strong view, in pixels. 0: no square.")
+    contrastive_view: Literal["simclr", "randaugment"] = _argument(
+        "simclr", "simclr: resized crop, colour jitter and random grayscale. randaugment: a second strong view."
+    )
+    normalize_contrastive: bool = _argument(
+        True, "Normalize the contrastive view. The authors' CCSSL configs do not normalize it."
+    )
+
+    def view_settings(self, pretrained_cfg: Mapping[str, Any]) -> ViewSettings:
+        """The views of a run, with the input size, mean and standard deviation of timm's `pretrained_cfg`."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(ViewArguments)}
+        size = pretrained_cfg["input_size"][-1]
+        if chosen["weak_crop"] == "auto":
+            chosen["weak_crop"] = "pad" if size <= MAX_SIDE_HELD else "resized"
+        return ViewSettings(size, tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"]), **chosen)
+
+
 _WITHOUT_EFFECT = {
-    "num_train_epochs": "says nothing here, as the splits have epochs of their own: set max_steps alone",
+    "num_train_epochs": "has no effect, because each split has its own epochs: set max_steps alone",
     "auto_find_batch_size": "would change the images of every step: set per_device_train_batch_size",
-    "label_smoothing_factor": "does not reach the algorithms' losses: leave it out",
-    "data_seed": "would be a second seed, and a step is a function of one: set seed",
-    "ignore_data_skip": "would show a resumed run images that it has seen: leave it out",
+    "label_smoothing_factor": "has no effect on the algorithms' losses: leave it out",
+    "data_seed": "would be a second seed, and one seed decides every step: set seed",
+    "ignore_data_skip": "would repeat images that the run has already seen: leave it out",
 }
-"""Arguments of transformers that would be ignored, or break a promise."""
+"""Arguments of transformers that have no effect here, or would break reproducibility."""
+
+_OPTIMIZATION = (
+    *("gradient_accumulation_steps", "optim", "learning_rate", "schedule", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "ema_decay", "eval_weights", "weak_forward", "repeat_labeled"),
+)
+"""Arguments that the card always shows."""
+
+_ELSEWHERE = (
+    *("algorithm", "mu", "max_steps", "per_device_train_batch_size", "seed", "decode"),  # in other parts of the record
+    *("output_dir", "run_name", "project", "trackio", "report_to", "log", "disable_tqdm", "save", "hub", "push"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval", "prediction_loss", "do_"),
+    *("dataloader", "ddp", "use_cpu", "accelerator_config", "skip_memory", "debug", "resume", "restore", "local_rank"),
+    *("label_names", "label_column", "image_column", "hidden_label", "remove_unused", "include_"),
+)
+"""Starts of the names of arguments that do not affect the weights, or that the record has elsewhere."""
 
 
 @dataclass
-class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the order of bases keeps output_dir first
-    """Arguments of `CCSSLTrainer`; defaults are the paper's for CIFAR-10 (arXiv 2203.02261, section 4).
+class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArguments):  # output_dir stays first
+    """Arguments of `CCSSLTrainer`. Defaults are those of the paper for CIFAR-10 (arXiv 2203.02261, section 4).
 
-    Hyperparameters of the algorithm are None until set: the algorithm's own default then holds, see the table in the
-    README. Batch sizes are in labeled images; every step also takes `mu` times as many unlabeled ones.
+    Hyperparameters of the algorithm are None by default, which means the algorithm's default. Batch sizes count labeled
+    images; each step also uses `mu` times as many unlabeled images.
 
     Raises:
-        ValueError: Two flags contradict each other, a value is out of range, or a launcher is not supported.
+        ValueError: Two arguments contradict each other, a value is out of range, or a launcher is not supported.
     """
 
-    # What transformers has already, with the paper's values.
-    max_steps: int = field(default=512 * 1024, metadata={"help": "Length of the run in optimizer steps."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Labeled images a step on each device, B."})
-    learning_rate: float = field(default=0.03, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=1e-3, metadata={"help": "Weight decay, on neither norms nor biases."})
-    optim: str = field(default="sgd", metadata={"help": "Optimizer; sgd takes sgd_momentum and nesterov."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm; 0: no clipping."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave NaN and infinite losses out of the logged mean, which hides them."}
+    # Arguments of transformers, with the paper's values.
+    max_steps: int = _argument(512 * 1024, "Length of the run in optimizer steps.")
+    per_device_train_batch_size: int = _argument(64, "Labeled images on each device in each step (B).")
+    learning_rate: float = _argument(0.03, "Peak learning rate.")
+    weight_decay: float = _argument(1e-3, "Weight decay. It does not apply to norms and biases.")
+    optim: str = _argument("sgd", "Optimizer. sgd uses sgd_momentum and nesterov.")
+    max_grad_norm: float = _argument(0.0, "Clip the gradient to this norm. 0: no clipping.")
+    logging_nan_inf_filter: bool = _argument(
+        False, "Leave NaN and infinite losses out of the logged mean, which hides them."
     )
 
-    algorithm: str = field(
-        default="fixmatch", metadata={"help": "Pseudo-labeling algorithm; supervised reads labels only."}
-    )
-    mu: int = field(default=7, metadata={"help": "Unlabeled images for each labeled one."})
+    algorithm: str = _argument("fixmatch", "Pseudo-labeling algorithm. supervised uses labeled images only.")
+    mu: int = _argument(7, "Unlabeled images for each labeled image in a step.")
 
-    # The step.
-    weak_forward: Literal["joint", "separate"] = field(
-        default="joint",
-        metadata={
-            "help": "joint: one forward over all views, as the paper. separate: the weak views in a forward of their "
-            "own, without gradient: faster, but BatchNorm then normalises them apart."
-        },
+    # Step
+    weak_forward: Literal["joint", "separate"] = _argument(
+        "joint",
+        "joint: one forward pass over all views, as in the paper. separate: a forward pass without "
+        "gradient for the weak views, which is faster; BatchNorm then normalizes them separately.",
     )
-    ema_decay: float = field(
-        default=0.999, metadata={"help": "Decay of the averaged weights each step; 0: no averaging."}
+    ema_decay: float = _argument(0.999, "Decay of the averaged weights (EMA) in each step. 0: no averaging.")
+    eval_weights: Literal["ema", "raw"] = _argument(
+        "ema", "Weights that are evaluated and published: averaged (ema) or raw."
     )
-    eval_weights: Literal["ema", "raw"] = field(
-        default="ema", metadata={"help": "Weights that are evaluated and published."}
-    )
-    sgd_momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
-    nesterov: bool = field(default=True, metadata={"help": "Nesterov momentum in SGD."})
-    schedule: Literal["cosine_7_16", "lr_scheduler_type"] = field(
-        default="cosine_7_16",
-        metadata={
-            "help": "cosine_7_16: FixMatch's cosine, from 1 to cos(7/16 pi). lr_scheduler_type: what that flag says."
-        },
+    sgd_momentum: float = _argument(0.9, "Momentum of SGD.")
+    nesterov: bool = _argument(True, "Use Nesterov momentum in SGD.")
+    schedule: Literal["cosine_7_16", "lr_scheduler_type"] = _argument(
+        "cosine_7_16",
+        "Learning rate schedule. cosine_7_16: FixMatch's cosine, from 1 to cos(7/16 pi). "
+        "lr_scheduler_type: the schedule that lr_scheduler_type names.",
     )
 
-    # Data.
-    image_column: str = field(default="image", metadata={"help": "Column with the images, in every split."})
-    label_column: str = field(default="label", metadata={"help": "Column with the labels."})
-    hidden_label_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the unlabeled split with true classes, for study: logged, not trained on."},
+    # Data
+    image_column: str = _argument("image", "Column of the images in every split.")
+    label_column: str = _argument("label", "Column of the labels.")
+    hidden_label_column: str | None = _argument(
+        None, "Column with the true classes of the unlabeled images, which are logged and not trained on."
     )
-    repeat_labeled: bool = field(
-        default=False,
-        metadata={"help": "Let fewer labeled images than a batch repeat in it, each under views of its own."},
+    repeat_labeled: bool = _argument(
+        False, "Allow fewer labeled images than a batch. Images then repeat within a batch, with different views."
     )
-    decode: Literal["auto", "memory", "stream"] = field(
-        default="auto",
-        metadata={
-            "help": "memory: every image is decoded once, to the training size. stream: decoded when it is drawn, each "
-            "view cut from the whole image. auto: memory up to 64 px."
-        },
+    decode: Literal["auto", "memory", "stream"] = _argument(
+        "auto",
+        "memory: decode every image once, to the training size. stream: decode an image each time it is "
+        "drawn, and crop each view from the full image. auto: memory up to 64 px, stream above.",
     )
-
-    dataloader_num_workers: int = field(
-        default=-1,
-        metadata={
-            "help": "Processes that load batches; results do not depend on it. -1: where images are decoded for an "
-            "accelerator, one for each core of a training process, up to 8; otherwise 0, the training process itself."
-        },
+    dataloader_num_workers: int = _argument(
+        -1,
+        "Processes that load batches. Results do not depend on it. -1: one for each CPU core of a training "
+        "process, up to 8, where images are decoded for an accelerator; otherwise 0, the training process itself.",
     )
 
-    # Views. Sizes in pixels at the model's input size, which images are trained and evaluated at.
-    weak_crop: Literal["auto", "pad", "resized"] = field(
-        default="auto",
-        metadata={
-            "help": "pad: shift by up to an eighth, reflecting. resized: random resized crop. auto: pad up to 64 px."
-        },
-    )
-    horizontal_flip: bool = field(
-        default=True, metadata={"help": "Mirror images at random; off where it changes meaning."}
-    )
-    randaugment_ops: int = field(default=2, metadata={"help": "RandAugment operations on the strong view."})
-    randaugment_magnitude: int = field(
-        default=10, metadata={"help": "RandAugment magnitudes are drawn from 1 to this less 1."}
-    )
-    cutout_size: int = field(default=16, metadata={"help": "Side of the grey square on the strong view; 0: none."})
-    contrastive_view: Literal["simclr", "randaugment"] = field(
-        default="simclr",
-        metadata={"help": "simclr: resized crop, colour jitter, grey. randaugment: a second, independent strong view."},
-    )
-    normalize_contrastive: bool = field(
-        default=True, metadata={"help": "Normalise the contrastive view too; the authors' CCSSL configs do not."}
-    )
+    @classmethod
+    def from_config(cls, config: str | Path = "imagefolder", **changes: Any) -> CCSSLTrainingArguments:
+        """Arguments from a YAML file, as the command line reads it.
+
+        Args:
+            config: Name of a packaged file in `ccssl_hf/configs`, or path of a file with one `name: value` per line.
+            **changes: Arguments that override the file.
+
+        Raises:
+            ValueError: The file cannot be read, a name is unknown, or a value has the wrong type.
+        """
+        packaged = CONFIGS / f"{config}.yaml"
+        path = packaged if packaged.is_file() else Path(config)
+        plain, structured = read_config(path, [f.name for f in fields(cls) if f.init])
+        parser = HfArgumentParser(cls, exit_on_error=False)
+        unset = [name for name, word in plain.items() if word.lower() == "none" and parser.get_default(name) is None]
+        words = [f"--{name}={word}" for name, word in plain.items() if name not in unset]
+        try:
+            parsed = vars(parser.parse_args(words))
+        except ArgumentError as error:
+            raise ValueError(f"{path}: {error}.") from error
+        return cls(**{**{name: parsed[name] for name in plain}, **structured, **changes})
 
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_contradictions()
         super().__post_init__()
         self._check_compiler()
-        self.remove_unused_columns = False  # the image column is no argument of forward, and must not be dropped
+        self.remove_unused_columns = False  # forward does not take the image column, and it must not be dropped
         self.label_names = ["labels"]
         self.ddp_find_unused_parameters = False  # one forward reaches every parameter that is trained
-        self.ddp_broadcast_buffers = False  # BatchNorm statistics are averaged before they are read instead
-        if self.device.type == "cuda":  # or the processor would wait for each batch's copy behind the step before
+        self.ddp_broadcast_buffers = False  # BatchNorm statistics are averaged before they are read
+        if self.device.type == "cuda":  # else the CPU waits until the batch is copied, after the previous step
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def _check_ranges(self) -> None:
@@ -205,8 +249,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
             raise ValueError(f"sgd_momentum and nesterov have no effect with optim={self.optim!r}: leave them out.")
         if self.load_best_model_at_end and self.save_only_model:
             raise ValueError(
-                "load_best_model_at_end brings back raw and averaged weights, which save_only_model does not write: "
-                "leave out one of the two."
+                "load_best_model_at_end needs the training state, which save_only_model does not write: leave out one "
+                "of the two."
             )
         if self.eval_weights == "ema" and self.ema_decay == 0:
             raise ValueError(
@@ -216,8 +260,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
         for name in ("push_threshold", "contrast_temperature", "own_pair_weight"):
             if name in chosen and chosen["lambda_contrast"] == 0:
                 raise ValueError(
-                    f"{name} is part of CCSSL, which lambda_contrast=0 leaves out: raise lambda_contrast, or leave out "
-                    f"{name} (--{name} none on the command line)."
+                    f"{name} is part of CCSSL, which lambda_contrast=0 turns off: set lambda_contrast above 0, or "
+                    f"{name} to none."
                 )
         if self.hidden_label_column == self.image_column:
             raise ValueError("hidden_label_column and image_column name the same column: name a column of labels.")
@@ -225,7 +269,7 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
     def _check_compiler(self) -> None:
         if not (self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"):
             return
-        # What torch._inductor.config.cpp.cxx names. Without it the first step would fail, after all the decoding.
+        # The compiler of torch._inductor.config.cpp.cxx. Without it the first step would fail, after all the decoding.
         compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         if shutil.which(shlex.split(compiler)[0]) is None:
             raise ValueError(
@@ -237,7 +281,51 @@ class CCSSLTrainingArguments(HyperparameterArguments, TrainingArguments):  # the
         return next(f.default for f in fields(self) if f.name == name)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The algorithm's hyperparameters that were set, by name, and the weight of CCSSL's loss in any case."""
-        values = {f.name: getattr(self, f.name) for f in fields(HyperparameterArguments)}
-        values = {name: value for name, value in values.items() if value is not None}
+        """The hyperparameters that were set, by name, and always `lambda_contrast`."""
+        values = {
+            f.name: value for f in fields(HyperparameterArguments) if (value := getattr(self, f.name)) is not None
+        }
         return {"lambda_contrast": 0.0 if self.algorithm == "supervised" else 1.0, **values}
+
+    def optimization_settings(self) -> dict[str, Any]:
+        """Settings that affect the weights, without hyperparameters and views: the main ones, and all that were set."""
+        names = list(_OPTIMIZATION)
+        position = names.index("learning_rate") + 1
+        names[position:position] = ["sgd_momentum", "nesterov"] if self.optim == "sgd" else []
+        names += ["lr_scheduler_type"] if self.schedule == "lr_scheduler_type" else []
+        elsewhere = {f.name for cls in (HyperparameterArguments, ViewArguments) for f in fields(cls)} | set(names)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            is_set = value != f.default and not (f.default is None and not value)
+            if is_set and f.name not in elsewhere and not f.name.startswith(_ELSEWHERE):
+                names.append(f.name)
+        return {name: getattr(self, name) for name in names}
+
+
+def read_config(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The settings of a YAML file: plain values as they are written, and lists and dictionaries as such.
+
+    Args:
+        path: The file, with one `name: value` per line. `null` leaves the default.
+        known: The names that are allowed.
+
+    Raises:
+        ValueError: The file cannot be read, or a name is unknown.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+        words = yaml.load(text, yaml.BaseLoader)  # as it is written: `no` is not a boolean, and 1e-3 is a number
+    except (OSError, yaml.YAMLError) as error:
+        packaged = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+        raise ValueError(
+            f"The config {path} cannot be read ({error}): pass the path of a YAML file or a packaged name ({packaged})."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The config {path} has no settings: write one `name: value` per line.")
+    for name in values:
+        if name not in known:
+            raise ValueError(f"The config {path} has the unknown key {name!r}.{near_misses(str(name), known)}")
+    structured = {name: value for name, value in values.items() if isinstance(value, (list, dict))}
+    plain = {name: words[name] for name, value in values.items() if value is not None and name not in structured}
+    return plain, structured

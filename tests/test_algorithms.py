@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccssl_hf.algorithms import ALGORITHMS, SSLBatch, algorithm_hyperparameters, algorithm_table, build_algorithm
+from ccssl_hf.algorithms import ALGORITHMS, CCSSL_PAPER, SSLBatch, algorithm_hyperparameters, build_algorithm
 from ccssl_hf.algorithms.alignment import DistributionAlignment
 from ccssl_hf.losses import class_aware_contrastive_loss
+from ccssl_hf.transforms import View
 
 CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
@@ -159,29 +160,31 @@ def test_supervised_takes_pseudo_labels_from_the_weak_view_for_the_contrast() ->
     ("name", "options", "needs"),
     [
         ("supervised", {}, ""),
-        ("supervised", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
-        ("fixmatch", {}, "unlabeled"),
-        ("fixmatch", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
-        ("comatch", {}, "unlabeled contrastive_view embeddings"),
-        ("flexmatch", {}, "unlabeled index"),
-        ("freematch", {}, "unlabeled"),
-        ("softmatch", {}, "unlabeled"),
-        ("simmatch", {}, "unlabeled embeddings"),
-        ("simmatch", {"lambda_contrast": 1}, "unlabeled contrastive_view embeddings"),
-        ("iomatch", {}, "unlabeled"),
+        ("supervised", {"lambda_contrast": 1}, "weak strong contrastive embeddings"),
+        ("fixmatch", {}, "weak strong"),
+        ("fixmatch", {"lambda_contrast": 1}, "weak strong contrastive embeddings"),
+        ("comatch", {}, "weak strong contrastive embeddings"),
+        ("flexmatch", {}, "weak strong index"),
+        ("freematch", {}, "weak strong"),
+        ("softmatch", {}, "weak strong"),
+        ("simmatch", {}, "weak strong embeddings"),
+        ("simmatch", {"lambda_contrast": 1}, "weak strong contrastive embeddings"),
+        ("iomatch", {}, "weak strong"),
     ],
 )
 def test_an_algorithm_says_what_it_reads(name: str, options: dict[str, Any], needs: str) -> None:
     algorithm = build(name, **options)
-    for part in ("unlabeled", "contrastive_view", "embeddings", "index"):
-        assert getattr(algorithm, f"needs_{part}") == (part in needs.split()), part
+    expected = needs.split()
+    assert algorithm.views == tuple(view for view in View if view.name.lower() in expected)
+    for part in ("embeddings", "index"):
+        assert getattr(algorithm, f"needs_{part}") == (part in expected), part
     assert set(algorithm.heads) == ({"one_vs_all", "open"} if name == "iomatch" else set())
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_what_an_algorithm_does_not_say_it_reads_may_be_missing(name: str) -> None:
     batch, algorithm = make_batch(), build(name)
-    if not algorithm.needs_contrastive_view:
+    if View.CONTRASTIVE not in algorithm.views:
         batch.embeddings_contrast = None
     if not algorithm.needs_embeddings:
         batch.embeddings_labeled = batch.embeddings_weak = batch.embeddings_strong = None
@@ -189,7 +192,7 @@ def test_what_an_algorithm_does_not_say_it_reads_may_be_missing(name: str) -> No
         batch.index = None
     if not algorithm.heads:
         batch.heads = None
-    if not algorithm.needs_unlabeled:
+    if not algorithm.views:
         batch.logits_weak = batch.logits_strong = None
     assert algorithm(batch).loss.isfinite()
 
@@ -365,12 +368,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_table_says_what_each_algorithm_is() -> None:
-    rows = {row["algorithm"]: row for row in algorithm_table()}
-    assert {name: row["hyperparameters"] for name, row in rows.items()} == {
-        name: {**CCSSL, **DEFAULTS[name]} for name in ALGORITHMS
+def test_each_class_declares_its_paper_views_terms_and_defaults() -> None:
+    defaults = {
+        name: {key: row.default for key, row in algorithm.hyperparameters_class.table().items()}
+        for name, algorithm in ALGORITHMS.items()
     }
-    assert {name: row["arxiv"] for name, row in rows.items()} == {
+    assert defaults == {name: {**CCSSL, **DEFAULTS[name]} for name in ALGORITHMS}
+    papers = {name: algorithm.paper for name, algorithm in ALGORITHMS.items()}
+    assert {name: paper and paper.arxiv for name, paper in papers.items()} == {
         "supervised": None,
         "fixmatch": "2001.07685",
         "comatch": "2011.11183",
@@ -380,13 +385,14 @@ def test_the_table_says_what_each_algorithm_is() -> None:
         "simmatch": "2203.06915",
         "iomatch": "2308.13168",
     }
-    assert rows["supervised"]["paper"] is None and rows["supervised"]["views"] == []
-    assert rows["iomatch"]["paper"].startswith("IOMatch: ") and rows["iomatch"]["paper"].endswith(" Utilization")
-    assert all(row["paper"].lower().startswith(f"{name}: ") for name, row in rows.items() if name != "supervised")
-    assert rows["comatch"]["views"] == ["weak", "strong", "contrastive"]
-    assert rows["flexmatch"]["views"] == ["weak", "strong"]
-    assert rows["freematch"]["terms"] == ["loss_x", "loss_u", "loss_fairness"]
-    assert json.dumps(list(rows.values()))
+    for name, paper in papers.items():
+        if paper is not None:
+            assert paper.title.startswith(f"{paper.name}: ") and paper.name.lower() == name
+            assert str(paper.year) in paper.key and paper.authors.count(" and ") == paper.authors.count(",") - 1
+    assert CCSSL_PAPER.arxiv == "2203.02261"
+    assert {name for name, algorithm in ALGORITHMS.items() if algorithm.views == tuple(View)} == {"comatch"}
+    assert ALGORITHMS["supervised"].views == () and ALGORITHMS["flexmatch"].views == (View.WEAK, View.STRONG)
+    assert ALGORITHMS["freematch"].terms == ("loss_x", "loss_u", "loss_fairness")
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "iomatch"])
@@ -473,5 +479,5 @@ def test_the_example_of_a_new_algorithm_works(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(ALGORITHMS, "uda", module.UDA)
     test_a_loss_is_told_in_detached_terms_and_reaches_no_weak_view("uda")
     test_contrast_is_added_to_any_algorithm("uda")
-    (row,) = [row for row in algorithm_table() if row["algorithm"] == "uda"]
-    assert row["arxiv"] == "1904.12848"
+    paper = ALGORITHMS["uda"].paper
+    assert paper is not None and paper.arxiv == "1904.12848"

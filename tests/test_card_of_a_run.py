@@ -90,7 +90,7 @@ def test_supervised_training_tells_of_no_views_that_it_does_not_make(tmp_path: P
 
 def test_every_split_has_the_fingerprint_of_its_content(run: tuple[CCSSLTrainer, Path]) -> None:
     text = card_of(run[1]).text
-    found = dict(re.findall(r"^\| (\w+) \| .* \(local\) \| ([0-9a-f]{16}) \|$", text, re.MULTILINE))
+    found = dict(re.findall(r"^\| (\w+) \| .* \(local\) \| \d+ \| ([0-9a-f]{16}) \|$", text, re.MULTILINE))
     names = [LABELS[label] for label in VALIDATION["label"]]
     assert found == {
         "labeled": fingerprint(LABELED, "image", [LABELS[label] for label in LABELED["label"]]),

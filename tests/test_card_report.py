@@ -119,7 +119,8 @@ def test_report_says_what_a_folder_is(run: Any) -> None:
     result = ccssl_hf("report", run[1])
     assert result.exit_code == 0, result.output
     assert "wide_resnet10_1_cifar, 16 px, 0.3 MB, 4 classes (zero, one, two, three)" in result.stdout
-    assert "Top-1 accuracy" in result.stdout and "| confidence_threshold | 0.3 |" in result.stdout
+    assert "Top-1 accuracy" in result.stdout and re.search(r"^confidence_threshold +0\.3$", result.stdout, re.MULTILINE)
+    assert re.search(r"^unlabeled  .* 96$", result.stdout, re.MULTILINE)
     assert "![" not in result.stdout and "bibtex" not in result.stdout
 
 
@@ -146,8 +147,9 @@ def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> No
     assert "0.png can't be read" in the_error(ccssl_hf("evaluate", run[1], broken.parent))
     (tmp_path / "model").mkdir()
     run[0].save_model(str(tmp_path / "model"))
-    (tmp_path / "model" / "README.md").write_text("---\nmodel-index: [{name: x, results: [{}]}]\n---\n")
-    assert "metadata that can't be read" in the_error(
-        ccssl_hf("report", tmp_path / "model", "--split", f"test={images}")
-    )
+    for metadata in ("model-index: [{name: x, results: [{}]}]", "ccssl_hf: {provenance: {weights: EMA}}"):
+        (tmp_path / "model" / "README.md").write_text(f"---\n{metadata}\n---\n")
+        assert "metadata that cannot be read" in the_error(
+            ccssl_hf("report", tmp_path / "model", "--split", f"test={images}")
+        )
     assert isinstance(load_split(str(images), role="test"), datasets.Dataset)

@@ -246,7 +246,7 @@ def test_what_a_user_can_get_wrong(wide_resnet, pictures, tmp_path):
         open_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="list of images is empty"):
         open_images([])
-    with pytest.raises(ValueError, match=r"nowhere\.parquet: no such parquet file"):
+    with pytest.raises(ValueError, match=r"'nowhere\.parquet' does not exist \(no such parquet file\)"):
         open_images("nowhere.parquet")
     with pytest.raises(ValueError, match="is a folder: name the parquet file"):
         predict_to_parquet(wide_resnet, folder, tmp_path)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from ccssl_hf.card.model_card import published_provenance, results_of
+from ccssl_hf.card.facts import read_facts
 from ccssl_hf.card.plots import format_table
+from ccssl_hf.card.report import read_card
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 METHODS = {"supervised": "Supervised", "fixmatch": "FixMatch", "fixmatch_ccssl": "FixMatch + CCSSL"}
@@ -20,8 +21,8 @@ NAMES = [f"digits_{method}_seed{seed}" for method in METHODS for seed in range(3
 def table() -> str:
     rows = []
     for name in NAMES:
-        card = ModelCard.load(CARDS / name / "README.md")
-        found = {result.metric: result.value for result in results_of(card) if result.split == "test"}
+        results = read_facts(read_card(CARDS / name)).results
+        found = {result.metric: result.value for result in results if result.split == "test"}
         method, seed = name.removeprefix("digits_").rsplit("_seed", 1)
         row = {"card": f"[{name}]({name}/README.md)", "method": METHODS[method], "seed": int(seed)}
         rows.append({**row, "top-1": found["top1"], "AUROC": found["auroc"]})
@@ -37,7 +38,7 @@ def test_the_table_says_what_the_cards_say() -> None:
 def test_a_card_is_whole(name: str, hub: Any) -> None:
     card = ModelCard.load(CARDS / name / "README.md")
     card.validate(repo_type="model")
-    provenance = published_provenance(card)
+    provenance = read_facts(read_card(CARDS / name)).provenance
     assert (
         provenance is not None
         and f"_seed{provenance.seed}" in name

@@ -140,7 +140,7 @@ def test_the_last_checkpoint_is_the_one_of_the_most_steps(stopped, tmp_path):
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
-    with pytest.raises(ValueError, match="holds no whole checkpoint to go on from: start without"):
+    with pytest.raises(ValueError, match="has no complete checkpoint: leave out resume_from_checkpoint"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 
 from ccssl_hf import CCSSLTrainingArguments
 from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters, build_algorithm
+from ccssl_hf.cli.flags import parse_recipe
+from ccssl_hf.recipe import OWN_IMAGES, FolderArguments
 from ccssl_hf.training_args import HyperparameterArguments
 
 
@@ -71,6 +73,57 @@ def test_a_copy_with_another_value_is_checked_again(tmp_path: Path) -> None:
         dataclasses.replace(args, lambda_contrast=0.0)
 
 
+def test_a_packaged_config_gives_the_arguments_of_the_command_line() -> None:
+    args = CCSSLTrainingArguments.from_config(use_cpu=True, mu=3)
+    _, parsed = parse_recipe(
+        FolderArguments, CCSSLTrainingArguments, config=OWN_IMAGES, arguments=["--use_cpu", "true", "--mu", "3"]
+    )
+    for f in dataclasses.fields(CCSSLTrainingArguments):
+        assert getattr(args, f.name) == getattr(parsed, f.name), f.name
+    assert (args.confidence_threshold, args.max_steps, args.mu) == (0.8, 20_000, 3)
+
+
+def test_a_config_is_read_as_the_command_line_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "learning_rate: 1e-3\nsave_strategy: no\nnesterov: no\nlr_scheduler_kwargs: {num_cycles: 2}\nmu: null\n"
+    )
+    with path.open("a") as file:
+        file.write("push_threshold: none\nown_pair_weight: squared\nmax_steps: 7\n")
+    args = CCSSLTrainingArguments.from_config(path, output_dir=str(tmp_path), use_cpu=True, max_steps=9)
+    assert (args.learning_rate, args.save_strategy, args.nesterov, args.mu) == (1e-3, "no", False, 7)
+    assert (args.push_threshold, args.own_pair_weight, args.max_steps) == (None, "squared", 9)
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("backbone: resnet50\n", "unknown key 'backbone'"),
+        ("lambda_contrst: 1\n", "unknown key 'lambda_contrst'. Did you mean 'lambda_contrast'"),
+        ("mu: seven\n", "argument --mu: invalid int value: 'seven'"),
+        ("mu\n", "one `name: value` per line"),
+        ("mu: [1\n", "cannot be read"),
+    ],
+)
+def test_a_wrong_config_is_refused(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        CCSSLTrainingArguments.from_config(path)
+    with pytest.raises(ValueError, match=r"cannot be read .*a packaged name \(imagefolder\)"):
+        CCSSLTrainingArguments.from_config("imagefodler")
+
+
+def test_views_follow_the_size_of_the_network_and_the_arguments(tmp_path: Path) -> None:
+    own = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": [0.25] * 3}
+    args = arguments(tmp_path, contrastive_view="randaugment", cutout_size=4)
+    settings = args.view_settings(own)
+    assert (settings.image_size, settings.mean, settings.std) == (64, (0.5,) * 3, (0.25,) * 3)
+    assert (settings.weak_crop, settings.contrastive_view, settings.cutout_size) == ("pad", "randaugment", 4)
+    assert args.view_settings({**own, "input_size": (3, 65, 65)}).weak_crop == "resized"
+
+
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"mu": 0}, "mu is 0: set it to 1 or more"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0: set it to 1 or more"),
@@ -88,7 +141,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type has no effect .* set schedule='lr_scheduler_type' instead"),
     ({"sgd_momentum": 0.0}, "nesterov needs momentum: set sgd_momentum above 0, or nesterov=False"),
     ({"optim": "adamw_torch", "sgd_momentum": 0.8}, "sgd_momentum and nesterov have no effect with optim="),
-    ({"lambda_contrast": 0.0, "push_threshold": 0.9}, "push_threshold is part of CCSSL.*--push_threshold none"),
+    ({"lambda_contrast": 0.0, "push_threshold": 0.9}, "push_threshold is part of CCSSL.*or push_threshold to none"),
     ({"lambda_contrast": 0.0, "own_pair_weight": "squared"}, "own_pair_weight is part of CCSSL"),
     ({"algorithm": "supervised", "contrast_temperature": 0.1}, "contrast_temperature is part of CCSSL"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size=True .*set per_device_train_batch_size"),

@@ -16,9 +16,6 @@ from torchvision.transforms import functional as tvf
 
 from ccssl_hf.sampling import LABELED, UNLABELED, uniform
 from ccssl_hf.transforms import (
-    CONTRASTIVE,
-    STRONG,
-    WEAK,
     Column,
     View,
     ViewSettings,
@@ -118,7 +115,7 @@ def naive_view(
     image: Image.Image, view: View, settings: ViewSettings, *, seed: int, stream: int, draw: int
 ) -> Image.Image:
     random = uniform(seed, 16 * stream + view, torch.tensor([draw]), 64)[0].tolist()
-    side, simclr = settings.image_size, view == CONTRASTIVE and settings.contrastive == "simclr"
+    side, simclr = settings.image_size, view == View.CONTRASTIVE and settings.contrastive_view == "simclr"
     if simclr or settings.weak_crop == "resized":
         top, left, height, width = naive_box(random, settings, simclr, image.height, image.width)
         image = image.crop((left, top, left + width, top + height)).resize((side, side), Image.Resampling.BILINEAR)
@@ -130,7 +127,7 @@ def naive_view(
         image = ImageOps.mirror(image)
     if simclr:
         return naive_jitter(image, random, settings)
-    return image if view == WEAK else naive_randaugment(image, random, settings)
+    return image if view == View.WEAK else naive_randaugment(image, random, settings)
 
 
 def assert_views_equal_pil(images: Tensor, settings: ViewSettings, *, seed: int, stream: int, first: int) -> None:
@@ -146,14 +143,18 @@ def assert_views_equal_pil(images: Tensor, settings: ViewSettings, *, seed: int,
     ("settings", "height", "width"),
     [
         (SMALL, 32, 32),
-        (replace(SMALL, contrastive="randaugment", randaugment_ops=5, randaugment_magnitude=11, cutout_size=0), 32, 32),
+        (
+            replace(SMALL, contrastive_view="randaugment", randaugment_ops=5, randaugment_magnitude=11, cutout_size=0),
+            32,
+            32,
+        ),
         (
             replace(SMALL, horizontal_flip=False, jitter=(1.5, 2.0, 1.0, 0.5), contrastive_crop_scale=(0.05, 0.5)),
             32,
             32,
         ),
         (LARGE, 48, 48),
-        (replace(LARGE, cutout_size=15, contrastive="randaugment"), 40, 57),
+        (replace(LARGE, cutout_size=15, contrastive_view="randaugment"), 40, 57),
         (replace(LARGE, image_size=20, crop_ratio=(0.9, 1.2)), 24, 100),
     ],
 )
@@ -208,11 +209,11 @@ def test_a_view_depends_on_its_draw_and_not_on_the_batch(view: View) -> None:
 
 def test_draws_streams_seeds_and_views_are_independent() -> None:
     images = patches(32, 32)[:1].repeat(64, 1, 1, 1)
-    settings = replace(SMALL, contrastive="randaugment")
-    reference = {"view": STRONG, "seed": 1, "stream": LABELED, "draws": torch.arange(64)}
+    settings = replace(SMALL, contrastive_view="randaugment")
+    reference = {"view": View.STRONG, "seed": 1, "stream": LABELED, "draws": torch.arange(64)}
     first = make_view(images, settings=settings, **reference)
     assert len(torch.unique(first, dim=0)) == 64
-    changes = {"seed": 2, "stream": UNLABELED, "draws": torch.arange(64) + 64, "view": CONTRASTIVE}
+    changes = {"seed": 2, "stream": UNLABELED, "draws": torch.arange(64) + 64, "view": View.CONTRASTIVE}
     for name, value in changes.items():
         other = make_view(images, settings=settings, **{**reference, name: value})
         assert (first != other).flatten(1).any(1).all(), name
@@ -235,7 +236,7 @@ def assert_share(values: Tensor, share: float) -> None:
 
 
 def test_randaugment_draws_ops_magnitudes_signs_and_application_evenly_and_independently() -> None:
-    random = uniform(0, 16 * UNLABELED + STRONG, torch.arange(NUMBER), 64).double()
+    random = uniform(0, 16 * UNLABELED + View.STRONG, torch.arange(NUMBER), 64).double()
     codes = []
     for number in range(2):
         op, magnitude, applied, sign = _randaugment_choices(random, number, SMALL)
@@ -252,7 +253,7 @@ def test_weak_crops_and_flips_are_uniform() -> None:
     # Red counts columns and green rows, so that one pixel tells where it came from.
     rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     images = torch.stack([columns, rows, rows]).to(torch.uint8)[None].expand(NUMBER, -1, -1, -1)
-    view = make_view(images, WEAK, SMALL, seed=0, stream=LABELED, draws=torch.arange(NUMBER)).long()
+    view = make_view(images, View.WEAK, SMALL, seed=0, stream=LABELED, draws=torch.arange(NUMBER)).long()
     flipped = view[:, 0, 16, 15] > view[:, 0, 16, 16]
     left = torch.where(flipped, view[:, 0, 16, 15] - 16, view[:, 0, 16, 16] - 16) + 4
     top = view[:, 1, 16, 16] - 16 + 4
@@ -262,7 +263,7 @@ def test_weak_crops_and_flips_are_uniform() -> None:
 def test_resized_crops_are_spread_like_torchvisions() -> None:
     sizes = torch.full((NUMBER,), 1000)
     boxes = crop_boxes(
-        CONTRASTIVE, SMALL, seed=0, stream=LABELED, draws=torch.arange(NUMBER), heights=sizes, widths=sizes
+        View.CONTRASTIVE, SMALL, seed=0, stream=LABELED, draws=torch.arange(NUMBER), heights=sizes, widths=sizes
     )
     top, left, height, width = boxes.unbind(1)
     assert (boxes >= 0).all()
@@ -280,7 +281,7 @@ def test_resized_crops_are_spread_like_torchvisions() -> None:
 def test_an_image_too_long_for_any_crop_gets_the_central_one() -> None:
     settings = replace(LARGE, crop_scale=(1.0, 1.0))
     numbers = {"seed": 0, "stream": LABELED, "draws": torch.arange(2)}
-    boxes = crop_boxes(WEAK, settings, **numbers, heights=torch.tensor([300, 60]), widths=torch.tensor([60, 300]))
+    boxes = crop_boxes(View.WEAK, settings, **numbers, heights=torch.tensor([300, 60]), widths=torch.tensor([60, 300]))
     assert boxes.tolist() == [[110, 0, 80, 60], [0, 110, 60, 80]]
 
 
@@ -288,21 +289,21 @@ def test_jitter_factors_and_probabilities_are_those_of_the_settings() -> None:
     images = torch.full((NUMBER, 3, 8, 8), 100, dtype=torch.uint8)
     settings = replace(SMALL, image_size=8, jitter=(0.4, 0.0, 0.0, 0.0), grayscale_probability=0.0)
     numbers = {"seed": 0, "stream": LABELED, "draws": torch.arange(NUMBER)}
-    grey = make_view(images, CONTRASTIVE, settings, **numbers)[:, 0, 0, 0].long()
+    grey = make_view(images, View.CONTRASTIVE, settings, **numbers)[:, 0, 0, 0].long()
     # Factors of exactly 1 leave 100 as it is, and so does a 1/80 share of the jittered.
     assert_share(grey == 100, 0.2 + 0.8 / 80)
     assert_evenly_spread(grey[grey != 100].sub(60).sub((grey[grey != 100] > 100).long()), 79)
 
     images[:, 1:] = 50
     settings = replace(settings, jitter=(0.0, 0.0, 0.0, 0.0), grayscale_probability=0.2)
-    coloured = make_view(images, CONTRASTIVE, settings, **numbers)[:, :, 0, 0]
+    coloured = make_view(images, View.CONTRASTIVE, settings, **numbers)[:, :, 0, 0]
     assert_share(coloured[:, 0] == coloured[:, 1], 0.2)
 
 
 def test_the_grey_square_lies_evenly_over_the_image() -> None:
     images = torch.zeros(NUMBER, 3, 32, 32, dtype=torch.uint8)
     settings = replace(SMALL, randaugment_ops=0)
-    view = make_view(images, STRONG, settings, seed=0, stream=LABELED, draws=torch.arange(NUMBER))
+    view = make_view(images, View.STRONG, settings, seed=0, stream=LABELED, draws=torch.arange(NUMBER))
     assert ((view == 0) | (view == 127)).all()
     rows, columns = (view[:, 0] == 127).any(2).sum(1), (view[:, 0] == 127).any(1).sum(1)
     # 16 pixels wide, unless its centre lies within 8 pixels of the border.
@@ -322,19 +323,19 @@ def test_an_accelerator_fills_the_same_squares() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalize_subtracts_the_mean_and_divides_by_the_standard_deviation(dtype: torch.dtype) -> None:
     images = patches(32, 32)
-    result = normalize(images, SMALL, view=CONTRASTIVE, dtype=dtype)
+    result = normalize(images, SMALL, view=View.CONTRASTIVE, dtype=dtype)
     expected = torch.stack([tvf.normalize(tvf.to_tensor(to_pil(image)), CIFAR_MEAN, CIFAR_STD) for image in images])
     assert result.dtype == dtype
     assert result.is_contiguous(memory_format=torch.channels_last)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(result.float(), expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(result[3:4], normalize(images[3:4], SMALL, view=CONTRASTIVE, dtype=dtype))
+    assert torch.equal(result[3:4], normalize(images[3:4], SMALL, view=View.CONTRASTIVE, dtype=dtype))
 
 
 def test_only_the_contrastive_view_can_stay_unnormalised() -> None:
     images, settings = patches(32, 32), replace(SMALL, normalize_contrastive=False)
-    torch.testing.assert_close(normalize(images, settings, view=CONTRASTIVE), images / 255)
-    for view in (WEAK, STRONG):
+    torch.testing.assert_close(normalize(images, settings, view=View.CONTRASTIVE), images / 255)
+    for view in (View.WEAK, View.STRONG):
         assert torch.equal(normalize(images, settings, view=view), normalize(images, SMALL, view=view))
 
 
@@ -357,13 +358,13 @@ def test_a_wrong_batch_is_refused(
     images: Tensor, draws: Tensor, settings: ViewSettings, cropped: bool, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make_view(images, WEAK, settings, seed=0, stream=LABELED, draws=draws, cropped=cropped)
+        make_view(images, View.WEAK, settings, seed=0, stream=LABELED, draws=draws, cropped=cropped)
 
 
 def test_padded_views_have_no_box() -> None:
     one = torch.tensor([40])
     with pytest.raises(ValueError, match="weak_crop='resized'"):
-        crop_boxes(STRONG, SMALL, seed=0, stream=LABELED, draws=torch.arange(1), heights=one, widths=one)
+        crop_boxes(View.STRONG, SMALL, seed=0, stream=LABELED, draws=torch.arange(1), heights=one, widths=one)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +374,7 @@ def test_padded_views_have_no_box() -> None:
         {"mean": (0.5,)},
         {"std": (0.2, 0.0, 0.2)},
         {"weak_crop": "padded"},
-        {"contrastive": "strong"},
+        {"contrastive_view": "strong"},
         {"crop_scale": (0.0, 1.0)},
         {"contrastive_crop_scale": (0.8, 0.2)},
         {"crop_ratio": (4 / 3, 3 / 4)},

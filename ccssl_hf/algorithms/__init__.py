@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from inspect import Parameter, getdoc, signature
+from inspect import Parameter, signature
 from typing import Any
 
 from ..errors import near_misses
-from .base import Algorithm, SSLBatch, SSLLoss
+from .base import CCSSL_PAPER, Algorithm, Paper, SSLBatch, SSLLoss
 from .comatch import CoMatch
 from .fixmatch import FixMatch
 from .flexmatch import FlexMatch
@@ -20,7 +19,9 @@ from .supervised import Supervised
 
 __all__ = [
     "ALGORITHMS",
+    "CCSSL_PAPER",
     "Algorithm",
+    "Paper",
     "SSLBatch",
     "SSLLoss",
     "algorithm_hyperparameters",
@@ -68,22 +69,17 @@ def algorithm_table() -> list[dict[str, Any]]:
         (both None for the baseline); `terms`, the loss terms without CCSSL's; `hyperparameters`, name → default;
         `views` that it reads of unlabeled images without CCSSL, of "weak", "strong" and "contrastive".
     """
-    rows = []
-    for name, algorithm in ALGORITHMS.items():
-        first_paragraph = " ".join((getdoc(algorithm) or "").split("\n\n")[0].split())
-        paper = re.fullmatch(r"(.+) \(arXiv (\d{4}\.\d{5})\)\.", first_paragraph)
-        rows.append(
-            {
-                "algorithm": name,
-                "paper": paper and paper[1],
-                "arxiv": paper and paper[2],
-                "terms": list(algorithm.terms),
-                "hyperparameters": {key: row.default for key, row in algorithm.hyperparameters_class.table().items()},
-                "views": ["weak", "strong"] * algorithm.needs_unlabeled
-                + ["contrastive"] * algorithm.needs_contrastive_view,
-            }
-        )
-    return rows
+    return [
+        {
+            "algorithm": name,
+            "paper": algorithm.paper and algorithm.paper.title,
+            "arxiv": algorithm.paper and algorithm.paper.arxiv,
+            "terms": list(algorithm.terms),
+            "hyperparameters": {key: row.default for key, row in algorithm.hyperparameters_class.table().items()},
+            "views": [view.name.lower() for view in algorithm.views],
+        }
+        for name, algorithm in ALGORITHMS.items()
+    ]
 
 
 def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> Algorithm:

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..losses import class_aware_contrastive_loss, upcast
+from ..transforms import View
 from .hyperparameters import Hyperparameters
+
+
+class Paper(NamedTuple):
+    """What a citation needs. `name` is the method's, `key` BibTeX's, `arxiv` the number, such as "2001.07685"."""
+
+    name: str
+    key: str
+    authors: str
+    title: str
+    venue: str
+    year: int
+    arxiv: str
+
+
+CCSSL_PAPER = Paper(
+    name="CCSSL",
+    key="yang2022ccssl",
+    authors="Yang, Fan and Wu, Kai and Zhang, Shuyi and Jiang, Guannan and Liu, Yong and Zheng, Feng and "
+    "Zhang, Wei and Wang, Chengjie and Zeng, Long",
+    title="Class-Aware Contrastive Semi-Supervised Learning",
+    venue="Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition",
+    year=2022,
+    arxiv="2203.02261",
+)
 
 
 @dataclass
@@ -75,25 +100,26 @@ class SSLLoss:
 class Algorithm(nn.Module):
     """A semi-supervised algorithm: batch in, loss out. Its state is buffers alone, so that a `state_dict` resumes it.
 
-    A subclass declares its `hyperparameters_class`, its `terms`, what it reads of a batch, and `compute`. The first
-    paragraph of its docstring is the paper: "Title (arXiv 1234.56789)." Facts of the run that it needs besides
-    `num_classes`, of those in `algorithms.SIZES`, are arguments of its constructor.
+    A subclass declares its `paper`, its `hyperparameters_class`, its `terms`, what it reads of a batch, and `compute`.
+    Facts of the run that it needs besides `num_classes`, of those in `algorithms.SIZES`, are arguments of its
+    constructor.
 
     Attributes:
+        paper: The paper that introduces it; None for the baseline.
         hyperparameters_class: The type of `settings`.
         terms: Names of the loss terms that `compute` returns.
-        needs_unlabeled: Whether it reads unlabeled images.
-        needs_contrastive_view: Whether it reads the contrastive view, `embeddings_contrast`.
+        views: The views of an unlabeled image that it reads; () if it reads no unlabeled images. An instance with
+            `lambda_contrast` above 0 reads all three.
         needs_embeddings: Whether it reads embeddings at all.
         needs_index: Whether it reads the row numbers of the unlabeled images.
         heads: Further heads for the model to carry and train: name → function from the number of features to a module.
         settings: Its hyperparameters, typed.
     """
 
+    paper: ClassVar[Paper | None] = None
     hyperparameters_class: ClassVar[type[Hyperparameters]] = Hyperparameters
     terms: ClassVar[tuple[str, ...]] = ()
-    needs_unlabeled: bool = True
-    needs_contrastive_view: bool = False
+    views: tuple[View, ...] = (View.WEAK, View.STRONG)
     needs_embeddings: bool = False
     needs_index: bool = False
     settings: Hyperparameters
@@ -104,7 +130,7 @@ class Algorithm(nn.Module):
         self.num_classes = num_classes
         self.heads: dict[str, Callable[[int], nn.Module]] = {}
         if settings.lambda_contrast > 0:
-            self.needs_unlabeled = self.needs_contrastive_view = self.needs_embeddings = True
+            self.views, self.needs_embeddings = tuple(View), True
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

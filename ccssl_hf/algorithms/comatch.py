@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..distributed import all_gather, all_gather_with_gradient, rank
 from ..losses import masked_cross_entropy
+from ..transforms import View
 from .alignment import distribution_alignment
-from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
+from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
 from .hyperparameters import (
     AlignmentWindow,
     ConfidenceThreshold,
@@ -55,10 +56,19 @@ class CoMatch(Algorithm):
     rather than q; 1e-7 inside the graph loss's logarithm. Unlike theirs, the graph spans all processes' images.
     """
 
+    paper = Paper(
+        name="CoMatch",
+        key="li2021comatch",
+        authors="Li, Junnan and Xiong, Caiming and Hoi, Steven C. H.",
+        title="CoMatch: Semi-supervised Learning with Contrastive Graph Regularization",
+        venue="Proceedings of the IEEE/CVF International Conference on Computer Vision",
+        year=2021,
+        arxiv="2011.11183",
+    )
     hyperparameters_class = CoMatchHyperparameters
     settings: CoMatchHyperparameters
     terms = ("loss_x", "loss_u", "loss_graph")
-    needs_contrastive_view = True
+    views = (View.WEAK, View.STRONG, View.CONTRASTIVE)
     needs_embeddings = True
 
     def __init__(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..losses import masked_cross_entropy
 from .alignment import distribution_alignment
-from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
+from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
 from .hyperparameters import AlignmentWindow, ConfidenceThreshold, Hyperparameters, LambdaU, SharpenTemperature
 
 
@@ -27,6 +27,16 @@ class FixMatch(Algorithm):
     after sharpening and alignment, for the mask as for the contrastive loss.
     """
 
+    paper = Paper(
+        name="FixMatch",
+        key="sohn2020fixmatch",
+        authors="Sohn, Kihyuk and Berthelot, David and Li, Chun-Liang and Zhang, Zizhao and Carlini, Nicholas and "
+        "Cubuk, Ekin D. and Kurakin, Alex and Zhang, Han and Raffel, Colin",
+        title="FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence",
+        venue="Advances in Neural Information Processing Systems",
+        year=2020,
+        arxiv="2001.07685",
+    )
     hyperparameters_class = FixMatchHyperparameters
     settings: FixMatchHyperparameters
     terms = ("loss_x", "loss_u")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed import all_gather
 from ..losses import masked_cross_entropy
-from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
+from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
 from .hyperparameters import ConfidenceThreshold, Hyperparameters, LambdaU, ThresholdWarmup
 
 
@@ -36,6 +36,16 @@ class FlexMatch(Algorithm):
     ranks counts. Should one class take all N images, β follows; the authors' code then stands still.
     """
 
+    paper = Paper(
+        name="FlexMatch",
+        key="zhang2021flexmatch",
+        authors="Zhang, Bowen and Wang, Yidong and Hou, Wenxin and Wu, Hao and Wang, Jindong and Okumura, Manabu and "
+        "Shinozaki, Takahiro",
+        title="FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling",
+        venue="Advances in Neural Information Processing Systems",
+        year=2021,
+        arxiv="2110.08263",
+    )
     hyperparameters_class = FlexMatchHyperparameters
     settings: FlexMatchHyperparameters
     terms = ("loss_x", "loss_u")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed import all_gather, all_gather_with_gradient, all_reduce_mean
 from ..losses import masked_cross_entropy
-from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
+from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
 from .hyperparameters import ClipThreshold, Hyperparameters, LambdaFairness, LambdaU, Momentum, UseQuantile
 
 
@@ -37,6 +37,16 @@ class FreeMatch(Algorithm):
     1e-12, and the term is 0 where no image passes. p̄ and h̄ are over all processes, too.
     """
 
+    paper = Paper(
+        name="FreeMatch",
+        key="wang2023freematch",
+        authors="Wang, Yidong and Chen, Hao and Heng, Qiang and Hou, Wenxin and Fan, Yue and Wu, Zhen and "
+        "Wang, Jindong and Savvides, Marios and Shinozaki, Takahiro and Raj, Bhiksha and Schiele, Bernt and Xie, Xing",
+        title="FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning",
+        venue="International Conference on Learning Representations",
+        year=2023,
+        arxiv="2205.07246",
+    )
     hyperparameters_class = FreeMatchHyperparameters
     settings: FreeMatchHyperparameters
     terms = ("loss_x", "loss_u", "loss_fairness")

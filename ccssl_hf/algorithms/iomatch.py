@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..losses import masked_cross_entropy
 from .alignment import distribution_alignment
-from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
+from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
 from .hyperparameters import (
     AlignmentWindow,
     ConfidenceThreshold,
@@ -50,6 +50,15 @@ class IOMatch(Algorithm):
     their hidden layer, and loss_open is there from the first step on rather than after an epoch.
     """
 
+    paper = Paper(
+        name="IOMatch",
+        key="li2023iomatch",
+        authors="Li, Zekun and Qi, Lei and Shi, Yinghuan and Gao, Yang",
+        title="IOMatch: Simplifying Open-Set Semi-Supervised Learning with Joint Inliers and Outliers Utilization",
+        venue="Proceedings of the IEEE/CVF International Conference on Computer Vision",
+        year=2023,
+        arxiv="2308.13168",
+    )
     hyperparameters_class = IOMatchHyperparameters
     settings: IOMatchHyperparameters
     terms = ("loss_x", "loss_u", "loss_one_vs_all", "loss_open")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..losses import masked_cross_entropy
 from .alignment import distribution_alignment
-from .base import Algorithm, SSLBatch, SSLLoss, predict, pseudo_label
+from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict, pseudo_label
 from .hyperparameters import (
     AlignmentWindow,
     ConfidenceThreshold,
@@ -53,6 +53,15 @@ class SimMatch(Algorithm):
     images, and is read from the first step on.
     """
 
+    paper = Paper(
+        name="SimMatch",
+        key="zheng2022simmatch",
+        authors="Zheng, Mingkai and You, Shan and Huang, Lang and Wang, Fei and Qian, Chen and Xu, Chang",
+        title="SimMatch: Semi-Supervised Learning with Similarity Matching",
+        venue="Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition",
+        year=2022,
+        arxiv="2203.06915",
+    )
     hyperparameters_class = SimMatchHyperparameters
     settings: SimMatchHyperparameters
     terms = ("loss_x", "loss_u", "loss_graph")

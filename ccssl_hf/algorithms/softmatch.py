@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed import all_gather, all_reduce_mean
 from ..losses import masked_cross_entropy
-from .base import Algorithm, SSLBatch, SSLLoss, predict
+from .base import Algorithm, Paper, SSLBatch, SSLLoss, predict
 from .hyperparameters import Hyperparameters, LambdaU, Momentum, NSigma
 
 
@@ -34,6 +34,16 @@ class SoftMatch(Algorithm):
     confidences that CCSSL reads, are those before alignment.
     """
 
+    paper = Paper(
+        name="SoftMatch",
+        key="chen2023softmatch",
+        authors="Chen, Hao and Tao, Ran and Fan, Yue and Wang, Yidong and Wang, Jindong and Schiele, Bernt and "
+        "Xie, Xing and Raj, Bhiksha and Savvides, Marios",
+        title="SoftMatch: Addressing the Quantity-Quality Trade-off in Semi-supervised Learning",
+        venue="International Conference on Learning Representations",
+        year=2023,
+        arxiv="2301.10921",
+    )
     hyperparameters_class = SoftMatchHyperparameters
     settings: SoftMatchHyperparameters
     terms = ("loss_x", "loss_u")

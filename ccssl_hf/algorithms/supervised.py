@@ -14,12 +14,12 @@ class Supervised(Algorithm):
     """
 
     terms = ("loss_x",)
-    needs_unlabeled = False
+    views = ()
 
     def compute(self, batch: SSLBatch) -> SSLLoss:
         loss_x = F.cross_entropy(batch.logits_labeled, batch.labels)
         result = SSLLoss(loss=loss_x, terms={"loss_x": loss_x})
-        if self.needs_unlabeled:
+        if self.views:
             (logits_weak,) = batch.read("logits_weak")
             result.confidences, result.pseudo_labels = predict(logits_weak).max(1)
         return result

@@ -1,296 +1,173 @@
-"""The model card: facts in, `README.md` out. Nothing here touches the network or reads the run's files.
+"""The model card: a `RunRecord` in, `README.md` out. Nothing here uses the network or reads the run's files.
 
-`CardFacts` says what is known, `templates/model_card.md.j2` words it; what is not known is left out. Of a local path
-only the last part is written, and of what is called a token nothing. Results and their pictures stand between two
-marks (`templates/results.md.j2`), and can be renewed there without a word of the rest being touched.
+The templates leave out what is unknown. Of a local path the card has only the last part, and it has no setting with
+`token` in its name. Results and pictures lie between two comments (`templates/results.md.j2`), and `renew_results`
+replaces them without a change of the other text.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata, resources
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from importlib import resources
 from typing import Any
 from urllib.parse import quote
 
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
+from ..algorithms import ALGORITHMS, CCSSL_PAPER
+from ..checkpoint import is_own_backbone
 from ..data import FINGERPRINTED_IMAGES
-from ..papers import ALGORITHM_PAPERS, CCSSL
-from ..record import PUBLISHED, Provenance, Result, hub_results
+from ..record import Provenance, Result, RunRecord, Split
+from .facts import CardFacts, read_facts, store_facts
+from .text import cell, duration, plain, public_name, without_folder
 
 TAGS = ("image-classification", "timm")
 CCSSL_TAGS = ("semi-supervised-learning", "ccssl")
 
 IMAGES = "images"
-"""The folder of a card's pictures, beside it."""
+"""Folder of a card's pictures, beside the card."""
 
 PICTURES = CURVES, CONFUSION_MATRIX, RELIABILITY, CONFIDENCE, EMBEDDINGS = tuple(
     f"{IMAGES}/{name}.png" for name in ("curves", "confusion_matrix", "reliability", "confidence", "embeddings")
 )
 
-_RESULTS = re.compile(r"<!-- results of (?P<provenance>[^>]*?);[^>]*-->.*?<!-- /results -->", re.DOTALL)
-"""What `render_results` writes, in a card."""
-
-_PICTURE = re.compile(r"!\[(?P<caption>.*?)\]\((?P<file>[^)]*)\)")
+_MARKED = re.compile(r"<!-- results\b[^>]*-->.*?<!-- /results -->", re.DOTALL)
+"""What `render_results` writes into a card. Earlier cards have the same comments with more words in the first."""
 
 
-@dataclass
-class CardFacts:
-    """What a card can say. Everything but the first three may be left out, and is then not mentioned.
-
-    Args:
-        model_name: Hub id of the model (`user/name`), or a folder.
-        backbone: timm name of the network.
-        labels: Names of the classes, in order.
-        algorithm: Name in `ccssl_hf.algorithms.ALGORITHMS`; None where nothing is known of how it was trained.
-        hyperparameters: The algorithm's and CCSSL's, by name; `lambda_contrast` above 0 means CCSSL.
-        optimization: Likewise of the optimizer and all else that is no view.
-        views: Likewise of the views of an image.
-        datasets: Split (`labeled`, `unlabeled`, `validation`, `test`) to Hub id or local path.
-        base_model: Hub id or timm name of the weights that training started from; None: random weights.
-        license: Identifier of the Hub, such as `apache-2.0`.
-        steps: Optimizer steps of the run.
-        batch_size: Labeled images in each step, over all processes.
-        mu: Unlabeled images for each labeled one.
-        seed: The run's seed.
-        labeled_per_class: Class name to its number of labeled images.
-        num_unlabeled: Unlabeled images.
-        split_fingerprints: Split to its `data.fingerprint`.
-        versions: Library to version; see `library_versions`.
-        device: Kind of device, such as `cuda`; a device number is left out.
-        num_processes: Processes that trained.
-        run_time: Seconds.
-        published: The weights that lie beside the card; None where nothing is known of the run.
-        results: Measured numbers.
-        pictures: File beside the card, by relative name, to its caption.
-        limits: Further limits of this very model, in words.
-        remote_code: Whether plain loading needs `trust_remote_code=True`, as our own backbones do.
-        weights_kept: Whether there are weights to load; without them the card says so, and not how to use them.
-    """
-
-    model_name: str
-    backbone: str
-    labels: Sequence[str]
-    algorithm: str | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    optimization: Mapping[str, Any] = field(default_factory=dict)
-    views: Mapping[str, Any] = field(default_factory=dict)
-    datasets: Mapping[str, str] = field(default_factory=dict)
-    base_model: str | None = None
-    license: str | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    mu: int | None = None
-    seed: int | None = None
-    labeled_per_class: Mapping[str, int] | None = None
-    num_unlabeled: int | None = None
-    split_fingerprints: Mapping[str, str] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    device: str | None = None
-    num_processes: int = 1
-    run_time: float | None = None
-    published: Provenance | None = None
-    results: Sequence[Result] = ()
-    pictures: Mapping[str, str] = field(default_factory=dict)
-    limits: str | None = None
-    remote_code: bool = False
-    weights_kept: bool = True
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a run depends on, as far as they are installed."""
-    names = ("ccssl_hf", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _is_path(text: str) -> bool:
-    """Whether `text` is written as a path of some machine and no other."""
-    return (
-        text.startswith(("~", "./", "../")) or PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
-    )
-
-
-def _last_part(path: str) -> str:
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
-
-
-def _public_name(name: str) -> tuple[str, bool]:
-    """What the card calls a data set or model, and whether that is an id of the Hub: of a path only the last part."""
-    name = re.sub(r"^(hf[-_]hub|local-dir):", "", name)
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return _last_part(name), False
-    if Path(name).exists() or Path(name).suffix in (".parquet", ".csv", ".json", ".zip"):
-        return _last_part(name), False
-    return name, True
-
-
-def _cell(value: Any) -> str:
-    """A value as text that neither breaks a Markdown table nor tells where files lie."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, Mapping):
-        value = [f"{key}={_cell(item)}" for key, item in value.items()]
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_cell, value))
-    if value is None:
-        return "none"
-    text = str(value)
-    text = _last_part(text) if _is_path(text) else text
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _settings(facts: CardFacts) -> dict[str, dict[str, Any]]:
-    """What was chosen for the run or holds by default, by name, in tables with titles."""
-    tables = {
-        "Method": {"algorithm": facts.algorithm, "mu": facts.mu, **facts.hyperparameters},
-        "Optimization": {
-            "steps": facts.steps,
-            "batch_size": facts.batch_size,
-            "seed": facts.seed,
-            **facts.optimization,
-        },
-        "Views": facts.views,
+def _settings(record: RunRecord) -> dict[str, dict[str, Any]]:
+    """Settings of the training by name, in tables by title; those that are unknown are left out."""
+    if record.algorithm is None:
+        return {}
+    known = {
+        "algorithm": record.algorithm,
+        "mu": record.mu,
+        "steps": record.steps,
+        "batch_size": record.batch_size,
+        "seed": record.seed,
+        "device": record.device and f"{record.num_processes} x {record.device.split(':')[0]}",
+        "run_time": None if record.run_time is None else duration(record.run_time),
     }
-    own_fields = ("algorithm", "mu", "steps", "batch_size", "seed")
-    shown = {
-        title: {
-            name: value
-            for name, value in table.items()
-            if "token" not in name.lower() and not (value is None and name in own_fields)
-        }
+
+    def own(*names: str) -> dict[str, Any]:
+        return {name: known[name] for name in names if known[name] is not None}
+
+    tables = {
+        "Method": own("algorithm", "mu") | dict(record.hyperparameters),
+        "Optimization": own("steps", "batch_size", "seed") | dict(record.optimization),
+        "Views": dict(record.views),
+        "Environment": own("device", "run_time") | dict(record.versions),
+    }
+    public = {
+        title: {name: plain(value) for name, value in table.items() if "token" not in name.lower()}
         for title, table in tables.items()
     }
-    return {title: table for title, table in shown.items() if table}
+    return {title: table for title, table in public.items() if table}
 
 
-def _metadata(facts: CardFacts, model_name: str, base_model: tuple[str, bool] | None) -> ModelCardData:
-    names = {split: _public_name(name) for split, name in facts.datasets.items()}
-    eval_results = hub_results(facts.results, {split: name for split, (name, _) in names.items()})
-    return ModelCardData(
-        license=facts.license,
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=[*TAGS, *(CCSSL_TAGS if facts.algorithm else ())],
-        base_model=base_model[0] if base_model and base_model[1] else None,
-        datasets=list(dict.fromkeys(name for name, on_hub in names.values() if on_hub)) or None,
-        metrics=sorted({result.metric_type for result in eval_results}) or None,
-        model_name=model_name if eval_results else None,
-        eval_results=eval_results or None,
-    )
-
-
-def _template(name: str) -> str:
-    return resources.files(__package__).joinpath(f"templates/{name}.md.j2").read_text(encoding="utf-8")
+def _render(template: str, **values: Any) -> str:
+    """A template without the blank lines of the sections that are left out."""
+    source = resources.files(__package__).joinpath(f"templates/{template}.md.j2").read_text(encoding="utf-8")
+    return _tidy(jinja2.Template(source).render(cell=cell, **values))
 
 
 def _tidy(text: str) -> str:
-    """Without the blank lines that sections leave behind which were left out."""
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _links(pictures: Mapping[str, str]) -> dict[str, str]:
-    return {quote(_last_part(file) if _is_path(file) else file): caption for file, caption in pictures.items()}
-
-
-def render_results(results: Sequence[Result], pictures: Mapping[str, str], published: Provenance | None) -> str:
-    """The part of a card that `renew_results` replaces: numbers and pictures between two marks.
+def _render_results(results: Sequence[Result], pictures: Mapping[str, str], published: Provenance | None) -> str:
+    """The part of a card that `renew_results` replaces.
 
     Args:
         results: Measured numbers.
-        pictures: File beside the card, by relative name, to its caption; `CURVES` is left out.
-        published: The weights that lie beside the card; the first mark keeps it for later measurements.
+        pictures: File beside the card to its caption. `CURVES` belongs to the training and is left out.
+        published: The published weights.
     """
-    pictures = _links(pictures)
     metrics = {result.metric.partition("@")[0] for result in results}
-    text = jinja2.Template(_template("results")).render(
-        known=[result for result in results if result.section == "known classes"],
-        pseudo=[result for result in results if result.section == "pseudo labels"],
-        open_set=[result for result in results if result.section == "open set"],
+    sections: dict[str, list[Result]] = {"classes": [], "pseudo labels": [], "ood": []}
+    for result in results:
+        sections[result.section].append(result)
+    return _render(
+        "results",
+        sections=sections,
         metrics=metrics,
         judged=not metrics.isdisjoint(("precision", "coverage", "ood_share_passed")),
-        pictures={file: caption for file, caption in pictures.items() if file not in (CURVES, CONFIDENCE)},
-        confidence=pictures.get(CONFIDENCE),
-        confidence_file=CONFIDENCE,
-        on_the_way=any(r.provenance and published and r.provenance.step != published.step for r in results),
+        best=any(r.provenance and r.provenance.which == "best" for r in sections["classes"]),
+        earlier=any(r.provenance and published and r.provenance.step != published.step for r in results),
         published=published,
-        unknown=PUBLISHED,
-        cell=_cell,
+        pictures={quote(file): text for file, text in pictures.items() if file not in (CURVES, CONFIDENCE)},
+        confidence={CONFIDENCE: pictures[CONFIDENCE]} if CONFIDENCE in pictures else {},
     )
-    return _tidy(text)
 
 
-def render_card(facts: CardFacts) -> ModelCard:
+def render_card(
+    record: RunRecord,
+    *,
+    model_name: str,
+    license: str | None = None,
+    tags: Iterable[str] = (),
+    limits: str | None = None,
+    pictures: Mapping[str, str] | None = None,
+) -> ModelCard:
     """The card, for `card.save(folder / "README.md")`.
 
     Args:
-        facts: What is known. Names that are local paths appear by their last part and stay out of the metadata.
-
-    Returns:
-        The card; its `data` holds the metadata with the results as a model index.
+        record: The run. Names that are local paths are cut to their last part and stay out of the Hub's metadata.
+        model_name: Hub id (`user/name`), a folder, or a title.
+        license: Identifier of the Hub, such as `apache-2.0`.
+        tags: Further tags.
+        limits: Known limits of this model, in words.
+        pictures: File beside the card, by relative name, to its caption.
     """
-    model_name = _last_part(facts.model_name) if _is_path(facts.model_name) else facts.model_name
-    base_model = None
-    if facts.base_model:
-        name, on_hub = _public_name(facts.base_model)
-        base_model = (name if "/" in name or not on_hub else f"timm/{name}", on_hub)
-    paper = ALGORITHM_PAPERS.get(facts.algorithm or "")
-    card = ModelCard.from_template(
-        _metadata(facts, model_name, base_model),
-        template_str=_template("model_card"),
-        facts=facts,
-        name=model_name,
-        results=render_results(facts.results, facts.pictures, facts.published),
-        initial_weights=base_model,
-        algorithm=paper.name if paper else facts.algorithm,
-        paper=paper,
-        ccssl=CCSSL,
-        contrastive=float(facts.hyperparameters.get("lambda_contrast") or 0) > 0,
-        papers=[CCSSL, *([paper] if paper else [])],
-        data={split: _public_name(name) for split, name in facts.datasets.items()},
-        num_labeled=sum((facts.labeled_per_class or {}).values()),
-        has_auroc=any(result.metric == "auroc" for result in facts.results),
-        settings=_settings(facts),
-        fingerprinted=FINGERPRINTED_IMAGES,
-        curves=facts.pictures.get(CURVES),
-        curves_file=CURVES,
-        device=facts.device.split(":")[0] if facts.device else None,
-        run_time=None if facts.run_time is None else _duration(facts.run_time),
-        cell=_cell,
+    name = without_folder(model_name)
+    pictures = {without_folder(file): caption for file, caption in (pictures or {}).items()}
+    data = {split: public_name(each.data) for split, each in record.splits.items()}
+    base_model, on_hub = public_name(record.base_model) if record.base_model else (None, False)
+    if base_model and on_hub and "/" not in base_model:
+        base_model = f"timm/{base_model}"
+    paper = ALGORITHMS[record.algorithm].paper if record.algorithm in ALGORITHMS else None
+    facts = CardFacts(
+        provenance=record.provenance,
+        splits={split: Split(data[split][0], each.images, each.fingerprint) for split, each in record.splits.items()},
+        results=list(record.results),
+        pictures=pictures,
+        settings=_settings(record),
     )
-    card.text = _tidy(card.text)
+    metadata = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=list(dict.fromkeys([*TAGS, *(CCSSL_TAGS if record.algorithm else ()), *tags])),
+        base_model=base_model if on_hub else None,
+        datasets=list(dict.fromkeys(each for each, on_hub in data.values() if on_hub)) or None,
+    )
+    text = _render(
+        "model_card",
+        record=record,
+        name=name,
+        results=_render_results(record.results, pictures, record.provenance),
+        remote_code=is_own_backbone(record.backbone),
+        initial_weights=base_model,
+        initial_weights_on_hub=on_hub,
+        method=paper.name if paper else record.algorithm,
+        paper=paper,
+        ccssl=CCSSL_PAPER,
+        contrastive=float(record.hyperparameters.get("lambda_contrast") or 0) > 0,
+        papers=[CCSSL_PAPER, *([paper] if paper else [])],
+        data=data,
+        num_labeled=sum(record.labeled_per_class.values()),
+        num_unlabeled=record.splits["unlabeled"].images if "unlabeled" in record.splits and record.mu else None,
+        has_auroc=any(result.metric == "auroc" for result in record.results),
+        settings=facts.settings,
+        limits=limits,
+        fingerprinted=FINGERPRINTED_IMAGES,
+        curves={CURVES: pictures[CURVES]} if CURVES in pictures else {},
+    )
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+    store_facts(card, facts, model_name=name)
     return card
-
-
-def published_provenance(card: ModelCard) -> Provenance | None:
-    """The weights beside a card, as its mark names them; None of a card that was not written here."""
-    mark = _RESULTS.search(card.text)
-    return Provenance.parse(mark["provenance"]) if mark else None
-
-
-def results_of(card: ModelCard) -> list[Result]:
-    """The numbers in a card's metadata that were written there by `render_card` or `renew_results`."""
-    found = (Result.from_hub(each) for each in card.data.get("eval_results") or ())
-    return [result for result in found if result is not None]
 
 
 def renew_results(
@@ -301,30 +178,23 @@ def renew_results(
     pictures: Mapping[str, str],
     model_name: str,
 ) -> None:
-    """Put new numbers and pictures onto a card, in its metadata and between its marks; the rest stays as it is.
+    """Put new results and pictures on a card: in its metadata, and between its two comments. Other text stays.
 
     Args:
-        card: Any model card. One without marks gets them at its end.
-        results: They replace what the card says of their splits.
-        datasets: Their splits, to Hub id or local path.
-        pictures: File beside the card to its caption; they replace those of the same file.
-        model_name: What the metadata calls the model, where it has no results yet.
+        card: Any model card. A card without the two comments gets them at its end.
+        results: They replace the results of the same splits.
+        datasets: Hub id or local path of each measured split.
+        pictures: File beside the card to its caption. They replace pictures of the same file.
+        model_name: Name of the model in the metadata, if there is none yet.
     """
-    results = list(results)
+    results, facts = list(results), read_facts(card)
     renewed = {result.split for result in results}
-    names = {split: _public_name(name)[0] for split, name in datasets.items()}
-    kept = [
-        found
-        for found in card.data.get("eval_results") or ()
-        if not ((old := Result.from_hub(found)) and old.split in renewed)
-    ]
-    card.data["eval_results"] = now = [*kept, *hub_results(results, names)]
-    card.data["metrics"] = sorted({*card.data.get("metrics", ()), *(each.metric_type for each in now)})
-    card.data["model_name"] = card.data.get("model_name") or model_name
-    mark, published = _RESULTS.search(card.text), published_provenance(card)
-    old_pictures = {found["file"]: found["caption"] for found in _PICTURE.finditer(mark[0])} if mark else {}
-    section = render_results(results_of(card), old_pictures | dict(pictures), published)
-    if mark:
-        card.text = f"{card.text[: mark.start()]}{section.strip()}{card.text[mark.end() :]}"
+    facts.results = [*(old for old in facts.results if old.split not in renewed), *results]
+    facts.splits |= {split: Split(public_name(name)[0]) for split, name in datasets.items()}
+    facts.pictures |= pictures
+    store_facts(card, facts, model_name=model_name)
+    section = _render_results(facts.results, facts.pictures, facts.provenance)
+    if marked := _MARKED.search(card.text):
+        card.text = f"{card.text[: marked.start()]}{section.strip()}{card.text[marked.end() :]}"
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}"

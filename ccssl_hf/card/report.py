@@ -1,4 +1,4 @@
-"""What there is to say of a published model: its numbers on labeled images, and a card that is brought up to date."""
+"""Reports of published models: a description, a table of results, and a card with new results."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import Any
 
 from huggingface_hub import ModelCard, snapshot_download
 
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint, is_own_backbone
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from ..data import check_writable
-from ..record import PUBLISHED, Provenance, Result, SplitPredictions
-from .model_card import IMAGES, CardFacts, published_provenance, render_card, renew_results, results_of
+from ..record import PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
+from .facts import read_facts
+from .model_card import IMAGES, render_card, renew_results
+from .old_cards import upgrade
 from .pictures import draw_pictures
 from .plots import format_table
+from .text import cell
 
 CARD_FILE = "README.md"
 
 
 def results_table(results: Iterable[Result]) -> str:
-    """Results as plain text, each with its split and weights."""
+    """Results as a plain text table, with split and provenance."""
     rows = [
         {"metric": r.name, "value": r.value, "split": r.split, "weights": str(r.provenance or PUBLISHED)}
         for r in results
@@ -31,37 +34,40 @@ def results_table(results: Iterable[Result]) -> str:
 
 
 def card_folder(model: str) -> Path:
-    """Where the card of a model and its pictures are: its folder, or what of its Hub repository was downloaded.
+    """The folder of a model's card and pictures, downloaded if the model is on the Hub.
 
     Raises:
         FileNotFoundError: There is no such folder or repository.
     """
     if Path(model).is_dir():
         return Path(model)
-    find_checkpoint(model)  # says it in one sentence where there is no such thing
+    find_checkpoint(model)  # a clear error if the repository does not exist
     return Path(snapshot_download(model, allow_patterns=[CARD_FILE, f"{IMAGES}/*.png"]))
 
 
-def provenance_of(model: str) -> Provenance | None:
-    """Which weights of which run a model has, as its card says; None where it has none or says nothing."""
-    card = read_card(card_folder(model))
-    return published_provenance(card) if card else None
-
-
 def read_card(folder: Path) -> ModelCard | None:
-    """The card in a folder; None where there is none.
+    """The card in a folder, or None. A card of an earlier version gets the machine-readable block.
 
     Raises:
-        ValueError: Its metadata can't be read.
+        ValueError: Its metadata cannot be read.
     """
     path = folder / CARD_FILE
     if not path.is_file():
         return None
     try:
-        return ModelCard.load(path)
-    except Exception as error:  # the client raises those of YAML, and KeyErrors of a model index
+        card = ModelCard.load(path)
+        upgrade(card)
+        read_facts(card)
+    except Exception as error:  # the Hub's client raises YAML errors and KeyErrors, and a block can be incomplete
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} has metadata that can't be read ({reason}): mend what stands above ---.") from error
+        raise ValueError(f"{path} has metadata that cannot be read ({reason}): correct the lines above ---.") from error
+    return card
+
+
+def provenance_of(model: str) -> Provenance | None:
+    """The provenance of a model's weights from its card; None if the card is missing or does not have it."""
+    card = read_card(card_folder(model))
+    return read_facts(card).provenance if card else None
 
 
 def write_report(
@@ -71,36 +77,29 @@ def write_report(
     predictions: Sequence[SplitPredictions],
     sources: Mapping[str, str],
 ) -> list[str]:
-    """Puts results and pictures onto the card in `out`, which is the model's own or becomes a copy of it.
+    """Put results and pictures on the card in `out`. Without a card there, a copy of the model's card is used.
 
     Args:
         model: A published folder or Hub id.
         out: The folder of the card.
-        results: Of each split.
-        predictions: Likewise; embeddings are drawn where there are any.
-        sources: Split to where it came from.
+        results: Results on the measured splits.
+        predictions: Predictions on the measured splits. Embeddings are drawn if they are given.
+        sources: Source of each measured split.
 
     Returns:
         The files that were written, relative to `out`.
 
     Raises:
-        ValueError: The card that is there can't be read, or `out` can't be written to.
+        ValueError: The card cannot be read, or `out` cannot be written to.
     """
     check_writable(out)
     config, name = _config(model), Path(model).resolve().name if Path(model).is_dir() else model
     source = out if (out / CARD_FILE).is_file() else card_folder(model)
-    card = read_card(source) or render_card(
-        CardFacts(
-            model_name=name,
-            backbone=config["architecture"],
-            labels=config["label_names"],
-            remote_code=is_own_backbone(config["architecture"]),
-        )
-    )
+    card = read_card(source) or render_card(RunRecord(config["architecture"], config["label_names"]), model_name=name)
     if source.resolve() != out.resolve() and (source / IMAGES).is_dir():
         shutil.copytree(source / IMAGES, out / IMAGES, dirs_exist_ok=True)
     pictures = draw_pictures(out, predictions, config["label_names"])
-    datasets = {split: re.sub(r":\w+$", "", source) for split, source in sources.items()}  # without user/name's :split
+    datasets = {split: re.sub(r":\w+$", "", source) for split, source in sources.items()}  # user/name:split
     renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name)
     card.save(out / CARD_FILE)
     return [CARD_FILE, *pictures]
@@ -111,7 +110,7 @@ def _config(model: str) -> dict[str, Any]:
 
 
 def describe(model: str) -> str:
-    """What a model is, its results, and how it was trained, as far as its folder and card say so."""
+    """A model's backbone and classes, and the results and training settings on its card, as text."""
     config, folder = _config(model), find_checkpoint(model)
     labels = config["label_names"]
     size = config["pretrained_cfg"]["input_size"][-1]
@@ -121,10 +120,12 @@ def describe(model: str) -> str:
     card = read_card(card_folder(model))
     if card is None:
         return "\n".join([*lines, f"It has no card: `ccssl-hf report {model} --split NAME=SOURCE` writes one."])
-    results = results_of(card)
-    lines += ["", results_table(results) if results else "Its card has no results that say what they are."]
-    training = re.search(r"^## Training\n.*?(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
-    if training:
-        without_pictures = re.sub(r"^!\[.*\n\n\*.*\*\n+", "", training[0], flags=re.MULTILINE)
-        lines += ["", without_pictures.strip()]
+    facts = read_facts(card)
+    lines += ["", results_table(facts.results) if facts.results else "Its card has no results with provenance."]
+    if facts.splits:
+        rows = [{"split": split, "data": each.data, "images": each.images} for split, each in facts.splits.items()]
+        lines += ["", format_table(rows, ["split", "data", "images"])]
+    for title, settings in facts.settings.items():
+        rows = [{title: name, "value": cell(value)} for name, value in settings.items()]
+        lines += ["", format_table(rows, [title, "value"])]
     return "\n".join(lines)

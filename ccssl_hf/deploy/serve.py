@@ -33,8 +33,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from torch import Tensor
 
-from ..card.model_card import library_versions
 from ..errors import near_misses
+from ..record import library_versions
 from .handler import TooLargeError, check_parameters, read_image
 from .predict import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
 

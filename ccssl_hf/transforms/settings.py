@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
+MAX_SIDE_HELD = 64
+"""Image side in pixels up to which `auto` decodes the images once, holds them, and crops with padding, as for CIFAR."""
+
+MAX_SIDE_UNCROPPED = 96
+"""Image side in pixels up to which evaluation does not crop, as for CIFAR and STL-10; above it, timm's crop applies."""
+
 
 class View(IntEnum):
     """The views of one image. A view has random numbers of its own: stream number `16 * stream + view`."""
@@ -13,9 +19,6 @@ class View(IntEnum):
     WEAK = 0
     STRONG = 1
     CONTRASTIVE = 2
-
-
-WEAK, STRONG, CONTRASTIVE = View
 
 
 class Column(IntEnum):
@@ -61,7 +64,7 @@ class ViewSettings:
         randaugment_ops: Ops drawn for each strong view.
         randaugment_magnitude: Magnitudes are drawn from 1 to one below it, on RandAugment's scale of 10.
         cutout_size: Side of the grey square in pixels; 0 for none.
-        contrastive: "simclr" (resized crop, colour jitter, grey), or "randaugment": a second, independent strong view.
+        contrastive_view: "simclr" (resized crop, colour jitter, grey) or "randaugment" (another strong view).
         contrastive_crop_scale: As `crop_scale`, for "simclr".
         jitter: Strength of brightness, contrast, saturation (factors in 1 ± strength) and hue (share of the circle).
         jitter_probability: How often colours are jittered.
@@ -82,7 +85,7 @@ class ViewSettings:
     randaugment_ops: int = 2
     randaugment_magnitude: int = 10
     cutout_size: int = 16
-    contrastive: Literal["simclr", "randaugment"] = "simclr"
+    contrastive_view: Literal["simclr", "randaugment"] = "simclr"
     contrastive_crop_scale: tuple[float, float] = (0.2, 1.0)
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_probability: float = 0.8
@@ -98,7 +101,7 @@ class ViewSettings:
             "mean": (len(self.mean) == 3, "three numbers, one for each channel"),
             "std": (len(self.std) == 3 and min(self.std) > 0, "three positive numbers, one for each channel"),
             "weak_crop": (self.weak_crop in ("pad", "resized"), "'pad' or 'resized'"),
-            "contrastive": (self.contrastive in ("simclr", "randaugment"), "'simclr' or 'randaugment'"),
+            "contrastive_view": (self.contrastive_view in ("simclr", "randaugment"), "'simclr' or 'randaugment'"),
             "randaugment_ops": (self.randaugment_ops >= 0, "0 or more"),
             "randaugment_magnitude": (2 <= self.randaugment_magnitude <= 11, "between 2 and 11"),
             "cutout_size": (self.cutout_size >= 0, "0 (none) or a side in pixels"),

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccssl_hf.sampling import uniform
-from ccssl_hf.transforms import geometry, ops
-from ccssl_hf.transforms.settings import CONTRASTIVE, CROP_TRIES, Column, View, ViewSettings
+from ..sampling import uniform
+from . import geometry, ops
+from .settings import CROP_TRIES, Column, View, ViewSettings
 
 RANDAUGMENT_OPS = (
     "autocontrast",
@@ -47,7 +47,7 @@ def _random(view: View, settings: ViewSettings, seed: int, stream: int, draws: T
 
 
 def _is_simclr(view: View, settings: ViewSettings) -> bool:
-    return view == CONTRASTIVE and settings.contrastive == "simclr"
+    return view == View.CONTRASTIVE and settings.contrastive_view == "simclr"
 
 
 def crop_boxes(
@@ -275,7 +275,7 @@ def normalize(images: Tensor, settings: ViewSettings, *, view: View, dtype: torc
     Returns:
         `[N, 3, S, S]` in channels_last memory format.
     """
-    standard = view != CONTRASTIVE or settings.normalize_contrastive
+    standard = view != View.CONTRASTIVE or settings.normalize_contrastive
     scale, shift = _scale_and_shift(settings, standard, images.device)
     result = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     for part in geometry.chunks(len(images), images[:1].numel(), images.device):
