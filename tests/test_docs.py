@@ -431,6 +431,13 @@ def test_links_resolve(path: Path) -> None:
         assert DOCS not in path.parents or DOCS in file.parents, f"{target} is not part of the site"
 
 
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_prose_uses_the_terms_of_the_field(path: Path) -> None:
+    """Out-of-distribution (OOD) images have one name. Titles of papers may have others."""
+    prose = re.sub(r"\]\(https?:.*?\)|\[[^\]]*\]\(https://arxiv.*?\)", "", path.read_text(encoding="utf-8"))
+    assert not re.findall(r"strangers?\b|known class|outliers?\b", prose)
+
+
 def test_the_site_lists_every_page() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = set(re.findall(r"[\w/]+\.md", str(config["nav"])))
