@@ -87,7 +87,7 @@ def test_raw_weights_without_the_head(semicls, tmp_path):
         semicls, out, labels=LABELS, backbone="wide_resnet10_1_cifar", weights="raw", with_head=False
     )
     assert not (out / "ccssl_head.safetensors").exists()
-    assert report.left_out["the projection head, which was not asked for"] == (
+    assert report.left_out["the projection head, which was not requested"] == (
         "fc1.weight",
         "fc1.bias",
         "fc2.weight",
@@ -119,7 +119,7 @@ def test_a_resnet_of_the_authors_gives_torchvisions_outputs(tmp_path, proj):
     if proj:
         model = CCSSLForImageClassification.from_pretrained(tmp_path / "out")
     else:
-        assert report.left_out["a projection that takes no part, as the network has no proj"] == (
+        assert report.left_out["an unused projection, as the network has no proj"] == (
             "module.fc.weight",
             "module.fc.bias",
         )

@@ -113,9 +113,9 @@ def convert_semicls(
             shape.
     """
     architecture = backbone.partition(".")[0]
-    known = {} if with_head else {r"fc[12]\.(weight|bias)": "the projection head, which was not asked for"}
+    known = {} if with_head else {r"fc[12]\.(weight|bias)": "the projection head, which was not requested"}
     if not is_own_backbone(architecture):
-        known[r"fc\.(weight|bias)"] = "a projection that takes no part, as the network has no proj"
+        known[r"fc\.(weight|bias)"] = "an unused projection, as the network has no proj"
     entries = _entries(weights, ema="ema_state_dict", raw="state_dict")
     source = _Checkpoint(checkpoint, *entries, training_state=_SEMICLS_STATE, known=known)
     head = source.weights.get("fc2.weight")

@@ -356,8 +356,10 @@ class Space:
                 f"{1 - limits.quantile:.0%} of {limits.images:,} in-distribution images reach ({limits.source}; top-1 "
                 f"accuracy {limits.top1:.0%}). The note appears for {limits.flagged:.0%} of these images."
             )
+            ood = "Out-of-distribution images were not measured."
             if limits.ood_flagged is not None:
-                rule += f" It appears for {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images."
+                ood = f"It appears for {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images."
+            rule = f"{rule} {ood}"
         lines = [
             f"**Confidence** is the softmax probability. It sums to 100% over the {len(self.model.labels)} classes, "
             "even if the image shows none of them. It is not the probability that the class is right.",
@@ -372,8 +374,7 @@ class Space:
         if self.gallery is not None:
             lines.append(
                 f"**Nearest labeled images** are those of {len(self.gallery.labels):,} labeled images whose features "
-                "have the highest cosine similarity to the features of your image (at most 1). Their labels were given "
-                "by people."
+                "have the highest cosine similarity to those of your image (at most 1). People gave them their labels."
             )
         return "\n\n".join(lines)
 
