@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .algorithms import SSLBatch, SSLLoss, build_algorithm
     from .configuration import CCSSLConfig
+    from .data import load_split
     from .losses import class_aware_contrastive_loss
     from .modeling import CCSSLForImageClassification, CCSSLOutput
     from .trainer import CCSSLTrainer
@@ -25,20 +26,19 @@ __all__ = [
     "SSLLoss",
     "build_algorithm",
     "class_aware_contrastive_loss",
+    "load_split",
 ]
 
-_MODULES = ("algorithms", "configuration", "losses", "modeling", "trainer", "training_args")
-
-# Our Wide ResNets load by plain `AutoModel` and `timm.create_model` from here on. That takes torch and timm, seconds in
-# all, which the command does without where it only shows its help: its verbs import what they need themselves.
+# `import ccssl_hf` registers our Wide ResNets with timm and transformers, which takes seconds because it imports torch.
+# The command `ccssl-hf` skips it to show its help quickly; each of its verbs imports what it needs.
 if Path(sys.argv[0]).stem != "ccssl-hf":
     from . import wide_resnet_cifar as wide_resnet_cifar
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for (PEP 562)."""
+    """Import a public name when it is first used (PEP 562)."""
     if name in __all__:
-        for module in _MODULES:
+        for module in ("algorithms", "configuration", "data", "losses", "modeling", "trainer", "training_args"):
             if hasattr(found := import_module(f".{module}", __name__), name):
                 return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

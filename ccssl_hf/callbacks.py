@@ -1,4 +1,4 @@
-"""What a run says while it runs: named terms, masks and pseudo labels to the log, a bar to the terminal."""
+"""Callbacks of a run: logging of loss terms and pseudo labels, progress bars, averaged weights, a time limit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import is_in_notebook
 
 from .algorithms import SSLLoss
 from .distributed import all_reduce_mean
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepMonitor:
-    """Sums what each step reports, on the device; reads it back only when it is logged, once.
+    """Sums what each step reports, on the device, and reads the sums back once per log.
 
     Args:
         class_names: Names of the classes, for the histogram of pseudo labels.
@@ -41,7 +42,7 @@ class StepMonitor:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def add(self, result: SSLLoss, hidden_labels: Tensor | None) -> None:
-        """Count one step. An image counts as passed where its mask is above 0."""
+        """Count one step. An image passes the threshold where its mask is above 0."""
         self._steps += 1
         for name, term in result.terms.items():
             self._add(name, term)
@@ -57,7 +58,7 @@ class StepMonitor:
             self._add("_correct", (passed & (result.pseudo_labels == hidden_labels)).sum())
 
     def drain(self) -> dict[str, float]:
-        """Means since the last call, over all processes, and start anew."""
+        """Return the means since the last call, over all processes, and start again from zero."""
         if not self._steps:
             return {}
         values = torch.stack([value.reshape(()) for value in self._sums.values()])
@@ -74,30 +75,22 @@ class StepMonitor:
         if correct is not None and passed:
             logs["pseudo_label_precision"] = correct / passed
         if self._histogram is not None:
-            counts = numbers[len(self._sums) :]
-            logs |= {
-                f"pseudo_labels/{name}": count / max(passed, 1.0)
-                for name, count in zip(self.class_names, counts, strict=True)
-            }
+            for name, count in zip(self.class_names, numbers[len(self._sums) :], strict=True):
+                logs[f"pseudo_labels/{name}"] = count / max(passed, 1.0)
         self._reset()
         return logs
 
 
-_FEW_BATCHES = 10
-
-
 class ProgressBar(ProgressCallback):
-    """The Trainer's bar, with the few numbers that matter beside it instead of a printed dictionary for each log."""
+    """A progress bar that shows loss, mask rate and top-1 accuracy, and does not print each log."""
 
     def __init__(self) -> None:
         super().__init__()
         self._shown: dict[str, str] = {}
 
-    def on_prediction_step(
-        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        if len(eval_dataloader) > _FEW_BATCHES:  # a bar that is over at once only flickers
-            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+    def on_prediction_step(self, *args: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+        if len(eval_dataloader) > 10:  # the bar of a shorter evaluation only flickers
+            super().on_prediction_step(*args, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
@@ -108,8 +101,34 @@ class ProgressBar(ProgressCallback):
         self.training_bar.set_postfix(self._shown)
 
 
+def progress_callback() -> TrainerCallback:
+    """The progress bar of a run: in a notebook a bar with a table of metrics, elsewhere a `ProgressBar`."""
+    if not is_in_notebook():
+        return ProgressBar()
+    from transformers.utils.notebook import NotebookProgressCallback  # imports IPython
+
+    class NotebookProgress(NotebookProgressCallback):
+        """The bar and table of transformers, with a column for the mask rate."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if args.eval_strategy == "no" and "loss" in logs:  # otherwise each evaluation adds a row
+                row = {"Step": state.global_step, "Training Loss": logs["loss"], "Mask Rate": logs.get("mask_rate")}
+                self.training_tracker.write_line({name: value for name, value in row.items() if value is not None})
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            shown = dict(metrics or {})  # a copy: transformers removes entries, and Trainer.evaluate returns `metrics`
+            if self.training_tracker is not None:
+                logged = [logs["mask_rate"] for logs in state.log_history if "mask_rate" in logs]
+                shown = {**({"eval_mask_rate": logged[-1]} if logged else {}), **shown}
+            elif self.prediction_bar is not None:
+                self.prediction_bar.close()  # transformers leaves it above the table
+            super().on_evaluate(args, state, control, metrics=shown, **kwargs)
+
+    return NotebookProgress()
+
+
 class UpdateAverage(TrainerCallback):
-    """Moves the averaged weights after each optimizer step. Holds no state of its own: it would be lost on resume."""
+    """Updates the averaged weights after each optimizer step. It has no state, which a resumed run would lose."""
 
     def __init__(self, average: WeightAverage) -> None:
         self.average = average
@@ -119,13 +138,15 @@ class UpdateAverage(TrainerCallback):
 
 
 class TimeLimit(TrainerCallback):
-    """Ends training with a checkpoint, from which it can go on, at the first log after `minutes` of wall time.
+    """Saves a checkpoint and ends training at the first logged step after a time limit.
 
-    Which images a step sees and which learning rate it has still follow from its number alone: a run that is cut short
-    is the beginning of the whole one. Looked at on steps that are logged, as these wait for the device anyway.
+    A resumed run equals an uninterrupted one. Only logged steps check the time: they wait for the device anyway.
 
     Args:
-        minutes: Counted from here on.
+        minutes: Time limit in minutes of wall time, counted from the creation of this callback.
+
+    Raises:
+        ValueError: `minutes` is not positive.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -137,10 +158,10 @@ class TimeLimit(TrainerCallback):
         if not control.should_log or state.global_step >= state.max_steps:
             return
         late = torch.tensor(float(time.monotonic() >= self._end), device=args.device)
-        if all_reduce_mean(late).item() > 0:  # processes have clocks of their own, and must stop at one step
+        if all_reduce_mean(late).item() > 0:  # the clocks of processes differ, but all must stop at the same step
             control.should_save = control.should_training_stop = True
             logger.warning(
-                "Stopped after %d of %d steps by time_limit (%g minutes): resume_from_checkpoint goes on from here.",
+                "Stopped after %d of %d steps by time_limit (%g minutes): use resume_from_checkpoint to continue.",
                 state.global_step,
                 state.max_steps,
                 self.minutes,

@@ -1,4 +1,4 @@
-"""From a name or a `datasets.Dataset` to batches: splits are loaded and checked, labels aligned by name, pairs read."""
+"""Data sets: load splits, check them, read labels and class names, and read batches of labeled and unlabeled images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .sampling import LABELED, UNLABELED, PairedIndices
 from .transforms import View, ViewSettings
 
 OUT_OF_DISTRIBUTION = -1
-"""The label of an out-of-distribution (OOD) image: one of no class of the model."""
+"""The label of an out-of-distribution (OOD) image, which shows none of the classes of the model."""
 
 _TEXT = ("string", "large_string")
 
@@ -35,96 +35,99 @@ _TEXT = ("string", "large_string")
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
-def load_split(source: str, *, role: str) -> datasets.Dataset:
+def load_split(source: str | os.PathLike[str], *, role: str) -> datasets.Dataset:
     """Load one split from an image folder, parquet files or the Hub.
 
+    It reads every image of a folder. `load_dataset("imagefolder", data_dir=...)` does not: it takes words such as
+    `train`, `test` and `val` in file and folder names for names of splits.
+
     Args:
-        source: A folder of images (labels are the names of the folders they lie in), a folder, file or glob of parquet,
-            or a Hub data set as `user/name` or `user/name:split`.
-        role: `labeled`, `unlabeled`, `validation` or `test`. Names the split in errors, and is the split that is taken
-            from a Hub data set where the source names none; for training, `train` will do too. Unlabeled folders lose
-            their labels.
+        source: An image folder (`<class>/<image>`: the label is the name of the folder that holds the image), parquet
+            files (a folder, a file or a glob), or a data set on the Hub (`user/name` or `user/name:split`).
+        role: Name of the split: `labeled`, `unlabeled`, `validation` or `test`. It is the split to take from the Hub if
+            `source` names none; `train` replaces a missing `labeled` or `unlabeled`. An unlabeled image folder may be
+            nested in any way, and its images get no labels.
 
     Raises:
-        ValueError: `source` is neither readable here nor the name of a data set, or lacks that split.
+        ValueError: `source` cannot be read or does not have that split.
     """
-    path = Path(source).expanduser()
+    name, path = f"The {role} split '{source}'", Path(source).expanduser()
     if path.is_dir() and not any(path.glob("*.parquet")):
-        return _load_image_folder(path, role)
+        return _load_image_folder(name, path, labeled=role != "unlabeled")
     if path.is_dir():
-        return _load_parquet(f"{glob.escape(str(path))}/*.parquet", role)
+        return _load_parquet(name, f"{glob.escape(path.as_posix())}/*.parquet")
     if path.suffix == ".parquet":
-        return _load_parquet(glob.escape(str(path)) if path.is_file() else str(path), role)
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return _load_parquet(name, glob.escape(path.as_posix()) if path.is_file() else path.as_posix())
+    source = str(source)
+    if path.exists() or path.is_absolute() or source.startswith((".", "/")) or source.count("/") > 1:
         raise ValueError(
-            f"--{role} {source}: not a folder or parquet file; give an image folder, parquet files or a Hub data set."
+            f"{name} is not a folder or parquet file: give an image folder, parquet files or a Hub data set."
         )
-    return _load_from_hub(source, role)
+    return _load_from_hub(name, source, role)
 
 
-def _load_image_folder(path: Path, role: str) -> datasets.Dataset:
+def _load_image_folder(name: str, path: Path, *, labeled: bool) -> datasets.Dataset:
     def is_image(file: Path) -> bool:
         return file.suffix.lower() in ImageFolder.EXTENSIONS
 
     if not any(map(is_image, path.rglob("*"))):
-        raise ValueError(f"--{role} {path}: no images below this folder; point it at a folder that holds image files.")
-    unlabeled = role == "unlabeled"
-    stray = [] if unlabeled else sorted(file.name for file in path.iterdir() if is_image(file))
+        raise ValueError(f"{name} has no images in this folder or below it: give a folder that holds image files.")
+    stray = sorted(file.name for file in path.iterdir() if is_image(file)) if labeled else []
     if stray:
-        raise ValueError(f"--{role} {path}: {stray[0]} lies in no class folder; sort images as <class>/<image>.")
-    # A pattern of files, not data_dir: from a root, `datasets` guesses splits by words such as "test" in paths.
+        raise ValueError(f"{name} has images outside of class folders ({stray[0]}): sort images as <class>/<image>.")
+    # A pattern of files and not data_dir, with which `datasets` looks for names of splits in paths.
     return datasets.load_dataset(
         "imagefolder",
-        data_files={"train": [f"{glob.escape(str(path))}/**"]},
-        drop_labels=unlabeled,
-        drop_metadata=unlabeled,
+        data_files={"train": [f"{glob.escape(path.as_posix())}/**"]},
+        drop_labels=not labeled,
+        drop_metadata=not labeled,
         split="train",
     )
 
 
-def _load_parquet(files: str, role: str) -> datasets.Dataset:
+def _load_parquet(name: str, files: str) -> datasets.Dataset:
     if not glob.glob(files):
-        raise ValueError(f"--{role} {files}: no such parquet file; check the path.")
+        raise ValueError(f"{name} does not exist (no such parquet file): check the path.")
     try:
         return datasets.load_dataset("parquet", data_files={"train": [files]}, split="train")
     except (DatasetGenerationError, ValueError) as error:  # Arrow's errors are ValueErrors
-        raise ValueError(f"--{role} {files}: can't be read ({error.__cause__ or error}); write it anew.") from error
+        raise ValueError(f"{name} cannot be read ({error.__cause__ or error}): write the file again.") from error
 
 
-def _load_from_hub(source: str, role: str) -> datasets.Dataset:
-    name, _, split = source.partition(":")
+def _load_from_hub(name: str, source: str, role: str) -> datasets.Dataset:
+    repository, _, split = source.partition(":")
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(repository)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
-            f"--{role} {source}: neither a path here nor a data set from the Hub ({type(error).__name__}: {error}); "
-            "check the spelling and the network, or give an image folder or parquet files."
+            f"{name} is neither a path nor a data set on the Hub ({type(error).__name__}: {error}): check the spelling "
+            "and the network, or give an image folder or parquet files."
         ) from error
-    # A run that is evaluated on its own training images by default would look too good.
+    # `train` never replaces validation or test: accuracy on training images would be too high.
     wanted = [split] if split else [role, "train"] if role in ("labeled", "unlabeled") else [role]
-    for name_of_split in wanted:
-        if name_of_split in found:
-            return found[name_of_split]
+    for each in wanted:
+        if each in found:
+            return found[each]
     raise ValueError(
-        f"--{role} {source}: no split {wanted[0]!r} in this data set (it has {', '.join(found)}); write {name}:<split>."
+        f"{name} does not exist: the data set has no split {' or '.join(map(repr, wanted))} (it has "
+        f"{', '.join(found)}). Write {repository}:<split>."
     )
 
 
 FINGERPRINTED_IMAGES = 1024
-"""Of how many images a fingerprint reads the content: all of a small split, and of a large one a second's worth."""
+"""Number of images that a fingerprint reads: all of a small split, and about a second of reading of a large one."""
 
 
 def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[str] = ()) -> str:
-    """16 hexadecimal digits of a split's content, the same in every run, on every machine and for every kind of file.
+    """A hash of the content of a split, 16 hexadecimal digits, independent of machine and file format.
 
-    They are the start of a SHA-256 over the number of rows, `labels`, and up to `FINGERPRINTED_IMAGES` of the encoded
-    images, evenly spread over the rows. Of PNG the pixels count: an image from memory is encoded by the installed
-    Pillow, and the same image may become other bytes with another one.
+    It is the start of a SHA-256 over the number of rows, `labels`, and up to `FINGERPRINTED_IMAGES` encoded images,
+    evenly spread over the rows. For a PNG it hashes the pixels, because releases of Pillow encode an image differently.
 
     Args:
         dataset: A split that passed `check_images`.
-        image_column: Its images.
-        labels: The class name of each row, where the rows have any.
+        image_column: Its image column.
+        labels: The class name of each row, if the rows have labels.
     """
     digest = hashlib.sha256(json.dumps([len(dataset), list(labels)]).encode())
     images = encoded_images(dataset, image_column)
@@ -139,7 +142,7 @@ def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[s
 
 
 def name_of(dataset: datasets.Dataset) -> str:
-    """What a card can call a data set of which only the object is known: in words, for it is no id of the Hub."""
+    """The name of a data set on a card if only the object is known. It is a phrase, not a Hub id."""
     return f"{dataset.info.dataset_name or dataset.info.builder_name or 'in-memory'} data set"
 
 
@@ -147,11 +150,9 @@ def name_of(dataset: datasets.Dataset) -> str:
 
 
 def check_images(dataset: Any, *, role: str, image_column: str) -> None:
-    """Raise a ValueError that names the fix unless `dataset` is a non-empty map-style data set with an image column."""
+    """Raise a ValueError unless `dataset` is a non-empty map-style data set with an image column."""
     if isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict)):
-        raise ValueError(
-            f"The {role} split is streamed, and a shuffled stream can't resume exactly: load it with streaming=False."
-        )
+        raise ValueError(f"The {role} split is streamed and cannot resume exactly: load it with streaming=False.")
     if isinstance(dataset, dict):
         raise ValueError(f"The {role} split is a dictionary of splits ({', '.join(dataset)}): pass one of them.")
     if not isinstance(dataset, datasets.Dataset):
@@ -180,11 +181,12 @@ def read_labels(
 ) -> np.ndarray:
     """Labels as indices into `class_names`, int64 `[N]`.
 
-    Named labels (a ClassLabel or strings) are aligned by name, so a folder that misses a class, or sorts its classes in
-    another way, still means the same. With `allow_ood`, a name that is no class, and -1, become `OUT_OF_DISTRIBUTION`.
+    Named labels (a ClassLabel or strings) are aligned by name, so splits may lack classes or have another order of
+    classes. With `allow_ood`, -1 and names that are not in `class_names` become `OUT_OF_DISTRIBUTION`.
 
     Raises:
-        ValueError: The column is missing, is no label column, or holds labels outside the classes.
+        ValueError: The column is missing or has no labels, or there are labels outside the classes. With `allow_ood`,
+            also if no label is a class and some are names: these are probably misspelt.
     """
     argument = "hidden_label_column" if role == "unlabeled" else "label_column"
     _check_column(dataset, column, role=role, argument=argument)
@@ -202,19 +204,19 @@ def read_labels(
         raise ValueError(f"Column {column!r} of the {role} split holds {feature}, not labels: set {argument}.")
 
     numbers = numbers.cast("int64").fill_null(OUT_OF_DISTRIBUTION).to_numpy(zero_copy_only=False)
-    if dataset._indices is not None:  # shuffled or selected; `datasets` itself would take the rows one by one
+    if dataset._indices is not None:  # shuffled or selected; `datasets` would read the rows one by one
         numbers = numbers[dataset._indices.column(0).to_numpy()]
     position = {name: index for index, name in enumerate(class_names)}
     meaning = np.array([*(position.get(name, OUT_OF_DISTRIBUTION) for name in names), OUT_OF_DISTRIBUTION], np.int64)
-    labels = meaning.take(numbers, mode="clip")  # numbers beyond the names meet the last one
+    labels = meaning.take(numbers, mode="clip")  # numbers beyond the names take the last one
     labels[numbers < 0] = OUT_OF_DISTRIBUTION
     wrong = (numbers < OUT_OF_DISTRIBUTION) | (numbers >= len(names)) if allow_ood else labels == OUT_OF_DISTRIBUTION
-    if (labels == OUT_OF_DISTRIBUTION).all():  # names that are all strange are another spelling, or another data set
+    if (labels == OUT_OF_DISTRIBUTION).all():  # misspelt names, or another data set
         wrong = wrong | (numbers != OUT_OF_DISTRIBUTION)
     if wrong.any():
         stray = [names[n] if 0 <= n < len(names) else str(n) for n in np.unique(numbers[wrong])]
         raise ValueError(
-            f"{int(wrong.sum())} labels of the {role} split are none of the {len(class_names)} classes "
+            f"{int(wrong.sum())} labels of the {role} split are not among the {len(class_names)} classes "
             f"({', '.join(stray[:5])}{', ...' if len(stray) > 5 else ''}): drop those rows, or build the model with "
             f"their classes in labels=[...].{near_misses(stray[0], class_names)}"
         )
@@ -222,10 +224,10 @@ def read_labels(
 
 
 def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
-    """The classes of the labeled split: a ClassLabel's names, or the sorted distinct strings of a text column.
+    """The classes of the labeled split: the names of a ClassLabel, or the sorted distinct strings of a text column.
 
     Raises:
-        ValueError: The column is missing, holds numbers without names, or names fewer than two classes.
+        ValueError: The column is missing, has numbers without names, or names fewer than two classes.
     """
     _check_column(dataset, column, role="labeled", argument="label_column")
     feature = dataset.features[column]
@@ -235,17 +237,18 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
         names = sorted(name for name in dataset.unique(column) if name is not None)
     else:
         raise ValueError(
-            f"Column {column!r} of the labeled split holds {feature}, which names no classes: cast it with "
+            f"Column {column!r} of the labeled split holds {feature} without class names: cast it with "
             f"cast_column({column!r}, datasets.ClassLabel(names=[...]))."
         )
     if len(names) < 2:
-        raise ValueError(f"The labeled split names one class alone ({', '.join(names)}): label images of two or more.")
+        raise ValueError(
+            f"The labeled split has one class only ({', '.join(names)}): label images of two or more classes."
+        )
     return names
 
 
 def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> datasets.Dataset:
-    """The rows of `dataset` whose images decode. Reads every image once, with a progress bar."""
-
+    """The rows of `dataset` whose images can be decoded. Reads every image once, with a progress bar."""
     images, kept = encoded_images(dataset, image_column), []
     for row in datasets.utils.tqdm(range(len(images)), desc="Checking images"):
         with suppress(ValueError):
@@ -258,7 +261,7 @@ def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> d
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes that decode images for a network on `device`: none where they would take its cores from it."""
+    """Number of processes that decode images for a model on `device`: 0 on a CPU, which the model itself needs."""
     if device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -266,17 +269,17 @@ def default_workers(device: torch.device) -> int:
 
 
 class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Labeled and unlabeled images of one batch at a time; its index is a `PairedIndices`.
+    """Batches of labeled and unlabeled images, indexed by a `PairedIndices`.
 
-    A batch holds `labeled_images`, `labels [B]`, `labeled_draws [B]` and, with unlabeled data, `unlabeled_images`,
-    `unlabeled_draws [U]`, `unlabeled_index [U]` and, where they are known, `hidden_labels [U]`. Images are uint8
-    `[n, 3, S, S]`, or `[n, views, 3, S, S]` where each view has a crop of its own.
+    A batch has `labeled_images`, `labels [B]` and `labeled_draws [B]`. With unlabeled data it also has
+    `unlabeled_images`, `unlabeled_draws [U]`, `unlabeled_index [U]` and, if they are known, `hidden_labels [U]`. Images
+    are uint8 `[n, 3, S, S]`, or `[n, views, 3, S, S]` if each view has its own crop.
 
     Args:
         labeled, unlabeled: Data sets that passed `check_images`.
         labels: int64 `[N]`, from `read_labels`.
-        hidden_labels: True classes of the unlabeled images, for study only: nothing is trained on them.
-        views: The views made of an unlabeled image; a labeled one has the weak view.
+        hidden_labels: True classes of the unlabeled images, to measure pseudo labels. They are not used for training.
+        views: The views of an unlabeled image. A labeled image has the weak view.
         decode: `memory` or `stream`.
     """
 
@@ -314,11 +317,11 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return images.read(index) if isinstance(images, PixelTable) else images.read(index, draw, views)
 
     def __getitems__(self, batch: PairedIndices) -> dict[str, Any]:
-        """The whole batch at once: torch's loader calls this instead of `__getitem__`, once per batch."""
+        """One batch. The DataLoader calls this method instead of `__getitem__`, once per batch."""
         out: dict[str, Any] = {
             "labeled_images": self._read(self.labeled, batch.labeled_index, batch.labeled_draw, (View.WEAK,)),
             "labels": self.labels[batch.labeled_index],
-            # Draws stay numpy, and so on the CPU, where random numbers are made: an accelerator need not wait for them.
+            # Draws stay numpy arrays on the CPU, where random numbers are made. An accelerator does not wait for them.
             "labeled_draws": batch.labeled_draw,
         }
         if self.unlabeled is not None:
@@ -331,7 +334,7 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class EvaluationDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of an evaluation split under the very transform that the published model's image processor applies."""
+    """Rows of an evaluation split, with the transform of the published model's image processor."""
 
     def __init__(
         self, dataset: datasets.Dataset, labels: np.ndarray | None, *, image_column: str, transform: Any, role: str
@@ -348,11 +351,11 @@ class EvaluationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise a ValueError unless files can be written to `folder`, which is made if need be."""
+    """Raise a ValueError unless files can be written to `folder`. Creates it if it does not exist."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
-            f"output_dir {folder} can't be written to ({error.strerror}): choose another folder."
+            f"output_dir {folder} cannot be written to ({error.strerror}): choose another folder."
         ) from error

@@ -1,4 +1,4 @@
-"""What error messages share."""
+"""Helpers for error messages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'this' or 'that'?` for a misspelt name, with the leading space; nothing where none is like it."""
+    """` Did you mean 'this' or 'that'?` for a misspelt name, with the leading space, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def summary(error: BaseException) -> str:
-    """What an error says, in one line. The Hub's are of several, or JSON."""
+    """The message of an error in one line. Messages of the Hub have several lines or are JSON."""
     try:
         text = " ".join(problem["message"] for problem in json.loads(str(error))["errors"])
     except ValueError:
@@ -28,21 +28,21 @@ def summary(error: BaseException) -> str:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Ends the program with exit code 2 and the sentence of an error in what a user gave.
+    """Turn an error in the user's input into one line on stderr and exit code 2.
 
-    For what comes before training: an error within training needs its traceback.
+    Use it for code before training. An error during training needs its traceback.
     """
     try:
         yield
     except (OSError, TypeError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one for each process
+        if os.environ.get("RANK", "0") == "0":  # one line, not one per process
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Says what to install where an import within fails: a package of the extra `name`."""
+    """Name the extra to install if an import in this block fails."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,8 +1,9 @@
-"""How good a classifier is, on the classes it knows and against images of none of them.
+"""Metrics of a classifier, on in-distribution images and on out-of-distribution (OOD) images.
 
-Plain functions of arrays, the same as `evaluate.Metric`s, and what the trainer reports by default. Nothing here touches
-the network. Every value is a fraction in [0, 1]. A label of -1 marks an image that is out of distribution: of no known
-class.
+Each metric is a function of arrays and an `evaluate.Metric` of the same numbers; the trainer and `ccssl-hf evaluate`
+combine these. Nothing here uses the network. Values are fractions in [0, 1]. The label of an OOD image is -1.
+
+Shapes: `N` images, `C` classes, `U` unlabeled images.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import datasets
 import evaluate
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import f1_score, roc_auc_score
@@ -21,15 +23,22 @@ from .data import OUT_OF_DISTRIBUTION
 
 
 def to_numpy(values: Any) -> np.ndarray:
-    """A list, array or tensor (of any device and dtype) as an array."""
+    """A list, an array, a tensor of any device and dtype, or an Arrow column of numbers or of equally long lists."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
+    elif isinstance(values, pa.ChunkedArray):
+        rows = values.combine_chunks()
+        if not pa.types.is_large_list(rows.type):
+            return rows.to_numpy(zero_copy_only=False)
+        width = len(rows[0]) if len(rows) else 1
+        numbers = rows.cast(pa.list_(rows.type.value_type, width)).flatten()
+        return numbers.to_numpy(zero_copy_only=False).reshape(-1, width)
     return np.asarray(values)
 
 
 def _arrays(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays, after the checks of what holds whether or not the classes are known."""
+    """Logits `[N, C]` and labels `[N]` as arrays, if shapes fit and logits are finite."""
     logits, labels = to_numpy(logits), to_numpy(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"Pass logits [N, C] and labels [N]; their shapes are {logits.shape} and {labels.shape}.")
@@ -40,73 +49,67 @@ def _arrays(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     return logits, labels
 
 
-def _known(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays, after the checks that every metric of known classes needs."""
+def _in_distribution(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of in-distribution images, if there are any and their labels are classes."""
     logits, labels = _arrays(logits, labels)
-    if not len(labels):
-        raise ValueError("There is no image of a known class to measure; pass at least one row with a label >= 0.")
+    rows = labels != OUT_OF_DISTRIBUTION
+    if not rows.any():
+        raise ValueError("There is no in-distribution image; pass at least one row with a label >= 0.")
+    if not rows.all():
+        logits, labels = logits[rows], labels[rows]
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(
-            f"Labels must lie in 0..{logits.shape[1] - 1} (the classifier's classes) but run from {labels.min()} to "
-            f"{labels.max()}; map them to these, or to -1 where an image is of no known class."
+            f"Labels must lie in 0..{logits.shape[1] - 1} (the classes of the model), or be -1 for OOD images, but run "
+            f"from {labels.min()} to {labels.max()}."
         )
     return logits, labels
 
 
 def confidences(logits: Any) -> np.ndarray:
     """The largest softmax probability of each row of `logits [N, C]`, `[N]`."""
-    return torch.softmax(torch.from_numpy(to_numpy(logits)).double(), dim=-1).amax(-1).numpy()
+    logits = to_numpy(logits).astype(np.float64)  # a copy: torch warns of arrays that cannot be written, as Arrow's
+    return torch.softmax(torch.from_numpy(logits), dim=-1).amax(-1).numpy()
 
 
 def top_k_accuracy(logits: Any, labels: Any, *, k: int = 1) -> float:
-    """Share of images whose label is among the `k` largest logits.
+    """Share of in-distribution images whose label is among the `k` largest logits.
 
-    Of equal logits the lower class comes first, so a classifier that has collapsed to a constant does not look right.
-    With `k` at or above the number of classes every image counts as right: top-5 says nothing about five classes.
+    Of equal logits the lower class comes first, so a model with constant output gets the accuracy of chance. The result
+    is 1 if `k` is at least the number of classes.
 
     Args:
         logits: `[N, C]`.
-        labels: `[N]`, in 0..C-1.
-        k: How many guesses each image has.
+        labels: `[N]`, in 0..C-1, or -1 for OOD images, which are left out.
+        k: Number of largest logits.
 
     Raises:
-        ValueError: If `k` is below 1, shapes or labels do not fit, or logits are NaN.
+        ValueError: `k` is below 1, shapes or labels do not fit, or logits are NaN.
     """
     if k < 1:
-        raise ValueError(f"k is the number of guesses and must be at least 1, not {k}.")
-    logits, labels = _known(logits, labels)
+        raise ValueError(f"k must be at least 1, not {k}.")
+    logits, labels = _in_distribution(logits, labels)
     guesses = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return float((guesses == labels[:, None]).any(1).mean())
 
 
 def macro_f1(logits: Any, labels: Any) -> float:
-    """F1 of each class, averaged over the classes that occur among the labels or the predictions.
+    """F1 of each class, averaged over the classes that occur among labels or predictions.
 
-    A class that is predicted but never right, or never predicted, has F1 = 0.
-
-    Args:
-        logits: `[N, C]`.
-        labels: `[N]`, in 0..C-1.
+    A class that is never predicted correctly has F1 = 0. Arguments and errors are those of `top_k_accuracy`.
     """
-    logits, labels = _known(logits, labels)
+    logits, labels = _in_distribution(logits, labels)
     return float(f1_score(labels, logits.argmax(1), average="macro", zero_division=0))
 
 
 def reliability_bins(logits: Any, labels: Any, *, num_bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images sorted by confidence into bins of equal width: (i / num_bins, (i + 1) / num_bins].
+    """Bins of equal width over the confidence, (i / num_bins, (i + 1) / num_bins], as in a reliability diagram.
 
-    Args:
-        logits: `[N, C]`.
-        labels: `[N]`, in 0..C-1.
-        num_bins: How many bins cover (0, 1].
-
-    Returns:
-        The number of images, their accuracy and their mean confidence in each bin, `[num_bins]` each. The last two are
-        0 in an empty bin.
+    Arguments are those of `top_k_accuracy`. Returns the number of images, the accuracy and the mean confidence of each
+    bin, `[num_bins]` each. Accuracy and mean confidence of an empty bin are 0.
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, not {num_bins}.")
-    logits, labels = _known(logits, labels)
+    logits, labels = _in_distribution(logits, labels)
     confidence = confidences(logits)
     where = np.digitize(confidence, np.linspace(0, 1, num_bins + 1)[1:-1], right=True)
     counts = np.bincount(where, minlength=num_bins)
@@ -116,99 +119,173 @@ def reliability_bins(logits: Any, labels: Any, *, num_bins: int = 15) -> tuple[n
 
 
 def expected_calibration_error(logits: Any, labels: Any, *, num_bins: int = 15) -> float:
-    """ECE: how far confidence lies from accuracy, averaged over bins of confidence weighted by their images.
+    """ECE: the difference between confidence and accuracy, averaged over the images of `reliability_bins`.
 
-    Equation 3 of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599.
-
-    Args:
-        logits: `[N, C]`.
-        labels: `[N]`, in 0..C-1.
-        num_bins: Bins of equal width, 15 in that paper.
+    Equation 3 of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599,
+    which uses 15 bins.
     """
     counts, accuracy, confidence = reliability_bins(logits, labels, num_bins=num_bins)
     return float((counts * np.abs(accuracy - confidence)).sum() / counts.sum())
 
 
 def out_of_distribution_auroc(scores: Any, labels: Any) -> float:
-    """The chance that an image of a known class scores higher than one of no known class; 0.5 is a coin.
+    """Probability that an in-distribution image has a higher score than an OOD image; 0.5 is chance.
 
     Args:
-        scores: `[N]`, higher for images that look more like the known classes, such as the largest softmax probability.
-        labels: `[N]`, below 0 where the image is of no known class.
+        scores: `[N]`, higher for in-distribution images, such as the confidence.
+        labels: `[N]`, below 0 for OOD images.
 
     Raises:
-        ValueError: If shapes differ or one of the two kinds of images is missing.
+        ValueError: Shapes differ, or one of the two kinds of images is missing.
     """
     scores, labels = to_numpy(scores), to_numpy(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise ValueError(f"Pass one score for each label; their shapes are {scores.shape} and {labels.shape}.")
     known = labels >= 0
     if known.all() or not known.any():
-        raise ValueError("AUROC needs images of known classes (label >= 0) and of no known class (label -1).")
+        raise ValueError("AUROC needs in-distribution images (label >= 0) and OOD images (label -1).")
     return float(roc_auc_score(known, scores))
 
 
+# -------------------------------------------------------------------------------------------------- evaluate's metrics
+
+
+class _ArrowFeatures(datasets.Features):
+    """Features that write a batch of arrays to Arrow without a Python object for each number."""
+
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, pa.Array]:
+        def encoded(array: np.ndarray) -> pa.Array:
+            numbers = pa.array(array.reshape(-1))
+            return numbers if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(numbers, array.shape[1])
+
+        return {name: encoded(to_numpy(column)) for name, column in batch.items()}
+
+
+_LABELS = datasets.Value("int64")
+_LOGITS = _ArrowFeatures(predictions=datasets.LargeList(datasets.Value("float32")), references=_LABELS)
+_SCORES = _ArrowFeatures(predictions=datasets.Value("float64"), references=_LABELS)
+
+
+class _InMemoryMetric(evaluate.Metric):
+    """An `evaluate.Metric` that writes no files, so several instances can be used at the same time."""
+
+    features_of_inputs: ClassVar[Any] = _LOGITS
+    inputs = "predictions: float32 logits [N, C]. references: labels [N] in 0..C-1, or -1 for OOD images."
+
+    def __init__(self, config_name: str | None = None, *, num_process: int = 1, **kwargs: Any) -> None:
+        kwargs.setdefault("keep_in_memory", num_process == 1)
+        super().__init__(config_name, num_process=num_process, **kwargs)
+
+    def _build_data_dir(self) -> str:
+        return "" if self.keep_in_memory else super()._build_data_dir()
+
+    def _info(self) -> evaluate.MetricInfo:
+        info = evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description=self.inputs,
+            features=self.features_of_inputs,
+        )
+        info.format = "arrow"  # not in the constructor, which allows a format only for features without lists
+        return info
+
+
+class TopKAccuracy(_InMemoryMetric):
+    """Share of images whose label is among the `k` largest logits; see `top_k_accuracy`. Its key is `top{k}`."""
+
+    def __init__(self, config_name: str | None = None, *, k: int = 1, **kwargs: Any) -> None:
+        super().__init__(config_name, **kwargs)
+        self.k = k
+
+    def _compute(self, predictions: Any, references: Any, *, k: int | None = None) -> dict[str, float]:
+        k = self.k if k is None else k
+        return {f"top{k}": top_k_accuracy(predictions, references, k=k)}
+
+
+class MacroF1(_InMemoryMetric):
+    """F1 averaged over classes; see `macro_f1`."""
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"macro_f1": macro_f1(predictions, references)}
+
+
+class ExpectedCalibrationError(_InMemoryMetric):
+    """Mean difference between confidence and accuracy; see `expected_calibration_error`."""
+
+    def _compute(self, predictions: Any, references: Any, *, num_bins: int = 15) -> dict[str, float]:
+        return {"ece": expected_calibration_error(predictions, references, num_bins=num_bins)}
+
+
+class OutOfDistributionAUROC(_InMemoryMetric):
+    """How well confidence, or another score, separates OOD images; see `out_of_distribution_auroc`."""
+
+    features_of_inputs: ClassVar[Any] = [_LOGITS, _SCORES]
+    inputs = (
+        "predictions: float32 logits [N, C], or scores [N], higher for in-distribution images. references: labels [N], "
+        "-1 for OOD images."
+    )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        if pa.types.is_large_list(predictions.type):
+            logits, references = _arrays(predictions, references)
+            predictions = confidences(logits)
+        return {"auroc": out_of_distribution_auroc(predictions, references)}
+
+
 def classification_metrics(logits: Any, labels: Any, *, open_set_scores: Any = None) -> dict[str, float]:
-    """Everything the trainer reports about one split.
+    """The metrics that the trainer reports for a split, computed by the metrics above through `evaluate.combine`.
 
     Args:
-        logits: `[N, C]`.
-        labels: `[N]`: 0..C-1, or -1 for an image of no known class. Rows of -1 count for `auroc` alone.
-        open_set_scores: `[N]`, higher for images that look more like the known classes, from an algorithm that has such
-            a score of its own.
+        logits: `[N, C]`; computed as float32.
+        labels: `[N]`, in 0..C-1, or -1 for OOD images, which only count for AUROC.
+        open_set_scores: `[N]`, higher for in-distribution images, if the algorithm has an open-set score.
 
     Returns:
-        `top1`, `top5`, `macro_f1`, `ece` over the rows of known classes, and where some rows are -1 `auroc` of telling
-        them apart by the largest softmax probability, and `auroc_open_set` of the same by `open_set_scores`.
+        `top1`, `top5`, `macro_f1` and `ece`. If some labels are -1, also `auroc` of the confidence and, with
+        `open_set_scores`, `auroc_open_set`.
 
     Raises:
-        ValueError: If no row has a known class, a label lies outside -1..C-1, shapes do not fit, or logits are NaN.
+        ValueError: No image is in-distribution, a label lies outside -1..C-1, shapes do not fit, or logits are NaN.
     """
     logits, labels = _arrays(logits, labels)
-    known = labels != OUT_OF_DISTRIBUTION
-    known_logits, known_labels = logits[known], labels[known]
-    metrics = {
-        "top1": top_k_accuracy(known_logits, known_labels),
-        "top5": top_k_accuracy(known_logits, known_labels, k=5),
-        "macro_f1": macro_f1(known_logits, known_labels),
-        "ece": expected_calibration_error(known_logits, known_labels),
-    }
-    if not known.all():
-        metrics["auroc"] = out_of_distribution_auroc(confidences(logits), labels)
-        if open_set_scores is not None:
-            metrics["auroc_open_set"] = out_of_distribution_auroc(open_set_scores, labels)
-    return metrics
+    metrics = [TopKAccuracy(), TopKAccuracy(k=5), MacroF1(), ExpectedCalibrationError()]
+    ood = (labels == OUT_OF_DISTRIBUTION).any()
+    results = evaluate.combine([*metrics, OutOfDistributionAUROC()] if ood else metrics).compute(logits, labels)
+    if ood and open_set_scores is not None:
+        measured = OutOfDistributionAUROC().compute(predictions=open_set_scores, references=labels)
+        results["auroc_open_set"] = measured["auroc"]
+    return results
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`classification_metrics` as `transformers.Trainer`'s `compute_metrics`.
+    """`classification_metrics` and the loss, as the `compute_metrics` of `transformers.Trainer`.
 
-    Logits are the first output; open-set scores are the second, where there is one.
+    Logits are the first output; open-set scores are the second, if there is one.
     """
     outputs = prediction.predictions
     logits, scores = (*outputs, None)[:2] if isinstance(outputs, tuple) else (outputs, None)
     logits, labels = _arrays(logits, prediction.label_ids)
     known = labels != OUT_OF_DISTRIBUTION
-    # Exact, where the Trainer's mean of batch means is not: batches hold different numbers of known classes.
+    # Exact. The Trainer averages the means of batches, which hold different numbers of in-distribution images.
     loss = F.cross_entropy(torch.from_numpy(logits[known]), torch.from_numpy(labels[known])).item()
     return {**classification_metrics(logits, labels, open_set_scores=scores), "loss": loss}
 
 
 def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -> dict[str, float]:
-    """How far the pseudo labels of unlabeled images can be trusted, judged by labels that training never saw.
+    """Quality of the pseudo labels of unlabeled images, measured by true labels that training does not use.
 
     Args:
         pseudo_labels: `[U]`, in 0..C-1.
-        mask: `[U]`, 1 where the image passes the threshold and 0 where not, or a weight in [0, 1] that it counts by.
-        hidden_labels: `[U]`, the true classes; -1 for an image of no known class.
+        mask: `[U]`, 1 for images that pass the threshold and 0 for others, or weights in [0, 1].
+        hidden_labels: `[U]`, the true classes; -1 for OOD images.
 
     Returns:
-        `precision`: share of right pseudo labels among the images that pass; one of no known class is always wrong.
-        `coverage`: share of all images that pass. `ood_share_passed`: share of the images of no known class that pass.
-        NaN where there is nothing to take a share of.
+        `precision`: share of correct pseudo labels among the images that pass; those of OOD images are wrong.
+        `coverage`: share of all images that pass. `ood_share_passed`: share of OOD images that pass.
+        NaN for a share of no images.
 
     Raises:
-        ValueError: If the three are not of one shape `[U]`.
+        ValueError: The three do not have one shape `[U]`.
     """
     pseudo_labels, passed, hidden_labels = to_numpy(pseudo_labels), to_numpy(mask), to_numpy(hidden_labels)
     if pseudo_labels.ndim != 1 or not pseudo_labels.shape == passed.shape == hidden_labels.shape:
@@ -217,68 +294,10 @@ def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -
             f"{pseudo_labels.shape}, {passed.shape} and {hidden_labels.shape}."
         )
     passed = passed.astype(np.float64)
-    unknown = hidden_labels < 0
-    right = (pseudo_labels == hidden_labels) & ~unknown
+    ood = hidden_labels < 0
+    right = (pseudo_labels == hidden_labels) & ~ood
     return {
         "precision": float((passed * right).sum() / passed.sum()) if passed.any() else float("nan"),
         "coverage": float(passed.mean()) if len(passed) else float("nan"),
-        "ood_share_passed": float(passed[unknown].mean()) if unknown.any() else float("nan"),
+        "ood_share_passed": float(passed[ood].mean()) if ood.any() else float("nan"),
     }
-
-
-class _LocalMetric(evaluate.Metric):
-    """A metric that keeps its rows in memory, so that two of them at once share no file; several processes cannot."""
-
-    columns: ClassVar[dict[str, Any]] = {
-        "predictions": datasets.Sequence(datasets.Value("float32")),
-        "references": datasets.Value("int64"),
-    }
-    inputs = "predictions: logits, one row of C numbers for each image. references: labels in 0..C-1."
-
-    def __init__(self, config_name: str | None = None, *, num_process: int = 1, **kwargs: Any) -> None:
-        kwargs.setdefault("keep_in_memory", num_process == 1)
-        super().__init__(config_name, num_process=num_process, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=self.inputs,
-            features=datasets.Features(self.columns),
-        )
-
-
-class TopKAccuracy(_LocalMetric):
-    """Share of images whose label is among the k largest logits; see `top_k_accuracy`."""
-
-    def _compute(self, predictions: Any, references: Any, *, k: int = 1) -> dict[str, float]:
-        return {f"top{k}": top_k_accuracy(predictions, references, k=k)}
-
-
-class MacroF1(_LocalMetric):
-    """F1 averaged over classes; see `macro_f1`."""
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"macro_f1": macro_f1(predictions, references)}
-
-
-class ExpectedCalibrationError(_LocalMetric):
-    """Mean distance of confidence from accuracy; see `expected_calibration_error`."""
-
-    def _compute(self, predictions: Any, references: Any, *, num_bins: int = 15) -> dict[str, float]:
-        return {"ece": expected_calibration_error(predictions, references, num_bins=num_bins)}
-
-
-class OutOfDistributionAUROC(_LocalMetric):
-    """How well a score tells known classes from anything else; see `out_of_distribution_auroc`."""
-
-    columns: ClassVar[dict[str, Any]] = {
-        "predictions": datasets.Value("float64"),
-        "references": datasets.Value("int64"),
-    }
-    inputs = (
-        "predictions: one score for each image, higher for known classes. references: labels, -1 for no known class."
-    )
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"auroc": out_of_distribution_auroc(predictions, references)}

@@ -1,4 +1,4 @@
-"""What the recipes share: a command line with every setting, a YAML file behind it, and the run itself."""
+"""A training run: load the splits, build model and trainer, then train, evaluate and save."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from transformers import set_seed
 from .data import load_split, read_class_names
 from .modeling import CCSSLForImageClassification
 from .trainer import CCSSLTrainer
-from .training_args import CCSSLTrainingArguments
+from .training_args import CONFIGS, CCSSLTrainingArguments
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
-OWN_IMAGES = Path(__file__).parent / "configs" / "imagefolder.yaml"
-"""Settings to start from with images of one's own."""
+OWN_IMAGES = CONFIGS / "imagefolder.yaml"
+"""The settings of `ccssl-hf train`."""
 
 
 @dataclass
 class RecipeArguments:
-    """What a recipe reads and which network it trains. Each split is an image folder (`<class>/<image>`, or any depth
-    for the unlabeled one), a folder, file or glob of parquet, or a data set on the Hub, as `user/name` or
-    `user/name:split`.
+    """The data and the model of a run. A split is an image folder (`<class>/<image>`; an unlabeled one may be nested in
+    any way), parquet files (a folder, a file or a glob), or a data set on the Hub (`user/name` or `user/name:split`).
     """
 
     labeled: str | None = field(default=None, metadata={"help": "Labeled training images."})
     unlabeled: str | None = field(
-        default=None, metadata={"help": "Unlabeled training images, of known classes or not."}
+        default=None, metadata={"help": "Unlabeled training images. Some may be out-of-distribution (OOD)."}
     )
-    validation: str | None = field(default=None, metadata={"help": "Labeled images to choose hyperparameters on."})
-    test: str | None = field(default=None, metadata={"help": "Labeled images that the last evaluation is made on."})
+    validation: str | None = field(default=None, metadata={"help": "Labeled images for evaluation during training."})
+    test: str | None = field(default=None, metadata={"help": "Labeled images that are only evaluated at the end."})
     backbone: str = field(default="resnet50", metadata={"help": "Name of a timm model."})
     pretrained: bool = field(default=False, metadata={"help": "Start from timm's pretrained weights."})
     model: str | None = field(
-        default=None, metadata={"help": "Published folder or Hub id to train on from, in place of a backbone."}
+        default=None, metadata={"help": "Folder or Hub id of a published model to start from, instead of a backbone."}
     )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; default: the backbone's."}
@@ -45,8 +44,8 @@ class RecipeArguments:
 
 @dataclass
 class FolderArguments(RecipeArguments):
-    """A root folder stands for the splits in it: `labeled/<class>/*`, `unlabeled/**`, `validation/<class>/*` and
-    `test/<class>/*`, of which only the first must be there. A split elsewhere is named by its own flag.
+    """One folder that contains the splits: `labeled/<class>/*`, and optionally `unlabeled/**`, `validation/<class>/*`
+    and `test/<class>/*`. A split that is given by its own argument replaces the one in this folder.
     """
 
     data_dir: str | None = field(
@@ -61,19 +60,17 @@ class FolderArguments(RecipeArguments):
             if getattr(self, role) is None and folder.is_dir():
                 setattr(self, role, str(folder))
         if self.labeled is None:
-            raise ValueError(
-                f"--data_dir {self.data_dir}: no folder labeled/ in it; make labeled/<class>/ with some images."
-            )
+            raise ValueError(f"data_dir {self.data_dir!r} has no folder labeled/: put images into labeled/<class>/.")
 
 
 def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
-    """The splits that the command line names, by role.
+    """The splits of a run, by role.
 
     Raises:
-        ValueError: No labeled split is given, or one can't be read.
+        ValueError: There is no labeled split, or a split cannot be read.
     """
     if recipe.labeled is None:
-        raise ValueError("--labeled is missing: name the labeled images, a folder, parquet files or a Hub data set.")
+        raise ValueError("There is no labeled split: set labeled to an image folder, parquet files or a Hub data set.")
     sources = {role: getattr(recipe, role) for role in ROLES}
     return {role: load_split(source, role=role) for role, source in sources.items() if source is not None}
 
@@ -81,22 +78,22 @@ def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
 def build_trainer(
     recipe: RecipeArguments, args: CCSSLTrainingArguments
 ) -> tuple[CCSSLTrainer, dict[str, datasets.Dataset]]:
-    """Loads the data and builds the network: all that can go wrong before training does so here.
+    """Load the data and build model and trainer. Wrong input raises here, before training.
 
     Args:
-        recipe: The data and the backbone. Without a validation split nothing is evaluated during training.
-        args: The run.
+        recipe: The data and the model. Without a validation split, training does not evaluate.
+        args: Arguments of the trainer.
 
     Returns:
         The trainer, and the splits by role.
 
     Raises:
-        ValueError: What was given can't be trained on; the sentence names the fix.
+        ValueError: The data, the model or the arguments do not work or do not fit together.
     """
     splits = load_splits(recipe)
     if "validation" not in splits:
         args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
-    set_seed(args.seed)  # the trainer does so too late for the network's initial weights
+    set_seed(args.seed)  # the trainer does so only after the model has its initial weights
     trainer = CCSSLTrainer(
         _build_model(recipe, splits["labeled"], args),
         args,
@@ -104,8 +101,7 @@ def build_trainer(
         unlabeled_dataset=splits.get("unlabeled"),
         eval_dataset=splits.get("validation"),
     )
-    # What the card says of them: a Hub data set by its id, a folder by its name.
-    trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}
+    trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}  # for the card
     if recipe.pretrained:
         trainer.base_model = get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone
     elif recipe.model is not None:
@@ -125,17 +121,17 @@ def _build_model(
         )
     if recipe.pretrained or recipe.image_size is not None:
         raise ValueError(
-            f"--model {recipe.model} has weights and an image size of its own: leave out --pretrained and --image_size."
+            f"model {recipe.model!r} has its own weights and image size: leave out pretrained and image_size."
         )
     return CCSSLForImageClassification.from_pretrained(recipe.model)
 
 
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
-    """Trains, from a checkpoint where `args.resume_from_checkpoint` names one, evaluates, saves and publishes.
+    """Train or resume, evaluate on the validation and test splits, save the model with its card, and push if asked to.
 
     Args:
-        trainer: From `build_trainer`.
-        splits: Likewise; the published weights are evaluated on `validation` and `test`, where there are such.
+        trainer: From `build_trainer`. Training resumes from `args.resume_from_checkpoint` if it is set.
+        splits: From `build_trainer`.
     """
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_metrics("train", {**result.metrics, "train_steps": result.global_step})
@@ -144,6 +140,6 @@ def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
             metrics = trainer.evaluate(splits[role], metric_key_prefix=role)
             trainer.log_metrics(role, metrics)
             trainer.save_metrics(role, metrics)
-    trainer.save_model()  # with its card, and to the Hub with push_to_hub
+    trainer.save_model()  # with its card; push_to_hub=True also uploads it
     if trainer.is_world_process_zero():
         print(f"Step {trainer.state.global_step}: model, card and metrics are in {trainer.args.output_dir}.")

@@ -18,13 +18,13 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
-from .callbacks import ProgressBar, StepMonitor, UpdateAverage
+from .callbacks import StepMonitor, UpdateAverage, progress_callback
 from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
@@ -131,8 +131,8 @@ class CCSSLTrainer(Trainer):
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
         if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(ProgressBar)
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+            self.add_callback(progress_callback())
 
     # ----------------------------------------------------------------------------------------------------------- set-up
 

@@ -1,10 +1,10 @@
-"""Train on one's own image folders, with any timm backbone: `ccssl-hf train` as a script.
+"""Train on your own image folders, with any timm backbone. `ccssl-hf train` is the same run.
 
-    accelerate launch recipes/train_imagefolder.py --data_dir my_images --backbone resnet50 --pretrained [any flag]
+    accelerate launch recipes/train_imagefolder.py --data_dir photos --backbone resnet50 --pretrained
 
-`my_images` holds `labeled/<class>/*.jpg`, `unlabeled/**` and, if there are any, `validation/<class>/*.jpg` and
-`test/<class>/*.jpg`; a folder elsewhere is named by `--labeled`, `--unlabeled`, `--validation` or `--test`. Settings
-are in ccssl_hf/configs/imagefolder.yaml; a flag overrides the file.
+`photos` holds `labeled/<class>/*.jpg` and optionally `unlabeled/**`, `validation/<class>/*.jpg` and
+`test/<class>/*.jpg`. `--labeled`, `--unlabeled`, `--validation` and `--test` name splits elsewhere. Settings are in
+ccssl_hf/configs/imagefolder.yaml; a flag overrides the file.
 """
 
 from ccssl_hf import CCSSLTrainingArguments

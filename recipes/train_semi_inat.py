@@ -1,9 +1,9 @@
-"""Train on Semi-iNat 2021, or on any data of its shape, with the paper's settings.
+"""Train on Semi-iNat 2021, or on data in the same form, with the paper's settings.
 
-    accelerate launch recipes/train_semi_inat.py --labeled L --unlabeled U --validation V [--test T] [any flag]
+    accelerate launch recipes/train_semi_inat.py --labeled L --unlabeled U --validation V [--test T]
 
-Each split is an image folder, parquet files, or a data set on the Hub. Settings are in recipes/configs/semi_inat.yaml;
-a flag overrides the file, and `--config mine.yaml` takes another one.
+Each split is an image folder, parquet files or a data set on the Hub. Settings are in recipes/configs/semi_inat.yaml. A
+flag overrides the file, and `--config mine.yaml` replaces it.
 """
 
 from pathlib import Path

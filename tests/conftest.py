@@ -1,7 +1,7 @@
-"""What all tests share: the mark for tests that need the reference data, and a Hub on loopback.
+"""Shared by all tests: the mark for tests that need the reference data, and a Hub on loopback.
 
-No test reaches the real Hub: before anything is imported that reads these variables, its address is one on loopback,
-where a server listens once a test asks for the fixture `hub`; its caches and its token are a folder's that goes away.
+No test reaches the real Hub. The environment variables for its address, caches and token are changed before any module
+reads them: the address is on loopback, where the fixture `hub` starts a server, and the caches are temporary.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ needs_shared = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def hub() -> Iterator[Hub]:
-    """The Hub of this test session: this process and those it starts take it for the real one.
+    """The Hub for this process and the processes that it starts.
 
-    A process of another cache or user gets `hub.environment(home, user)` on top of `os.environ`; calls in this process
-    pass `token=TOKENS["anna"]`. Repositories stay for the session: give each test names of its own.
+    A process with another cache or user gets `hub.environment(home, user)` on top of `os.environ`. Calls in this
+    process pass `token=TOKENS["anna"]`. Repositories live until the tests end: use other names in each test.
     """
     server = Hub(_PORT).start()
     yield server

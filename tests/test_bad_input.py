@@ -1,4 +1,4 @@
-"""What can't be trained on is refused in one sentence that names the fix, before an image is decoded."""
+"""Invalid input raises an error that names the fix, before an image is decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKBONE = "wide_resnet10_1_cifar"
 def rows(
     count: int, labels: list[Any] | None = None, feature: Any = None, column: str = "label", image: str = "image"
 ) -> datasets.Dataset:
-    """Rows whose images no decoder takes: whoever looks at one raises another error than the one awaited."""
+    """Rows whose images cannot be decoded: decoding one would raise another error than the expected one."""
     labels = [i % 3 for i in range(count)] if labels is None else labels
     columns = {image: [{"bytes": b"not an image", "path": None}] * count, column: labels, "photo": ["x"] * count}
     features = {
@@ -90,12 +90,12 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a label outside the classes": (
         {"train_dataset": lambda: rows(3, [0, 1, 3], datasets.Value("int64"))},
         {},
-        r"1 labels of the labeled split are none of the 3 classes \(3\): drop those rows, or build the model",
+        r"1 labels of the labeled split are not among the 3 classes \(3\): drop those rows, or build the model",
     ),
     "unlabeled rows in the labeled split": (
         {"train_dataset": lambda: rows(4, [0, 1, -1, -1])},
         {},
-        r"2 labels of the labeled split are none of the 3 classes \(-1\): drop those rows",
+        r"2 labels of the labeled split are not among the 3 classes \(-1\): drop those rows",
     ),
     "a class the model lacks": (
         {"train_dataset": lambda: rows(12, [0, 1] * 6, datasets.ClassLabel(names=["ant", "wasp"]))},
@@ -213,7 +213,7 @@ def test_an_output_folder_that_can_not_be_written_is_refused(
 ) -> None:
     file = tmp_path / "a file"
     file.touch()
-    with pytest.raises(ValueError, match=r"output_dir .*a file/out can't be written to .*choose another folder"):
+    with pytest.raises(ValueError, match=r"output_dir .*a file/out cannot be written to .*choose another folder"):
         CCSSLTrainer(network, arguments(file / "out"), train_dataset=rows(12), unlabeled_dataset=rows(24))
 
 
@@ -247,25 +247,28 @@ def folder(root: Path, *files: str) -> str:
 SOURCES: dict[str, tuple[Callable[[Path], str], str]] = {
     "a path that there is not": (
         lambda p: "/nope",
-        "--labeled /nope: not a folder or parquet file; give an image folder, parquet",
+        "^The labeled split '/nope' is not a folder or parquet file: give an image folder, parquet",
     ),
-    "a relative path that there is not": (lambda p: "./nope/a", "--labeled ./nope/a: not a folder or parquet file"),
-    "a file of another kind": (lambda p: folder(p, "x.zip") + "/x.zip", "x.zip: not a folder or parquet file"),
-    "a parquet file that there is not": (lambda p: f"{p}/x.parquet", "no such parquet file; check the path"),
-    "a pattern that matches nothing": (lambda p: f"{p}/*.parquet", "no such parquet file; check the path"),
+    "a relative path that there is not": (
+        lambda p: "./nope/a",
+        "^The labeled split './nope/a' is not a folder or parquet file",
+    ),
+    "a file of another kind": (lambda p: folder(p, "x.zip") + "/x.zip", "x.zip' is not a folder or parquet file"),
+    "a parquet file that there is not": (lambda p: f"{p}/x.parquet", r"\(no such parquet file\): check the path"),
+    "a pattern that matches nothing": (lambda p: f"{p}/*.parquet", r"\(no such parquet file\): check the path"),
     "a parquet file that is none": (
         lambda p: folder(p, "x.parquet") + "/x.parquet",
-        "x.parquet: can't be read .*write it anew",
+        "x.parquet' cannot be read .*write the file again",
     ),
-    "a folder without images": (lambda p: folder(p, "a/notes.txt"), "no images below this folder; point it at"),
-    "an empty folder": (lambda p: folder(p / "sub", "x.txt")[: -len("/sub")], "no images below this folder"),
+    "a folder without images": (lambda p: folder(p, "a/notes.txt"), "has no images in this folder or below it: give a"),
+    "an empty folder": (lambda p: folder(p / "sub", "x.txt")[: -len("/sub")], "has no images in this folder"),
     "images beside the class folders": (
         lambda p: folder(p, "cat/1.png", "dog/1.png", "3.png"),
-        "3.png lies in no class folder; sort images as <class>/<image>",
+        r"images outside of class folders \(3.png\): sort images as <class>/<image>",
     ),
     "a single class": (
         lambda p: folder(p, "cat/1.png", "cat/2.png"),
-        r"names one class alone \(cat\): label images of two or more",
+        r"has one class only \(cat\): label images of two or more",
     ),
 }
 
@@ -280,12 +283,14 @@ def test_sources_that_can_not_be_read_are_refused(case: str, tmp_path: Path, mon
 
 
 def test_a_recipe_needs_labeled_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--labeled is missing: name the labeled images"):
+    with pytest.raises(ValueError, match="There is no labeled split: set labeled to an image folder"):
         build_trainer(RecipeArguments(backbone=BACKBONE), arguments(tmp_path))
 
 
 def test_numbers_alone_name_no_classes() -> None:
-    with pytest.raises(ValueError, match=r"names no classes: cast it with cast_column\('label', datasets.ClassLabel"):
+    with pytest.raises(
+        ValueError, match=r"without class names: cast it with cast_column\('label', datasets.ClassLabel"
+    ):
         read_class_names(rows(3, feature=datasets.Value("int64")), "label")
     with pytest.raises(ValueError, match=r"labeled split has no column 'lable'.*Did you mean 'label'"):
         read_class_names(rows(3), "lable")

@@ -1,11 +1,22 @@
+"""What a run logs and shows."""
+
 from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.trainer_callback import ProgressCallback
 
+from ccssl_hf import callbacks
 from ccssl_hf.algorithms import SSLLoss
 from ccssl_hf.callbacks import StepMonitor
+from tiny_runs import trainer_of
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -47,7 +58,7 @@ def test_draining_starts_anew():
     assert (logs["loss_x"], logs["pseudo_labels/ant"], logs["pseudo_labels/cat"]) == (5.0, 0.0, 1.0)
 
 
-def test_precision_is_over_all_that_passed_and_unknown_images_are_wrong():
+def test_precision_counts_all_images_that_passed_and_ood_images_are_wrong():
     monitor = StepMonitor(NAMES)
     monitor.add(step(1.0, [0, 1, 2, 2], [1, 1, 1, 0]), torch.tensor([0, 2, -1, 2]))
     monitor.add(step(1.0, [0, 0, 0, 1], [0, 0, 0, 1]), torch.tensor([0, 0, 0, 1]))
@@ -90,3 +101,77 @@ def test_counting_keeps_no_graph():
     result = step(1.0, [0], [1])
     monitor.add(SSLLoss(result.loss, {"loss_x": 2 * weight}, result.pseudo_labels, None, result.mask * weight), None)
     assert all(isinstance(value, Tensor) and not value.requires_grad for value in monitor._sums.values())
+
+
+class Display:
+    """The part of `IPython.display` that transformers uses; `shown` has the HTML of each output of a cell."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def display(self, html: str, display_id: bool = False) -> Any:
+        self.shown.append(html)
+        number, shown = len(self.shown) - 1, self.shown
+
+        class Handle:
+            def update(self, html: str) -> None:
+                shown[number] = html
+
+        return Handle()
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Display:
+    """Runs the test as in a notebook."""
+    display, module = Display(), ModuleType("IPython.display")
+    module.display, module.HTML = display.display, str  # type: ignore[attr-defined]
+    package = ModuleType("IPython")
+    package.display = module  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", package)
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
+    monkeypatch.setattr("ccssl_hf.trainer.DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
+    monkeypatch.setattr("ccssl_hf.callbacks.is_in_notebook", lambda: True)
+    return display
+
+
+def columns(html: str) -> list[str]:
+    return re.findall(r"<th>(.*?)</th>", html)
+
+
+def test_a_notebook_shows_one_bar_and_a_table_with_the_mask_rate(notebook: Display, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, disable_tqdm=False, eval_strategy="steps", eval_steps=2, max_steps=4)
+    trainer.train()
+    [shown] = notebook.shown
+    assert shown.count("<progress ") == 1 and shown.count("<tr>") == 2
+    training = ["Step", "Training Loss", "Validation Loss", "Mask Rate"]
+    assert columns(shown) == [*training, "Top1", "Top5", "Macro F1", "Ece"]
+
+    metrics = trainer.evaluate()  # after training: a table and no bar
+    assert "eval_runtime" in metrics  # transformers would remove it
+    _, bar, table = notebook.shown
+    assert bar == "" and columns(table) == [
+        "Training Loss",
+        "Validation Loss",
+        "Step",
+        "Top1",
+        "Top5",
+        "Macro F1",
+        "Ece",
+    ]
+
+
+def test_a_notebook_shows_each_log_of_a_run_without_evaluation(notebook: Display, tmp_path: Path) -> None:
+    trainer_of(tmp_path, disable_tqdm=False, max_steps=3, validation=None).train()
+    [shown] = notebook.shown
+    assert columns(shown) == ["Step", "Training Loss", "Mask Rate"] and len(re.findall("<td>", shown)) == 9
+
+
+def test_a_terminal_shows_one_bar_and_a_log_file_none(tmp_path: Path) -> None:
+    for off, expected in ((False, [callbacks.ProgressBar]), (True, [])):
+        trainer = trainer_of(tmp_path, disable_tqdm=off)
+        bars = [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressCallback)]
+        assert [type(bar) for bar in bars] == expected

@@ -1,4 +1,4 @@
-"""The `ccssl-hf` command, in a process of its own and in this one."""
+"""The `ccssl-hf` command, in another process and in this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ccssl-hf` as a whole: how quickly it answers, what it completes, and training by it in one process and in two."""
+"""The whole `ccssl-hf` command: quick help, shell completion, and training in one and two processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-# ------------------------------------------------------------------------------------------------------------ the whole
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize("words", ["--help", "--version", "predict --help"])
@@ -79,7 +79,7 @@ def test_importing_the_package_is_enough_for_plain_loading_of_our_wide_resnets()
 
 
 def test_the_command_loads_them_too(tmp_path: Path, place: Path) -> None:
-    """It has not imported them before a verb does."""
+    """The command imports them only when a verb runs."""
     model = CCSSLForImageClassification.from_timm("wide_resnet10_1_cifar", labels=["a", "b"])
     model.save_pretrained(tmp_path / "model")
     images = str(place / "my_images" / "test" / "red")
@@ -126,7 +126,7 @@ def test_training_goes_on_from_a_published_folder(place: Path, tmp_path: Path) -
     assert all(tensor.equal(start.state_dict()[name]) for name, tensor in trainer.model.state_dict().items())
     assert trainer.base_model == str(tmp_path / "start")
     for wrong in (["--pretrained"], ["--image_size", "64"]):
-        with pytest.raises(ValueError, match="leave out --pretrained and --image_size"):
+        with pytest.raises(ValueError, match="its own weights and image size: leave out pretrained and image_size"):
             build(*wrong)
 
 

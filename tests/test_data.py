@@ -1,4 +1,4 @@
-"""Sources, labels, decoding and batches: real files in, exact bytes out."""
+"""Splits, labels, decoding and batches, from real files to exact pixels."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def write(path: Path, seed: int = 0) -> None:
 
 
 def test_an_image_folder_gives_its_class_folders_as_labels(tmp_path: Path) -> None:
-    root = tmp_path / "my [test] images, train"  # words that `datasets` takes for splits, and signs of a pattern
+    root = tmp_path / "my [test] images, train"  # names of splits, and characters of a pattern
     for number, name in enumerate(("test bird/1.PNG", "test bird/2.jpg", "train cat/1.Jpeg", "dog/val/ant/1.png")):
         write(root / name, number)
     (root / "train cat" / "notes.txt").write_text("not an image")
@@ -91,9 +91,9 @@ def test_an_image_folder_gives_its_class_folders_as_labels(tmp_path: Path) -> No
 
 def test_unlabeled_folders_may_nest_and_lose_their_labels(tmp_path: Path) -> None:
     for name in ("1.png", "test/2.png", "train/deep/er/3.JPG"):
-        write(tmp_path / "heap" / name)
-    (tmp_path / "heap" / "metadata.csv").write_text("file_name,label\n1.png,x\n")
-    found = load_split(str(tmp_path / "heap"), role="unlabeled")
+        write(tmp_path / "unlabeled" / name)
+    (tmp_path / "unlabeled" / "metadata.csv").write_text("file_name,label\n1.png,x\n")
+    found = load_split(str(tmp_path / "unlabeled"), role="unlabeled")
     assert (len(found), found.column_names) == (3, ["image"])
 
 
@@ -197,12 +197,14 @@ def test_labels_are_aligned_by_name(values: list[Any], feature: Any, expected: l
         ([-1, -1], datasets.ClassLabel(names=["dog", "unicorn"]), [-1, -1]),
     ],
 )
-def test_strange_classes_are_unknown_only_where_that_is_allowed(
+def test_other_classes_are_ood_only_if_ood_labels_are_allowed(
     values: list[Any], feature: Any, expected: list[int]
 ) -> None:
     split, names = labeled(values, feature), ["ant", "cat", "dog"]
     assert read_labels(split, "label", names, role="validation", allow_ood=True).tolist() == expected
-    with pytest.raises(ValueError, match=r"labels of the labeled split are none of the 3 classes .*: drop those rows"):
+    with pytest.raises(
+        ValueError, match=r"labels of the labeled split are not among the 3 classes .*: drop those rows"
+    ):
         read_labels(split, "label", names, role="labeled", allow_ood=False)
 
 
@@ -228,7 +230,7 @@ def test_labels_follow_the_rows_of_a_selection_in_any_format() -> None:
 
 
 def test_a_million_labels_are_read_in_bulk() -> None:
-    """Row by row they take most of a minute; no clock is read here, only that the bulk answer is right."""
+    """Row by row this takes most of a minute. The test checks the result, not the time."""
     names = [f"species {i}" for i in range(1000)]
     numbers = np.random.default_rng(0).integers(0, 1000, 1_000_000)
     split = datasets.Dataset.from_dict({"label": np.array(names)[numbers], "number": numbers})
@@ -372,14 +374,14 @@ def test_an_image_that_pillow_keeps_in_several_blocks_is_read_as_any_other() -> 
 
 def test_streamed_crops_are_nearly_pils_and_depend_on_their_draw_alone() -> None:
     images = [picture(i, 20 + i % 5, 18 + i % 7) for i in range(DECODED_AT_ONCE + 3)]
-    split = dataset(images).with_transform(lambda batch: {"image": ["what a user makes of it"] * len(batch["image"])})
+    split = dataset(images).with_transform(lambda batch: {"image": ["transformed"] * len(batch["image"])})
     index = np.array([*range(len(images)), 2, 2])
     draw = np.arange(len(index)) + 100
     crops = streamed(split, index, draw)
     assert crops.shape == (len(index), 3, 3, SIZE, SIZE) and crops.dtype == torch.uint8
     for row, (i, d) in enumerate(zip(index, draw, strict=True)):
         assert_nearly_equal(crops[row], torch.stack([crop(images[i], view, int(d)) for view in VIEWS]))
-    # Another batch, another order: the same (image, draw) has the same crops, another draw of the same image has not.
+    # In another batch and order, the same image and draw have the same crops. Another draw has other crops.
     again = streamed(split, index[[11, 4, 0]], draw[[11, 4, 0]])
     assert torch.equal(again, crops[[11, 4, 0]]) and not torch.equal(crops[11], crops[12])
 
@@ -396,7 +398,7 @@ def test_a_crop_that_a_worker_cut_is_that_of_the_view_of_the_whole_image() -> No
 # -------------------------------------------------------------------------------------------------------- broken images
 
 BROKEN = {
-    "text": {"bytes": b"no image at all", "path": None},
+    "text": {"bytes": b"not an image", "path": None},
     "cut": {"bytes": encoded(picture(0, 200, 200))["bytes"][:300], "path": None},
     "empty": {"bytes": b"", "path": None},
     "gone": {"bytes": None, "path": "/nowhere/1.png"},

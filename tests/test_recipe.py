@@ -1,4 +1,4 @@
-"""The command line of the recipes: a YAML file, flags over it, and errors in one line."""
+"""The command line of the recipes: a YAML file, flags that override it, and errors in one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_flag_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> 
     other = tmp_path / "other.yaml"
     other.write_text("mu: 4\n")
     recipe, args = parse(f"--config={other}", config=file)
-    assert (recipe.backbone, args.mu) == ("resnet50", 4)  # --config takes the place of the recipe's own file
+    assert (recipe.backbone, args.mu) == ("resnet50", 4)  # --config replaces the recipe's file
 
 
 def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_the_paper_s_baseline_is_two_flags_away() -> None:
         (["--weak_forward", "both"], "weak_forward.*: invalid choice: 'both'"),
         (["--nesterov", "perhaps"], "nesterov"),
         (["--labeled"], "argument --labeled: expected one argument"),
-        (["--config", "/nope.yaml"], r"--config /nope.yaml can't be read \(.*No such file.*check the path"),
-        (["--config", "."], r"--config . can't be read"),
+        (["--config", "/nope.yaml"], r"config /nope.yaml cannot be read \(.*No such file.*pass the path"),
+        (["--config", "."], r"config . cannot be read"),
     ],
 )
 def test_a_wrong_flag_is_refused(flags: list[str], sentence: str) -> None:
@@ -111,8 +111,8 @@ def test_a_wrong_flag_is_refused(flags: list[str], sentence: str) -> None:
         ("lambda_contrst: 1\n", "unknown key 'lambda_contrst'. Did you mean 'lambda_contrast'"),
         ("contrast_with_threshold: 1\n", "unknown key 'contrast_with_threshold'"),
         ("config: other.yaml\n", "unknown key 'config'"),
-        ("mu\n", "write one `name: value` a line"),
-        ("mu: [1\n", "can't be read"),
+        ("mu\n", "write one `name: value` per line"),
+        ("mu: [1\n", "cannot be read"),
         ("mu: seven\n", "argument --mu: invalid int value: 'seven'"),
         ("mu: 7.5\n", "argument --mu: invalid int value: '7.5'"),
         ("1: 2\n", "unknown key 1"),
@@ -124,7 +124,7 @@ def test_a_wrong_file_is_refused(text: str, sentence: str, tmp_path: Path) -> No
 
 
 def test_no_file_is_read_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's parser would take flags from a file beside the script."""
+    """The parser of transformers reads flags from a file beside the script."""
     (tmp_path / "train.args").write_text("--mu 9")
     monkeypatch.setattr("sys.argv", [str(tmp_path / "train.py")])
     assert parse()[1].mu == 7
@@ -150,7 +150,7 @@ FILES = [OWN_IMAGES, *(file for file in (RECIPES / "configs").glob("*.yaml") if 
 
 @pytest.mark.parametrize("config", FILES, ids=lambda file: file.stem)
 def test_every_recipe_s_file_is_read(config: Path) -> None:
-    """The keys of these are of two dataclasses; CIFAR-10's recipe has flags of its own, and is tested with them."""
+    """CIFAR-10's recipe has more flags and its own test."""
     recipe, args = parse(config=config)
     for key, value in yaml.safe_load(config.read_text()).items():
         read = getattr(recipe if hasattr(recipe, key) else args, key)
@@ -162,7 +162,7 @@ def test_an_error_before_training_ends_in_one_line(capsys: pytest.CaptureFixture
         load_splits(RecipeArguments())
     assert end.value.code == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: --labeled is missing: name the labeled images") and err.count("\n") == 1 and not out
+    assert err.startswith("error: There is no labeled split: set labeled to") and err.count("\n") == 1 and not out
     with pytest.raises(RuntimeError, match="a bug"), errors_in_one_line():
         raise RuntimeError("a bug")
 

@@ -1,4 +1,4 @@
-"""The recipes, as recipes/README.md says to run them: small networks and a few steps, on data of the same form."""
+"""The commands of recipes/README.md, with small networks, a few steps and small data of the same form."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SMALL = {
 
 
 def command(*words: str) -> list[str]:
-    """The one command of the README that has all these words."""
+    """The command of the README that has all these words."""
     [found] = [line for line in COMMANDS if all(any(word in part for part in line) for word in words)]
     return found
 
@@ -65,7 +65,7 @@ def write_images(folder: Path, *names: str) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's commands find what they name."""
+    """A folder with the files that the README's commands name."""
     root = tmp_path_factory.mktemp("place")
     (root / "recipes").symlink_to(ROOT / "recipes")
     for split, count in (("labeled", 6), ("validation", 3), ("test", 4)):
@@ -77,7 +77,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(words: list[str], **flags: str) -> list[str]:
-    """The command with flags behind it, which override those before."""
+    """The command with more flags, which override earlier ones."""
     return [*words, *(f"--{name}={value}" for name, value in {**SMALL, **flags}.items())]
 
 
@@ -87,14 +87,14 @@ def environment(place: Path) -> dict[str, str]:
 
 
 def launch(place: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command in processes of its own."""
+    """Run a command in new processes."""
     assert words[:2] == ["accelerate", "launch"]
     real = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     return subprocess.run(real, cwd=place, env=environment(place), capture_output=True, text=True, timeout=500)
 
 
 def run_here(place: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the recipe of a command in this process, which has imported everything."""
+    """Run the recipe of a command in this process, which has imported everything."""
     start = next(i for i, word in enumerate(words) if word.endswith(".py"))
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", words[start:])
@@ -107,7 +107,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def assert_is_published(folder: Path, classes: list[str]) -> str:
-    """A plain model, its card and its metrics; gives the card."""
+    """Check for a published model, its card and its metrics; return the card."""
     files = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "README.md", "all_results.json"} <= files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
@@ -214,7 +214,7 @@ def test_the_baseline_leaves_ccssl_out(place: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_papers_settings_build_the_papers_run(tmp_path: Path) -> None:
-    """ResNet-50 at 224 px, on a CPU as well; nothing is trained."""
+    """ResNet-50 at 224 px, on a CPU; nothing is trained."""
     rows(48).to_parquet(tmp_path / "labeled.parquet")
     rows(200).to_parquet(tmp_path / "unlabeled.parquet")
     flags = [f"--{split}={tmp_path / split}.parquet" for split in ("labeled", "unlabeled")]
@@ -255,7 +255,7 @@ def cifar10(place: Path) -> Path:
 
 
 def cifar10_run(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, **flags: str) -> dict[str, Any]:
-    """Runs one of the README's commands on the small folder; gives its metrics."""
+    """Run one of the README's commands on the small folder and return its metrics."""
     small = {name: value for name, value in SMALL.items() if name not in ("pretrained", "backbone")}
     small |= {"backbone": "wide_resnet10_1_cifar", "data": "cifar10", "num_labels": "6", **flags}
     if "cifar10_speed.yaml" in " ".join(words):
@@ -283,7 +283,7 @@ def test_cifar10_learns_from_all_training_images_and_is_tested_once(
 
 
 def test_the_speed_run_trains_compiled_in_bf16(place: Path, cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler only traces here: to make code for a CPU would take minutes."""
+    """The compiler only traces here. Generating code for a CPU takes minutes."""
     words = command("cifar10_speed")
     output = "outputs/cifar10_speed"
     metrics = cifar10_run(words, place, monkeypatch, output_dir=output, torch_compile_backend="eager")
@@ -356,24 +356,26 @@ def test_cifar10s_settings_are_the_papers_but_where_the_file_says_otherwise(
 
 
 def test_wrong_input_ends_in_one_line_and_no_traceback(place: Path) -> None:
-    """A data set of the Hub, without a network."""
+    """A Hub data set without network."""
     recipe = [sys.executable, "recipes/train_semi_inat.py", "--labeled", "someone/photos:train", "--use_cpu", "true"]
     run = subprocess.run(recipe, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: --labeled someone/photos:train: neither a path here nor a data set from the Hub (")
+    assert last.startswith(
+        "error: The labeled split 'someone/photos:train' is neither a path nor a data set on the Hub ("
+    )
     assert "check the spelling and the network, or give an image folder or parquet files" in last
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--data_dir", "nowhere"], "error: --data_dir nowhere: no folder labeled/ in it"),
+        (["--data_dir", "nowhere"], "error: data_dir 'nowhere' has no folder labeled/"),
         (["--data_dir", "my_images", "--backbone", "resnet5O"], "error: .*no model 'resnet5O'.*resnet50"),
         (["--data_dir", "my_images", "--lamda_u", "1"], "error: Unknown argument --lamda_u. Did you mean 'lambda_u'"),
         (
             ["--data_dir", "my_images", "--unlabeled", "none.parquet"],
-            "error: --unlabeled none.parquet: no such parquet",
+            "error: The unlabeled split 'none.parquet' does not exist .no such parquet file",
         ),
         (["--data_dir", "my_images"], "error: 12 labeled images are fewer than a batch of 16"),
     ],

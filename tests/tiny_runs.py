@@ -1,4 +1,4 @@
-"""Runs of a second or two: digits 0 to 3 at 16 px, timm's smallest networks, a few steps."""
+"""Training runs of a second or two: digits 0 to 3 at 16 px, small networks, a few steps."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def trainer_of(
 
 
 class StopAt(TrainerCallback):
-    """Writes a checkpoint after `step` steps and stops, as a run that has used up its time does."""
+    """Saves a checkpoint after `step` steps and stops, like a run at its time limit."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -97,7 +97,7 @@ def copy_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def everything(trainer: CCSSLTrainer) -> dict[str, Tensor]:
-    """All that training has changed: weights, their average, the algorithm's and the optimizer's state."""
+    """All that training changes: raw and averaged weights, the state of the algorithm and the optimizer."""
     state = {f"model.{name}": tensor for name, tensor in copy_of(trainer.model).items()}
     state |= {f"algorithm.{name}": tensor for name, tensor in copy_of(trainer.algorithm).items()}
     if trainer.ema is not None:
@@ -108,7 +108,7 @@ def everything(trainer: CCSSLTrainer) -> dict[str, Tensor]:
 
 
 def different(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
-    """The names whose bits differ; of all names, where the two have not the same."""
+    """The names whose bits differ, or the names that only one of the two has."""
     if left.keys() != right.keys():
         return sorted(left.keys() ^ right.keys())
     return [name for name in left if not torch.equal(left[name], right[name])]

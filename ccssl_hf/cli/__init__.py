@@ -1,4 +1,4 @@
-"""`ccssl-hf`: the package on the command line. One file a verb, and each imports for itself what takes long."""
+"""The `ccssl-hf` command. Each verb has its own module, which imports torch and transformers only when it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .train import ANY_FLAG, train
 app = typer.Typer(
     name="ccssl-hf", no_args_is_help=True, help="Semi-supervised image classification for the Hugging Face ecosystem."
 )
-RUNS, PUBLISHING = "Train and look at the result", "Publish and serve"
+RUNS, PUBLISHING = "Train and evaluate", "Publish and serve"
 
 app.command(rich_help_panel=RUNS, **ANY_FLAG)(train)
 app.command(rich_help_panel=RUNS)(evaluate)
@@ -32,7 +32,7 @@ app.add_typer(export.app, name="export", rich_help_panel=PUBLISHING)
 app.add_typer(convert.app, name="convert", rich_help_panel=PUBLISHING)
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"ccssl-hf {__version__}")
         raise typer.Exit
@@ -41,7 +41,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass

@@ -1,4 +1,4 @@
-"""`python -m ccssl_hf.cli`, for `accelerate launch -m ccssl_hf.cli train ...`."""
+"""Run the command as a module: `accelerate launch -m ccssl_hf.cli train ...`."""
 
 from . import app
 

@@ -1,4 +1,4 @@
-"""The command line of a run: every field of its dataclasses is a flag, with a YAML file behind them."""
+"""A command line from dataclasses: every field is a flag, and a YAML file sets defaults."""
 
 from __future__ import annotations
 
@@ -8,46 +8,44 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 
 from ..errors import near_misses
+from ..training_args import read_config
 
 
 def flags_by_class(*types: type) -> dict[type, list[dataclasses.Field[Any]]]:
-    """The fields of dataclasses that become flags, under the class that defines each: special ones before general."""
+    """The fields of dataclasses that are flags, by the class that defines each; a subclass comes before its bases."""
+
+    def owner(cls: type, name: str) -> type:
+        return next(each for each in cls.__mro__ if name in inspect.get_annotations(each))
+
     return {
-        cls: [f for f in fields(t) if f.init and _owner(t, f.name) is cls]
+        cls: [f for f in dataclasses.fields(t) if f.init and owner(t, f.name) is cls]
         for t in types
         for cls in t.__mro__
         if dataclasses.is_dataclass(cls)
     }
 
 
-def _owner(cls: type, name: str) -> type:
-    return next(each for each in cls.__mro__ if name in inspect.get_annotations(each))
-
-
 def first_paragraph(cls: type) -> str:
-    """What a class says of itself, in one line."""
+    """The first paragraph of the docstring of a class, in one line."""
     return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are shown, and the lines of the description stay as they are."""
+    """Shows defaults, and keeps the lines of the description."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """The flag once, though `--with-hyphens` will do, too."""
-        flag = next(option for option in action.option_strings if option.startswith("--"))
+        flag = next(option for option in action.option_strings if option.startswith("--"))  # not also --with-hyphens
         return f"{flag} {self._format_args(action, 'VALUE')}".rstrip()
 
 
 class _Parser(HfArgumentParser):
-    """Raises a ValueError instead of printing every flag there is, and reads `none` where a value is optional."""
+    """Raises a ValueError instead of printing a usage of 200 flags, and reads `none` where a value is optional."""
 
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
         if settings.get("default") is None and settings.get("type", str) is not str:
@@ -57,11 +55,9 @@ class _Parser(HfArgumentParser):
         return super().add_argument(*flags, **settings)
 
     def format_help(self) -> str:
-        """Every flag beside those of its class; in upstream's list 200 of them follow one another."""
+        """The flags in one section per class."""
         formatter = self._get_formatter()
-        actions = {
-            action.dest: action for action in reversed(self._actions)
-        }  # of --nesterov and --no_nesterov the first
+        actions = {action.dest: action for action in reversed(self._actions)}  # --nesterov, not --no_nesterov
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
         formatter.add_arguments([actions["help"], actions["config"]])
@@ -80,7 +76,7 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         return None if text.lower() == "none" else kind(text)
 
-    read.__name__ = getattr(kind, "__name__", "value")  # argparse names it in errors
+    read.__name__ = getattr(kind, "__name__", "value")  # argparse shows it in errors
     return read
 
 
@@ -91,17 +87,17 @@ def parse_recipe(
     description: str | None = None,
     prog: str | None = None,
 ) -> tuple[Any, ...]:
-    """Fill dataclasses from a YAML file and the command line; a flag overrides the file.
+    """Fill dataclasses from a YAML file and the command line. A flag overrides the file; `--name none` unsets a value.
 
     Args:
-        types: Dataclasses whose fields become flags. `--name none` unsets what the file sets.
-        config: The YAML file to read where `--config` names none: one `name: value` a line, as on the command line.
-        arguments: The command line; default `sys.argv[1:]`.
-        description: What `--help` says first.
-        prog: What it calls the command; default: the script.
+        types: Dataclasses whose fields are the flags.
+        config: YAML file to read if `--config` names none, with one `name: value` per line.
+        arguments: The command line; default: `sys.argv[1:]`.
+        description: Text at the start of `--help`.
+        prog: Name of the command in `--help`; default: the script.
 
     Raises:
-        ValueError: The file can't be read, a key or flag is unknown, or a value is none of its type.
+        ValueError: The file cannot be read, a key or flag is unknown, or a value has the wrong type.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default=config, help="YAML file with defaults for all flags")
@@ -115,11 +111,11 @@ def parse_recipe(
         formatter_class=_Help,
         allow_abbrev=False,
     )
-    known = [f.name for t in types for f in fields(t) if f.init]
+    known = [f.name for t in types for f in dataclasses.fields(t) if f.init]
     if chosen.config is not None:
-        plain, structured = _read_yaml(Path(chosen.config), known)
-        parser.set_defaults(**plain, **structured)
-        flags = [*(f"--{name}={word}" for name, word in plain.items()), *flags]  # read and checked as flags are
+        plain, structured = read_config(Path(chosen.config), known)
+        parser.set_defaults(**plain, **structured)  # for --help
+        flags = [*(f"--{name}={word}" for name, word in plain.items()), *flags]  # read and checked like flags
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         args=flags, return_remaining_strings=True, look_for_args_file=False
     )
@@ -127,21 +123,3 @@ def parse_recipe(
         name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
         raise ValueError(f"Unknown argument {unknown[0]}.{near_misses(name, known)} --help lists all.")
     return tuple(parsed)
-
-
-def _read_yaml(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The settings of a file: plain ones as the words of a flag; lists and dictionaries as such."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) or {}
-        words = yaml.load(text, yaml.BaseLoader)  # every value as it is written: `no` is no boolean, 1e-3 is a number
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} can't be read ({error}): check the path and the file.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: write one `name: value` a line.")
-    for key in values:
-        if key not in known:
-            raise ValueError(f"--config {path}: unknown key {key!r}.{near_misses(str(key), known)}")
-    structured = {key: value for key, value in values.items() if isinstance(value, (list, dict))}
-    plain = {key: words[key] for key, value in values.items() if value is not None and key not in structured}
-    return plain, structured

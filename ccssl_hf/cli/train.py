@@ -1,4 +1,4 @@
-"""`ccssl-hf train`: a run on one's own images, every setting a flag."""
+"""`ccssl-hf train`: a training run on image folders, with every setting as a flag."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ ANY_FLAG: dict[str, Any] = {
     "add_help_option": False,
     "options_metavar": "[--config FILE] [--FLAG VALUE ...]",
 }
-"""How the verb is registered: its flags, `--help` too, are the recipes', which transformers' parser reads."""
+"""Options of the command in typer, which leaves all flags and `--help` to `parse_recipe`."""
 
 
 def train(context: typer.Context) -> None:
-    """Train on one's own images, with any timm backbone.
+    """Train a model on your own images, with any timm backbone.
 
-        ccssl-hf train --data_dir my_images --backbone resnet50 --pretrained [any flag]
-        accelerate launch -m ccssl_hf.cli train --data_dir my_images [any flag]
+        ccssl-hf train --data_dir photos --backbone resnet50 --pretrained
+        accelerate launch -m ccssl_hf.cli train --data_dir photos --backbone resnet50 --pretrained
 
-    The second form starts as many processes as `accelerate` is told to. A flag overrides the file of `--config`, which
-    overrides the defaults; `--flag none` unsets what the file sets.
+    The second command trains with several processes. Settings come from flags, then from the YAML file of --config,
+    then from defaults for image folders. `--flag none` unsets a value.
     """
     with errors_in_one_line():
         from ..recipe import OWN_IMAGES, FolderArguments, build_trainer
