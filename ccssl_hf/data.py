@@ -121,13 +121,9 @@ FINGERPRINTED_IMAGES = 1024
 def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[str] = ()) -> str:
     """A hash of the content of a split, 16 hexadecimal digits, independent of machine and file format.
 
-    It is the start of a SHA-256 over the number of rows, `labels`, and up to `FINGERPRINTED_IMAGES` encoded images,
-    evenly spread over the rows. For a PNG it hashes the pixels, because releases of Pillow encode an image differently.
-
-    Args:
-        dataset: A split that passed `check_images`.
-        image_column: Its image column.
-        labels: The class name of each row, if the rows have labels.
+    It is the start of a SHA-256 over the number of rows, `labels` (the class name of each row, if any), and up to
+    `FINGERPRINTED_IMAGES` encoded images, evenly spread over the rows. For a PNG it hashes the pixels, because releases
+    of Pillow encode an image differently. `dataset` must pass `check_images`.
     """
     digest = hashlib.sha256(json.dumps([len(dataset), list(labels)]).encode())
     images = encoded_images(dataset, image_column)
@@ -257,6 +253,17 @@ def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> d
     return dataset.select(kept)
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise a ValueError unless files can be written to `folder`. Creates it if it does not exist."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {folder} cannot be written to ({error.strerror}): choose another folder."
+        ) from error
+
+
 # ------------------------------------------------------------------------------------------------------------- datasets
 
 
@@ -311,22 +318,20 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.labeled) + (0 if self.unlabeled is None else len(self.unlabeled))
 
-    def _read(
-        self, images: PixelTable | ImageFiles, index: np.ndarray, draw: np.ndarray, views: Sequence[View]
-    ) -> Tensor:
+    def _read(self, images: PixelTable | ImageFiles, index: np.ndarray, draw: np.ndarray, *views: View) -> Tensor:
         return images.read(index) if isinstance(images, PixelTable) else images.read(index, draw, views)
 
     def __getitems__(self, batch: PairedIndices) -> dict[str, Any]:
         """One batch. The DataLoader calls this method instead of `__getitem__`, once per batch."""
         out: dict[str, Any] = {
-            "labeled_images": self._read(self.labeled, batch.labeled_index, batch.labeled_draw, (View.WEAK,)),
+            "labeled_images": self._read(self.labeled, batch.labeled_index, batch.labeled_draw, View.WEAK),
             "labels": self.labels[batch.labeled_index],
             # Draws stay numpy arrays on the CPU, where random numbers are made. An accelerator does not wait for them.
             "labeled_draws": batch.labeled_draw,
         }
         if self.unlabeled is not None:
             index, draw = batch.unlabeled_index, batch.unlabeled_draw
-            out["unlabeled_images"] = self._read(self.unlabeled, index, draw, self.views)
+            out["unlabeled_images"] = self._read(self.unlabeled, index, draw, *self.views)
             out["unlabeled_draws"], out["unlabeled_index"] = draw, torch.from_numpy(index)
             if self.hidden_labels is not None:
                 out["hidden_labels"] = torch.from_numpy(self.hidden_labels[index])
@@ -348,14 +353,3 @@ class EvaluationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, row: int) -> dict[str, Any]:
         item = {"pixel_values": self._transform(decode_image(self._dataset[row][self._column], row, self._role))}
         return item if self._labels is None else {**item, "labels": int(self._labels[row])}
-
-
-def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise a ValueError unless files can be written to `folder`. Creates it if it does not exist."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir {folder} cannot be written to ({error.strerror}): choose another folder."
-        ) from error
