@@ -1,7 +1,7 @@
 """timm backbones, and the small heads on top of them.
 
 A backbone is typed `Any`: timm's models share an interface (`forward_features`, `forward_head`, `get_classifier`,
-`pretrained_cfg`), but no class.
+`pretrained_cfg`), but no common base class.
 """
 
 from __future__ import annotations
@@ -65,18 +65,10 @@ def check_backbone(name: str) -> None:
 def create_backbone(
     name: str, *, num_classes: int, pretrained: bool = False, image_size: int | None = None, **timm_kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Creates a timm model with a new classifier. Its `pretrained_cfg` describes the input images.
-
-    Args:
-        name: timm name, with or without a tag.
-        num_classes: Outputs of the classifier.
-        pretrained: Whether to load timm's weights.
-        image_size: Side of the images in pixels; None: the default of the backbone. Images up to 96 px are not cropped
-            at evaluation, unless `pretrained_cfg_overlay` has a `crop_pct`.
-        **timm_kwargs: Further arguments of `timm.create_model`.
+    """Creates a timm model with a new classifier. For the arguments see `CCSSLForImageClassification.from_timm`.
 
     Returns:
-        The model, and the arguments that create it again.
+        The model, whose `pretrained_cfg` describes its input, and the arguments that create it again.
 
     Raises:
         ValueError: The name is unknown, the weights cannot be loaded, or an argument cannot be saved as JSON.

@@ -31,13 +31,7 @@ HEAD_FILE = "ccssl_head.safetensors"
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors to a safetensors file. An interrupted write keeps the old file.
-
-    Args:
-        path: The file.
-        tensors: Tensors on any device, in any memory format; they may share memory.
-        metadata: Further strings to store.
-    """
+    """Writes tensors of any device and memory format to a safetensors file. An interrupted write keeps the old file."""
     # safetensors needs contiguous tensors (not channels_last) on the CPU that share no memory.
     plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     # Not save_file: only the owner could read its file, and published folders are served.
@@ -114,17 +108,7 @@ def save_checkpoint(
     state_dict: Mapping[str, Tensor] | None = None,
     with_head: bool = True,
 ) -> None:
-    """Writes a published folder.
-
-    Args:
-        model: A `CCSSLForImageClassification`.
-        folder: Created if it does not exist.
-        state_dict: Weights to save instead of the model's own, such as the averaged weights, with the same keys.
-        with_head: Whether to write the projection head and further heads.
-
-    Raises:
-        ValueError: `state_dict` has other keys than the model.
-    """
+    """Writes a published folder; see `CCSSLForImageClassification.save_pretrained`."""
     own = model.state_dict()
     state = own if state_dict is None else state_dict
     if state.keys() != own.keys():
@@ -150,10 +134,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
-    """Loads a published folder.
-
-    Args:
-        folder: Written by `save_checkpoint`, or by timm with `model.safetensors`.
+    """Loads a folder that `save_checkpoint` wrote, or that timm wrote with `model.safetensors`.
 
     Returns:
         The content of `config.json`; the weights under the keys of `CCSSLForImageClassification`; and `projection_dim`

@@ -102,12 +102,12 @@ class CCSSLForImageClassification(PreTrainedModel):
         """Creates a model for training.
 
         Args:
-            name: timm name of the backbone, such as "resnet50" or "wide_resnet28_2_cifar".
+            name: timm name of the backbone, such as "resnet50" or "wide_resnet28_2_cifar", with or without a tag.
             labels: Class names in the order of the label numbers.
             pretrained: Whether to load timm's weights.
             projection_dim: Size of the embeddings.
             image_size: Side of the images in pixels; None: the default of the backbone. Images up to 96 px are not
-                cropped at evaluation.
+                cropped at evaluation, unless `pretrained_cfg_overlay` has a `crop_pct`.
             heads: Further heads on the features, see `add_heads`.
             **timm_kwargs: Further arguments of `timm.create_model`, such as `drop_path_rate`, or
                 `pretrained_cfg_overlay={"mean": ..., "std": ..., "crop_pct": ...}` to change the preprocessing.
@@ -195,9 +195,12 @@ class CCSSLForImageClassification(PreTrainedModel):
 
         Args:
             save_directory: Created if it does not exist.
-            state_dict: Weights to save instead of the model's own, with the same keys.
+            state_dict: Weights to save instead of the model's own, such as the averaged weights.
             with_head: Whether to write the projection head and further heads (`ccssl_head.safetensors`).
             is_main_process: False: write nothing.
+
+        Raises:
+            ValueError: `state_dict` has other keys than the model.
         """
         if is_main_process:
             save_checkpoint(self, save_directory, state_dict=state_dict, with_head=with_head)

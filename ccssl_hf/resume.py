@@ -26,13 +26,7 @@ _BATCHNORM = "batchnorm_of_processes"
 
 
 def save_training_state(folder: str | Path, modules: Mapping[str, nn.Module], *, write: bool) -> None:
-    """Writes the state of all modules to one file. Every process must call it.
-
-    Args:
-        folder: The checkpoint.
-        modules: The modules by name.
-        write: Whether this process writes the file.
-    """
+    """Writes the state of all modules to one file. Every process must call it; the one with `write=True` writes."""
     together = nn.ModuleDict(modules)
     state = together.state_dict()
     statistics = read_batchnorm_buffers(together)
@@ -50,7 +44,7 @@ def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) ->
     """
     if not is_complete(folder):
         raise ValueError(
-            f"{folder} is incomplete: it was written with save_only_model, or saving was interrupted. Give an earlier "
+            f"{folder} is incomplete (written with save_only_model, or saving was interrupted): give an earlier "
             "checkpoint-N, or resume_from_checkpoint=True for the last complete one."
         )
     together = nn.ModuleDict(modules)

@@ -24,15 +24,8 @@ class WideBlock(nn.Module):
     """Two 3x3 convolutions, each after BatchNorm and LeakyReLU, and a shortcut.
 
     A block that changes the width or the resolution differs from the paper, as in the code of the published results: in
-    the first stage the shortcut starts after the first activation, and in later stages neither branch uses `bn1`. The
-    unused `bn1` stays, frozen, so that weights of that code load key by key.
-
-    Args:
-        in_chs: Channels of the input.
-        out_chs: Channels of the output.
-        stride: Stride of the first convolution.
-        preactivate: Whether a block that changes the width uses `bn1`; other blocks always do.
-        conv_bias: Whether the convolutions have biases.
+    the first stage (`preactivate=True`) the shortcut starts after the first activation, and in later stages neither
+    branch uses `bn1`. The unused `bn1` stays, frozen, so that weights of that code load key by key.
     """
 
     def __init__(self, in_chs: int, out_chs: int, *, stride: int, preactivate: bool, conv_bias: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What holds on an accelerator alone; skipped where there is none."""
+"""Tests that need an accelerator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 class NeverWait(TrainerCallback):
-    """From the third step on, whatever makes the processor wait for the device raises. Tables are cached by then."""
+    """From the third step on, when tables are cached, any synchronization with the device raises."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:

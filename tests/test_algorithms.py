@@ -1,4 +1,4 @@
-"""What all algorithms share: the registry and its errors, state, composition with CCSSL; FixMatch and the baseline."""
+"""Common behaviour of all algorithms: registry, errors, state, CCSSL; and tests of FixMatch and the baseline."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ CONTRIBUTING = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
 
 def example_algorithm() -> str | None:
-    """The file of an algorithm that CONTRIBUTING.md shows."""
+    """The example of a new algorithm in CONTRIBUTING.md."""
     text = CONTRIBUTING.read_text(encoding="utf-8") if CONTRIBUTING.is_file() else ""
     return next((code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "(Algorithm):" in code), None)
 
 
 SIZES = {"num_unlabeled": 60, "embedding_dim": 8, "batch_size": 4, "mu": 3}
-"""Facts of the run that `make_batch` is a step of."""
+"""Sizes of the run that `make_batch` belongs to."""
 
 
 def make_batch(seed: int = 0, num_labeled: int = 4, num_unlabeled: int = 12, num_classes: int = 5) -> SSLBatch:
-    """A batch with all that any algorithm reads; some of its unlabeled images occur twice."""
+    """A batch with all parts that an algorithm may read. Some unlabeled images occur twice."""
     generator = torch.Generator().manual_seed(seed)
 
     def logits(count: int, width: int = num_classes) -> Tensor:
@@ -62,7 +62,7 @@ def make_batch(seed: int = 0, num_labeled: int = 4, num_unlabeled: int = 12, num
 
 
 def cast(batch: SSLBatch, dtype: torch.dtype) -> SSLBatch:
-    """The same batch with floating point as `dtype`."""
+    """The same batch with floating-point tensors converted to `dtype`."""
 
     def one(value: Any) -> Any:
         if isinstance(value, dict):
@@ -118,7 +118,7 @@ def test_contrast_is_added_to_any_algorithm(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_a_loss_is_told_in_detached_terms_and_reaches_no_weak_view(name: str) -> None:
+def test_terms_are_detached_and_weak_views_get_no_gradient(name: str) -> None:
     batch, algorithm = make_batch(), build(name, lambda_contrast=1)
     result = algorithm(batch)
     weights = {
@@ -172,7 +172,7 @@ def test_supervised_takes_pseudo_labels_from_the_weak_view_for_the_contrast() ->
         ("iomatch", {}, "weak strong"),
     ],
 )
-def test_an_algorithm_says_what_it_reads(name: str, options: dict[str, Any], needs: str) -> None:
+def test_an_algorithm_declares_what_it_reads(name: str, options: dict[str, Any], needs: str) -> None:
     algorithm = build(name, **options)
     expected = needs.split()
     assert algorithm.views == tuple(view for view in View if view.name.lower() in expected)
@@ -182,7 +182,7 @@ def test_an_algorithm_says_what_it_reads(name: str, options: dict[str, Any], nee
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_what_an_algorithm_does_not_say_it_reads_may_be_missing(name: str) -> None:
+def test_parts_that_an_algorithm_does_not_read_may_be_none(name: str) -> None:
     batch, algorithm = make_batch(), build(name)
     if View.CONTRASTIVE not in algorithm.views:
         batch.embeddings_contrast = None
@@ -396,12 +396,12 @@ def test_each_class_declares_its_paper_views_terms_and_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "iomatch"])
-def test_confidence_is_the_open_set_score_unless_an_algorithm_knows_better(name: str) -> None:
+def test_the_default_open_set_score_is_the_confidence(name: str) -> None:
     logits = torch.tensor([[3.0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
     assert torch.equal(build(name).open_set_score(logits), logits.softmax(1).amax(1))
 
 
-def test_hyperparameters_are_told_resolved() -> None:
+def test_hyperparameters_include_defaults() -> None:
     algorithm = build_algorithm("fixmatch", num_classes=5, lambda_u=2, push_threshold=0.9)
     assert json.loads(json.dumps(algorithm.hyperparameters))["lambda_u"] == 2.0
     assert isinstance(algorithm.hyperparameters["lambda_u"], float)
@@ -460,7 +460,7 @@ def test_a_wrong_name_or_value_is_an_error_that_names_the_fix(name: str, options
         ("simmatch", {"embedding_dim", "batch_size"}),
     ],
 )
-def test_a_missing_fact_of_the_run_is_an_error(name: str, needed: set[str]) -> None:
+def test_a_missing_size_of_the_run_is_an_error(name: str, needed: set[str]) -> None:
     facts = {key: SIZES[key] for key in needed}
     assert build_algorithm(name, num_classes=5, **facts)
     for key in needed:
@@ -468,7 +468,7 @@ def test_a_missing_fact_of_the_run_is_an_error(name: str, needed: set[str]) -> N
             build_algorithm(name, num_classes=5, **{**facts, key: None})
 
 
-@pytest.mark.skipif(example_algorithm() is None, reason="needs the example of a checkout's CONTRIBUTING.md")
+@pytest.mark.skipif(example_algorithm() is None, reason="needs CONTRIBUTING.md of a checkout")
 def test_the_example_of_a_new_algorithm_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "uda.py").write_text(example_algorithm() or "", encoding="utf-8")
     spec = importlib.util.spec_from_file_location("ccssl_hf.algorithms.uda", tmp_path / "uda.py")
@@ -477,7 +477,7 @@ def test_the_example_of_a_new_algorithm_works(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     monkeypatch.setitem(ALGORITHMS, "uda", module.UDA)
-    test_a_loss_is_told_in_detached_terms_and_reaches_no_weak_view("uda")
+    test_terms_are_detached_and_weak_views_get_no_gradient("uda")
     test_contrast_is_added_to_any_algorithm("uda")
     paper = ALGORITHMS["uda"].paper
     assert paper is not None and paper.arxiv == "1904.12848"

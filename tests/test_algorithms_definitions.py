@@ -1,4 +1,4 @@
-"""Each algorithm against loops written from its paper, and the corner cases of its state."""
+"""Each algorithm against loops written from its paper, and edge cases of its state."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_simmatch_survives_a_bank_without_the_predicted_class() -> None:
 
 
 def flexmatch_batch(index: list[int], classes: list[int], confidences: list[float]) -> SSLBatch:
-    """Images of given row numbers whose weak views say so."""
+    """A batch of the images `index` with the given predictions for the weak views."""
     probabilities = torch.full((len(index), CLASSES), 0.0)
     for row, (label, confidence) in enumerate(zip(classes, confidences, strict=True)):
         probabilities[row] = (1 - confidence) / (CLASSES - 1)

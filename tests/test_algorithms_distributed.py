@@ -1,4 +1,4 @@
-"""Two real processes against one on the global batch: state, losses and gradients of every algorithm."""
+"""Two processes against one process on the global batch: state, losses and gradients of every algorithm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ALGORITHMS] + [
 
 
 def share(batch: SSLBatch, process: int, processes: int) -> SSLBatch:
-    """One process's part of each tensor, as leaves."""
+    """The part of each tensor that belongs to one process, as leaves."""
 
     def part(value: Any) -> Any:
         if isinstance(value, dict):
@@ -71,7 +71,7 @@ def worker(process: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """What each of the two processes saw, run by run."""
+    """Results of the two processes for each run."""
     folder: Path = tmp_path_factory.mktemp("gloo")
     mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{process}.pt", weights_only=True) for process in range(WORLD)]

@@ -1,4 +1,4 @@
-"""Every algorithm against runs of several steps that its authors' code made: terms, masks, statistics and gradients."""
+"""Every algorithm against several steps of the authors' code: terms, masks, statistics and gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conftest import SHARED, needs_shared
 GOLDEN = sorted((SHARED / "golden").glob("step_*.npz"))
 
 SAME = {"loss_c": "loss_graph", "Lcontrast": "loss_contrast", "weight": "mask", "selected": "mask_prob"}
-"""What the files call other than this package."""
+"""Names in the files that differ from this package."""
 
 NOT_HYPERPARAMETERS = {"mapping", "distribution_alignment", "note"}  # the only choice here, and a remark
 
@@ -24,10 +24,10 @@ INPUTS = {"logits", "embeddings", "labels", "index", "hidden_unlabeled_labels"}
 
 
 def read_batch(step: dict[str, Any], sizes: list[int]) -> SSLBatch:
-    """The batch of a step, whose floating point tensors are views of the leaves in `step`."""
+    """The batch of a step. Its floating-point tensors are views of the leaves in `step`."""
 
     def split(name: str) -> list[Any]:
-        """The parts of a concatenated batch: labeled, weak, strong and, where there is one, contrastive; else None."""
+        """The labeled, weak, strong and, if present, contrastive part of a concatenated batch; None if absent."""
         whole = step.get(name)
         parts: list[Any] = [] if whole is None else list(whole.split(sizes[: 1 + (len(whole) - sizes[0]) // sizes[1]]))
         return parts + [None] * (4 - len(parts))

@@ -1,4 +1,4 @@
-"""Every algorithm, with and without CCSSL, learns: a short run on four digits ends far above chance."""
+"""Every algorithm learns, with and without CCSSL: a short run on four digits ends far above chance."""
 
 from __future__ import annotations
 

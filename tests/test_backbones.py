@@ -23,7 +23,7 @@ WIDE_RESNETS = ["wide_resnet10_1_cifar", "wide_resnet28_2_cifar", "wide_resnet28
 
 
 def container(name: str) -> nn.ModuleDict:
-    """Backbone and projection head under the names that `CCSSLForImageClassification` gives them."""
+    """Backbone and projection head with the keys of `CCSSLForImageClassification`."""
     backbone, _ = create_backbone(name, num_classes=10)
     return nn.ModuleDict({"backbone": backbone, "projection": projection_head(backbone, backbone.num_features, 64)})
 
@@ -88,7 +88,7 @@ def test_wide_resnet_speaks_timms_interface(name, side):
 
 @pytest.mark.parametrize("name", ["wide_resnet28_2_cifar", "wide_resnet37_2_cifar"])
 def test_every_parameter_that_asks_for_a_gradient_gets_one(name):
-    """DistributedDataParallel waits for every such parameter, and the blocks that widen do without their first norm."""
+    """DistributedDataParallel waits for every such parameter; widening blocks do not use their first norm."""
     model = timm.create_model(name)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())

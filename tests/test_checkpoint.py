@@ -21,11 +21,11 @@ BACKBONES = {
     "test_convnext": {"image_size": 64, "drop_path_rate": 0.1},
     "wide_resnet10_1_cifar": {"image_size": 16},
 }
-"""Ours is last: in a process without the package, its own file registers it with timm on loading."""
+"""Our own is last: without the package, loading its file registers it with timm."""
 
 
 def trained(name: str, **arguments) -> CCSSLForImageClassification:
-    """A model whose every weight and statistic has moved."""
+    """A model in which every weight and statistic has changed."""
     torch.manual_seed(1)
     model = CCSSLForImageClassification.from_timm(name, labels=LABELS, **arguments)
     model.add_heads({"open": nn.Linear(model.feature_dim, 4)})
@@ -43,7 +43,7 @@ def eval_batch(model: CCSSLForImageClassification) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """One published folder for each backbone, with what the model says about the picture beside them."""
+    """One published folder for each backbone, and the model's output for the picture."""
     root = tmp_path_factory.mktemp("published")
     for name, arguments in BACKBONES.items():
         model = trained(name, **arguments)

@@ -1,4 +1,4 @@
-"""Two real processes against one on the global batch: values and gradients."""
+"""Two processes against one process on the global batch: values and gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORLD, LABELED, UNLABELED, CLASSES, STEPS = 2, 2, 6, 4, 3  # batch sizes are tho
 
 
 class Network(nn.Module):
-    """Two heads on the input, one forward over all views."""
+    """Two heads on the input, with one forward pass over all views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
 
 def loss_of(model: nn.Module, algorithm: nn.Module, step: int, process: int, processes: int) -> Any:
-    """The algorithm's loss on one process's share of a global batch that is always the same."""
+    """The loss on the share of one process of a fixed global batch."""
     generator = torch.Generator().manual_seed(step)
     share = slice(process * WORLD // processes, (process + 1) * WORLD // processes)
     labeled = torch.randn(WORLD, LABELED, 10, generator=generator)[share].flatten(0, 1)
@@ -60,7 +60,7 @@ def loss_of(model: nn.Module, algorithm: nn.Module, step: int, process: int, pro
 
 
 def train(process: int, processes: int) -> dict[str, Any]:
-    """Losses, the last step's gradients and the algorithm's state after a few steps of SGD."""
+    """Losses, gradients of the last step, and the algorithm's state after a few steps of SGD."""
     network = Network()
     model = nn.parallel.DistributedDataParallel(network) if processes > 1 else network
     options: Any = {"confidence_threshold": 0.6, "push_threshold": 0.5, "distribution_alignment_window": 2}
@@ -82,7 +82,7 @@ def worker(process: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=process, world_size=WORLD)
     mine = torch.full((2, 3), float(process + 1)).requires_grad_()
     gathered = all_gather_with_gradient(mine)
-    # Process p weighs its loss by p + 1: each part is to get the gradients of both.
+    # Process p weights its loss by p + 1. Each part must get the gradients of both.
     ((process + 1) * (gathered * torch.arange(4.0)[:, None]).sum()).backward()
     norm = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm1d(3, track_running_stats=False))
     norm[0].running_mean.fill_(process)
@@ -104,7 +104,7 @@ def worker(process: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two processes saw."""
+    """Results of the two processes."""
     folder: Path = tmp_path_factory.mktemp("gloo")
     mp.spawn(worker, args=(str(folder),), nprocs=WORLD)  # type: ignore[no-untyped-call]
     results = [torch.load(folder / f"{process}.pt", weights_only=True) for process in range(WORLD)]

@@ -71,7 +71,7 @@ def test_published_weights_are_the_average_and_go_away_again_to_the_bit():
         assert all(torch.equal(tensor, average[name]) for name, tensor in model.state_dict().items())
         raise RuntimeError("inside")
     assert all(torch.equal(tensor, raw[name]) for name, tensor in model.state_dict().items())
-    # The optimizer and DDP hold on to these very tensors.
+    # The optimizer and DDP hold references to these tensors.
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
 
 

@@ -1,4 +1,4 @@
-"""The contrastive loss against reference values, against its definition written out, and in its promises on memory."""
+"""The contrastive loss against reference values and a naive implementation, and its memory use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOLDEN = sorted((SHARED / "golden").glob("contrastive_*.npz"))
 def make(
     num_images: int, num_classes: int = 3, dim: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Random inputs of the loss, by argument name."""
+    """Random inputs of the loss by argument name."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = F.normalize(torch.randn(num_images, 2, dim, generator=generator, dtype=dtype), dim=-1)
     return {
@@ -41,7 +41,7 @@ def definition(
     push_threshold: float | None = None,
     own_pair_weight: str = "one",
 ) -> Tensor:
-    """The definition, pair by pair, in float64."""
+    """The definition as loops over pairs, in float64."""
     views = [(image, embeddings[image, view].double()) for image in range(len(embeddings)) for view in range(2)]
     q = confidences.double().tolist()
     confident = [push_threshold is None or value >= push_threshold for value in confidences]
@@ -223,9 +223,9 @@ def test_swapped_arguments_raise() -> None:
         class_aware_contrastive_loss(*inputs.values())  # type: ignore[misc]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc, which is Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
 def test_memory_is_linear_in_the_batch() -> None:
-    """8,192 images have 2**28 pairs of views, a GiB a matrix: the whole step may take a tenth of one."""
+    """8,192 images have 2**28 pairs of views, 1 GiB per matrix; a step may use a tenth of that."""
     code = """
 import re, torch
 from ccssl_hf.losses import class_aware_contrastive_loss

@@ -13,7 +13,7 @@ from conftest import SHARED, needs_shared
 
 
 def rates(warmup_steps: int, total_steps: int, rate: float = 0.03) -> np.ndarray:
-    """The rate that each of the steps is made with."""
+    """The learning rate of each step."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
     schedule = cosine_7_16_schedule(optimizer, warmup_steps=warmup_steps, total_steps=total_steps)
     found = []

@@ -1,4 +1,4 @@
-"""Which images a step sees, and its random numbers, are pure functions of (seed, step)."""
+"""The images and random numbers of a step are pure functions of (seed, step)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_numbers_depend_on_seed_stream_draw_and_column_alone() -> None:
 
 
 def test_numbers_stay_what_they_are() -> None:
-    """A published run can be repeated only as long as these never change."""
+    """These numbers must never change, or published runs cannot be repeated."""
     assert counter_bits(42, 1, torch.tensor([0, 1]), 2).tolist() == [
         [-5906812181275049325, -1464585531585702699],
         [-1153731052136819964, 1179906986465186789],
@@ -87,7 +87,7 @@ def test_a_split_smaller_than_a_batch_repeats_in_it() -> None:
 
 
 def test_the_order_of_a_large_split_stays_what_it_is() -> None:
-    """It is shuffled in parts, which must not show: these are rows of the second epoch."""
+    """Shuffling in chunks must not change the order. These are rows of the second epoch."""
     drawn, _ = sampler(seed=5, num_unlabeled=200_000).unlabeled.take(200_000, 200_000)
     assert drawn[:5].tolist() == [68407, 44254, 796, 121594, 130553]
     assert np.array_equal(np.sort(drawn), np.arange(200_000))

@@ -1,4 +1,4 @@
-"""Runs with torch_compile=True, with the real C++ compiler."""
+"""Runs with torch_compile=True and a C++ compiler."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def test_a_compiled_run_goes_on_bit_for_bit(weak_forward, tmp_path):
     settings = {"torch_compile": True, "weak_forward": weak_forward}
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    # 37 images in batches of 8 end with a smaller one.
+    # The last batch of 37 images in batches of 8 is smaller.
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
     whole = trainer_of(tmp_path / "whole", **settings, **evaluated)
     whole.train()
-    # A graph for each kind of forward, and none for evaluations, which are not compiled.
+    # One graph for each kind of forward pass; evaluation is not compiled.
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == (1 if weak_forward == "joint" else 2)
     assert not counters["graph_break"]

@@ -1,4 +1,4 @@
-"""Whole views against a PIL pipeline that reads the same random numbers, and how those numbers are spread."""
+"""Views against a PIL pipeline with the same random numbers, and the distribution of these numbers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ POINT_OPS = ["autocontrast", "equalize", "identity", "brightness", "color", "con
 OPS = [*POINT_OPS, "solarize", "rotate", "shear_x", "shear_y", "translate_x", "translate_y"]
 
 
-# The naive pipeline: one image at a time, every operation PIL's, written from the definitions.
+# The naive pipeline, written from the definitions with PIL's operations, one image at a time.
 
 
 def naive_box(random: list[float], settings: ViewSettings, simclr: bool, height: int, width: int) -> tuple[int, ...]:
@@ -219,7 +219,7 @@ def test_draws_streams_seeds_and_views_are_independent() -> None:
         assert (first != other).flatten(1).any(1).all(), name
 
 
-# How the random numbers are spread. Seeds are fixed, so nothing here is left to chance.
+# The distribution of the random numbers. Seeds are fixed, so the tests are deterministic.
 
 NUMBER = 30_000
 
@@ -250,7 +250,7 @@ def test_randaugment_draws_ops_magnitudes_signs_and_application_evenly_and_indep
 
 
 def test_weak_crops_and_flips_are_uniform() -> None:
-    # Red counts columns and green rows, so that one pixel tells where it came from.
+    # Red is the column and green the row of each pixel, which shows where it came from.
     rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     images = torch.stack([columns, rows, rows]).to(torch.uint8)[None].expand(NUMBER, -1, -1, -1)
     view = make_view(images, View.WEAK, SMALL, seed=0, stream=LABELED, draws=torch.arange(NUMBER)).long()
@@ -290,7 +290,7 @@ def test_jitter_factors_and_probabilities_are_those_of_the_settings() -> None:
     settings = replace(SMALL, image_size=8, jitter=(0.4, 0.0, 0.0, 0.0), grayscale_probability=0.0)
     numbers = {"seed": 0, "stream": LABELED, "draws": torch.arange(NUMBER)}
     grey = make_view(images, View.CONTRASTIVE, settings, **numbers)[:, 0, 0, 0].long()
-    # Factors of exactly 1 leave 100 as it is, and so does a 1/80 share of the jittered.
+    # A factor of exactly 1 keeps 100; so do 1/80 of the other factors.
     assert_share(grey == 100, 0.2 + 0.8 / 80)
     assert_evenly_spread(grey[grey != 100].sub(60).sub((grey[grey != 100] > 100).long()), 79)
 
@@ -339,7 +339,7 @@ def test_only_the_contrastive_view_can_stay_unnormalised() -> None:
         assert torch.equal(normalize(images, settings, view=view), normalize(images, SMALL, view=view))
 
 
-# Errors name the fix.
+# Errors.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every batched operation gives PIL's bytes, on real images and on degenerate ones."""
+"""Every batched operation equals PIL's byte for byte, on real and degenerate images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def from_pil(image: Image.Image) -> Tensor:
 
 @lru_cache
 def patches(height: int, width: int, number: int = 24) -> Tensor:
-    """Patches of two photographs, fine and coarse, then a flat image, a two-tone one, black, white and noise."""
+    """Patches of two photographs at two scales, and flat, two-tone, black, white and noise images."""
     generator = np.random.default_rng(0)
     cut = []
     for index in range(number):
@@ -53,7 +53,7 @@ def load_sample_photos() -> list[np.ndarray]:
 def assert_equals_pil(
     images: Tensor, result: Tensor, reference: Callable[..., Image.Image], *parameters: Tensor
 ) -> None:
-    """Compares with PIL image by image, the parameters as Python numbers."""
+    """Compares with PIL image by image, with parameters as Python numbers."""
     rows = zip(*(parameter.tolist() for parameter in parameters), strict=True) if parameters else [()] * len(images)
     expected = torch.stack([from_pil(reference(to_pil(image), *row)) for image, row in zip(images, rows, strict=True)])
     assert result.dtype == torch.uint8
@@ -126,7 +126,7 @@ OPS = {
 def test_an_op_with_a_parameter_equals_pil_at_every_magnitude(name: str, height: int, width: int) -> None:
     op, reference, values = OPS[name]
     images = patches(height, width)
-    # Every image with every value: the batch is the product.
+    # Every image with every value.
     images, values = images.repeat_interleave(len(values), 0), values.repeat(len(images))
     assert_equals_pil(images, op(images, values), reference, values)
 
@@ -142,7 +142,7 @@ def test_an_op_with_a_parameter_equals_pil_at_every_magnitude(name: str, height:
 )
 def test_an_op_without_parameter_equals_pil(op: Callable, reference: Callable, height: int, width: int) -> None:
     images = patches(height, width)
-    # Squeezed values too: autocontrast and equalize then have something to stretch.
+    # Also with compressed values, which autocontrast and equalize stretch.
     images = torch.cat([images, images // 3 + 50, images // 16, images // 64 + 100])
     assert_equals_pil(images, op(images), reference)
 

@@ -77,11 +77,11 @@ class IOMatch(Algorithm):
         heads = batch.heads or {}  # forward has checked that both exist
         labeled_odds, weak_odds = map(self._inlier_odds, heads["one_vs_all"][:2])
         probabilities, weak_odds = self.alignment(predict(logits_weak)), weak_odds.detach()
-        outlier = (probabilities * (-weak_odds).sigmoid()).sum(1, keepdim=True)
-        open_targets = torch.cat([probabilities * weak_odds.sigmoid(), outlier], dim=1)
+        ood = (probabilities * (-weak_odds).sigmoid()).sum(1, keepdim=True)
+        open_targets = torch.cat([probabilities * weak_odds.sigmoid(), ood], dim=1)
         open_mask = pseudo_label(open_targets, self.settings.open_threshold).mask
         pseudo = pseudo_label(probabilities, self.settings.confidence_threshold)
-        pseudo = pseudo._replace(mask=pseudo.mask * (outlier.squeeze(1) < 0.5))
+        pseudo = pseudo._replace(mask=pseudo.mask * (ood.squeeze(1) < 0.5))
         return pseudo, {
             "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
             "loss_u": masked_cross_entropy(logits=logits_strong, targets=probabilities, mask=pseudo.mask),

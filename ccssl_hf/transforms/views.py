@@ -19,19 +19,9 @@ from ..sampling import uniform
 from . import geometry, ops
 from .settings import CROP_TRIES, Column, View, ViewSettings
 
-_PIXEL_OPS = (
-    "autocontrast",
-    "equalize",
-    "identity",
-    "brightness",
-    "color",
-    "contrast",
-    "sharpness",
-    "posterize",
-    "solarize",
-)
+_ENHANCEMENTS = {"brightness": ops.brightness, "color": ops.color, "contrast": ops.contrast, "sharpness": ops.sharpness}
 _GEOMETRIC_OPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-RANDAUGMENT_OPS = _PIXEL_OPS + _GEOMETRIC_OPS
+RANDAUGMENT_OPS = ("autocontrast", "equalize", "identity", *_ENHANCEMENTS, "posterize", "solarize", *_GEOMETRIC_OPS)
 """RandAugment's ops. The random number for the op selects one by position."""
 
 _JITTER_ORDERS = torch.tensor(list(permutations(range(4))))
@@ -57,11 +47,7 @@ def crop_boxes(
     `make_view` with `cropped=True`. The view equals the one made from the whole image.
 
     Args:
-        view: The view.
-        settings: Its settings.
-        seed: The run's seed.
-        stream: `sampling.LABELED` or `sampling.UNLABELED`.
-        draws: int64 `[N]`.
+        view, settings, seed, stream, draws: As in `make_view`.
         heights, widths: Size of the images in pixels, int64 `[N]` each.
 
     Returns:
@@ -148,12 +134,12 @@ def _randaugment(images: Tensor, random: Tensor, settings: ViewSettings) -> None
         factor = 0.05 + 0.9 * magnitude.to(torch.float64) / 10
         _apply(images, chosen["autocontrast"], ops.autocontrast)
         _apply(images, chosen["equalize"], ops.equalize)
-        for enhance in (ops.brightness, ops.color, ops.contrast, ops.sharpness):
-            _apply(images, chosen[enhance.__name__], enhance, factor)
+        for name, enhance in _ENHANCEMENTS.items():
+            _apply(images, chosen[name], enhance, factor)
         _apply(images, chosen["posterize"], ops.posterize, 4 + 4 * magnitude // 10)
         _apply(images, chosen["solarize"], ops.solarize, 256 - 256 * magnitude // 10)
         matrices = _affine_matrices(chosen, magnitude, sign, settings.image_size)
-        moved = applied & (op >= len(_PIXEL_OPS))
+        moved = applied & (op >= RANDAUGMENT_OPS.index("rotate"))
         _apply(images, moved, geometry.affine, matrices)
 
 
