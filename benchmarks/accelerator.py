@@ -1,17 +1,16 @@
-"""What an accelerator makes of a training step: its share beside the network, views and images a second, memory.
+"""Training on an accelerator: share of a step outside the network, views and images a second, and memory.
 
     python benchmarks/accelerator.py                       # on a GPU; without one, every row says "not measured"
-    python benchmarks/accelerator.py --device cpu --quick  # shows that it runs, for a few steps of small networks
+    python benchmarks/accelerator.py --device cpu --quick  # only checks that it runs
 
 Three ways of training are compared, all in bf16 and compiled. Bare: forward, cross-entropy, backward and an SGD step of
-the plain network on tensors that are ready. Naive: the same, fed with PIL's views one image at a time by as many worker
-processes as there are cores. Ours: a real run of `CCSSLTrainer` with FixMatch and CCSSL. All see as many images a step:
-each labeled image with `mu` unlabeled ones, and these in three views.
+the plain network on preloaded tensors. Naive: the same, with views from PIL, one image at a time in one worker process
+for each core. Ours: a real run of `CCSSLTrainer` with FixMatch and CCSSL. All process the same number of images a step:
+labeled images, and `mu` times as many unlabeled images in three views.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import statistics
@@ -19,34 +18,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import timm
 import torch
-import torch.nn.functional as F
-from harness import RESULTS, Bar, Row, in_turn, publish
+from harness import FASTER, Bar, Row, in_turn, parser, publish
 from PIL import Image
 from pil_views import pil_transform
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import TrainerCallback, set_seed
+from workload import StepEnds, as_dataset, bare_step, jpeg, make_trainer, photo_cuts
 
-from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.sampling import UNLABELED
 from ccssl_hf.transforms import View, ViewSettings, make_view, normalize
 
-LABELS = [str(number) for number in range(10)]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A network and its step: `batch` labeled images and `mu` times as many unlabeled ones; `side` is of the files."""
+    """A network at `size` px, files of `side` px, and `batch` labeled images a step with `mu` unlabeled ones each."""
 
     backbone: str
     size: int
@@ -76,15 +68,15 @@ VIEWS_AT_ONCE = {"step": 448, "large": 4096}
 _STEP = "{backbone}, {size} px, {batch} labeled, mu {mu}"
 _SMALL, _LARGE = (_STEP.format(**vars(setting)) for setting in (SMALL, LARGE))
 PLAN: dict[str, tuple[str, str, Bar | None]] = {
-    "share": (f"share of a step that is not the network: {_SMALL}", "% of the step", Bar("≤", 10)),
+    "share": (f"share of a step outside the network: {_SMALL}", "% of the step", Bar("≤", 10)),
     "views_large": (f"three views of {VIEWS_AT_ONCE['large']} images, 32 px", "views/s", Bar("≥", 1_000_000)),
     "views_step": (f"three views of {VIEWS_AT_ONCE['step']} images, 32 px", "views/s", None),
-    "small": (f"training against PIL's views on all cores: {_SMALL}", "times as fast", None),
-    "large": (f"training against PIL's views on all cores: {_LARGE}", "times as fast", None),
+    "small": (f"training against PIL's views on all cores: {_SMALL}", FASTER, None),
+    "large": (f"training against PIL's views on all cores: {_LARGE}", FASTER, None),
     "memory_small": (f"peak device memory of a step: {_SMALL}", "MiB", None),
     "memory_large": (f"peak device memory of a step: {_LARGE}", "MiB", None),
 }
-"""Every row: what it measures, the unit of its figure, its bar."""
+"""Every row: what it measures, the unit of its figure, its aim."""
 
 
 def row(key: str, baseline: str = "", ours: str = "", figure: float | None = None, **details: Any) -> Row:
@@ -92,33 +84,17 @@ def row(key: str, baseline: str = "", ours: str = "", figure: float | None = Non
     return Row(what, baseline, ours, figure, unit, bar, details)
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
 def photos(number: int, side: int) -> list[bytes]:
-    """JPEG files of squares cut at random from scikit-learn's two photographs."""
-    random, sources, files = np.random.RandomState(0), load_sample_images().images, []
-    for index in range(number):
-        source = sources[index % len(sources)]
-        top, left = (random.randint(length - side + 1) for length in source.shape[:2])
-        file = io.BytesIO()
-        Image.fromarray(source[top : top + side, left : left + side]).save(file, "JPEG", quality=90)
-        files.append(file.getvalue())
-    return files
-
-
-def as_dataset(files: list[bytes]) -> datasets.Dataset:
-    columns = {"image": [{"bytes": file, "path": None} for file in files], "label": [i % 10 for i in range(len(files))]}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
-    return datasets.Dataset.from_dict(columns, features=features)
+    """Square JPEG files."""
+    return [jpeg(cut) for cut in photo_cuts(number, (side, side), (side, side))]
 
 
 class PilViews(Dataset[Tensor]):
-    """One labeled image in its weak view and `mu` unlabeled ones in three, `[1 + 3 * mu, 3, S, S]`; no end to them."""
+    """The weak view of a labeled image and three views of `mu` unlabeled images, `[1 + 3 * mu, 3, S, S]`."""
 
     def __init__(self, files: list[bytes], setting: Setting) -> None:
         self.setting, self.files = setting, files
-        # Small images are held decoded, as torchvision's CIFAR-10 is.
+        # Small images are decoded once, like torchvision's CIFAR-10.
         self.decoded = [self._decode(file) for file in files] if setting.size <= 64 else None
         self.transforms = {view: pil_transform(view, setting.views) for view in View}
 
@@ -141,16 +117,13 @@ class PilViews(Dataset[Tensor]):
         return torch.stack(views)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-
-
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds_a_step(steps: Iterator[None], setting: Setting, device: str) -> float:
-    """Of the steps that follow the warm-up, with all that the device still has to do at their end."""
+    """Mean over the steps after the warm-up, until the device has finished them."""
     for _ in range(setting.warmup):
         next(steps)
     synchronize(device)
@@ -161,28 +134,9 @@ def seconds_a_step(steps: Iterator[None], setting: Setting, device: str) -> floa
     return (time.perf_counter() - started) / setting.steps
 
 
-def bare_step(setting: Setting, device: str, backend: str) -> Callable[[Tensor], None]:
-    """A step of the plain network, compiled, in bf16, with all that torch has to make it fast."""
-    set_seed(0)
-    network = timm.create_model(setting.backbone, num_classes=len(LABELS)).train()
-    network = network.to(device=device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.03, momentum=0.9, nesterov=True, fused=True)
-    compiled = torch.compile(network, backend=backend, dynamic=False)
-    labels = torch.randint(len(LABELS), (setting.images,)).to(device)
-
-    def step(images: Tensor) -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16):
-            logits = compiled(images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-
-    return step
-
-
 def bare(setting: Setting, device: str, backend: str) -> float:
     """Seconds a step of the network alone."""
-    step = bare_step(setting, device, backend)
+    step = bare_step(setting.backbone, setting.images, device=device, compiler=backend)
     images = torch.randn(setting.images, 3, setting.size, setting.size).to(device, memory_format=torch.channels_last)
 
     def steps() -> Iterator[None]:
@@ -193,11 +147,10 @@ def bare(setting: Setting, device: str, backend: str) -> float:
 
 
 def naive(setting: Setting, files: list[bytes], device: str, backend: str, workers: int) -> float:
-    """Seconds a step of the network fed by PIL in worker processes."""
-    step = bare_step(setting, device, backend)
-    loader = DataLoader(
-        PilViews(files, setting), batch_size=setting.batch, num_workers=workers, pin_memory=device == "cuda"
-    )
+    """Seconds a step of the network with views from PIL in worker processes."""
+    step = bare_step(setting.backbone, setting.images, device=device, compiler=backend)
+    data = PilViews(files, setting)
+    loader = DataLoader(data, batch_size=setting.batch, num_workers=workers, pin_memory=device == "cuda")
 
     def steps() -> Iterator[None]:
         for views in loader:
@@ -207,28 +160,31 @@ def naive(setting: Setting, files: list[bytes], device: str, backend: str, worke
     return seconds_a_step(steps(), setting, device)
 
 
-class Clock(TrainerCallback):
-    """Seconds a step of a real run, after the warm-up."""
+class SynchronizedEnds(StepEnds):
+    """Notes the time only at the end of the warm-up and of the run, after the device has finished."""
 
     def __init__(self, setting: Setting, device: str) -> None:
+        super().__init__()
         self.setting, self.device = setting, device
-        self.started = self.seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in (self.setting.warmup, state.max_steps):
             synchronize(self.device)
-            now = time.perf_counter()
-            self.started, self.seconds = now, (now - self.started) / self.setting.steps
+            super().on_step_end(args, state, control, **kwargs)
 
 
 def ours(setting: Setting, files: list[bytes], device: str, backend: str, workers: int) -> float:
     """Seconds a step of `CCSSLTrainer`."""
-    set_seed(0)
-    model = CCSSLForImageClassification.from_timm(setting.backbone, labels=LABELS, image_size=setting.size)
-    clock = Clock(setting, device)
+    clock = SynchronizedEnds(setting, device)
     with tempfile.TemporaryDirectory() as folder:
-        args = CCSSLTrainingArguments(
+        split = as_dataset(files)
+        make_trainer(
             folder,
+            setting.backbone,
+            split,
+            split,
+            image_size=setting.size,
+            callbacks=[clock],
             max_steps=setting.warmup + setting.steps,
             per_device_train_batch_size=setting.batch,
             mu=setting.mu,
@@ -236,18 +192,13 @@ def ours(setting: Setting, files: list[bytes], device: str, backend: str, worker
             torch_compile_backend=backend,
             dataloader_num_workers=workers if setting.size > 64 else 0,
             logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
             use_cpu=device == "cpu",
-        )
-        split = as_dataset(files)
-        CCSSLTrainer(model, args, train_dataset=split, unlabeled_dataset=split, callbacks=[clock]).train()
-    return clock.seconds
+        ).train()
+    return (clock.times[-1] - clock.times[-2]) / setting.steps
 
 
 def peak_memory(device: str, run: Callable[..., float], *given: Any) -> tuple[float, float | None]:
-    """What `run` gives, and the most memory that tensors took on the device meanwhile, in MiB."""
+    """The result of `run`, and the peak of the memory of tensors on the device, in MiB."""
     if device != "cuda":
         return run(*given), None
     torch.cuda.empty_cache()
@@ -257,7 +208,7 @@ def peak_memory(device: str, run: Callable[..., float], *given: Any) -> tuple[fl
 
 
 def training_rows(name: str, setting: Setting, device: str, quick: bool) -> list[Row]:
-    """Bare, ours, naive and bare again, so that a drift of the machine's speed shows."""
+    """Bare, ours, naive, and bare again to show a drift of the machine's speed."""
     if quick:
         setting = QUICK[setting]
     backend, workers = ("eager", 1) if quick else ("inductor", CORES)
@@ -279,7 +230,7 @@ def training_rows(name: str, setting: Setting, device: str, quick: bool) -> list
 
 
 def views_row(name: str, device: str, quick: bool) -> Row:
-    """Weak, strong and contrastive views, from uint8 images on the device to normalised tensors."""
+    """Three views, from uint8 images on the device to normalized tensors."""
     number = 8 if quick else VIEWS_AT_ONCE[name]
     images = torch.stack(
         [torch.from_numpy(np.array(Image.open(io.BytesIO(file)))).permute(2, 0, 1) for file in photos(number, 32)]
@@ -288,7 +239,7 @@ def views_row(name: str, device: str, quick: bool) -> Row:
     settings = SMALL.views
 
     def make() -> None:
-        draws.add_(number)  # another batch sees other random numbers
+        draws.add_(number)  # other random numbers for each batch
         for view in View:
             made = make_view(images, view, settings, seed=0, stream=UNLABELED, draws=draws)
             normalize(made, settings, view=view)
@@ -299,7 +250,7 @@ def views_row(name: str, device: str, quick: bool) -> Row:
 
 
 def measure(device: str | None, quick: bool) -> list[Row]:
-    """All rows, in the order of the plan; None for a device: nothing is measured."""
+    """All rows in the order of `PLAN`; without a device nothing is measured."""
     if device is None:
         return [row(key) for key in PLAN]
     rows = [*training_rows("small", SMALL, device, quick), *training_rows("large", LARGE, device, quick)]
@@ -310,16 +261,11 @@ def measure(device: str | None, quick: bool) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    available = "cuda" if torch.cuda.is_available() else None
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default=available, help="default: the GPU, if there is one"
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
-    given = parser.parse_args()
+    flags, gpu = parser(__doc__), "cuda" if torch.cuda.is_available() else None
+    flags.add_argument("--device", choices=("cuda", "cpu"), default=gpu, help="default: the GPU, if there is one")
+    given = flags.parse_args()
     if given.device == "cpu" and not given.quick:
-        parser.error("--device cpu only shows that the benchmark runs: add --quick.")
+        flags.error("--device cpu only checks that the benchmark runs: add --quick.")
     publish(__file__, measure(given.device, given.quick), quick=given.quick, output=given.output)
 
 

@@ -1,10 +1,10 @@
-"""Every algorithm, with and without CCSSL, on small real images: the same network, steps, views and labels for all.
+"""Compare all algorithms, with and without CCSSL, on small real images with the same network, steps, views and labels.
 
     python benchmarks/algorithms.py --data cifar10_mini            # all algorithms, seeds 0, 1 and 2
     python benchmarks/algorithms.py --data cifar10_mini --choose pseudo_labels
 
-A finished run is a line in results/algorithms_<data>.jsonl, and is not run again. results/algorithms.md is written from
-these lines.
+A finished run is a line in results/algorithms_<data>.jsonl and is not repeated. The tables in results/algorithms.md are
+written from these lines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters
-from ccssl_hf.card.plots import format_table
+from ccssl_hf.card.tables import format_table
 from ccssl_hf.metrics import pseudo_label_quality
 
 NEW_PAGE = """# Algorithms with and without CCSSL
@@ -38,16 +38,16 @@ NEW_PAGE = """# Algorithms with and without CCSSL
 """
 TABLES = re.compile(r"(<!-- tables.*?-->\n).*?(<!-- /tables -->)", re.DOTALL)
 COLUMNS = {
-    "top1": "top-1",
-    "auroc": "AUROC by confidence",
-    "auroc_open_set": "AUROC by open-set score",
-    "precision": "pseudo-label precision",
-    "coverage": "pseudo-label coverage",
+    "top1": "Top-1 accuracy",
+    "auroc": "OOD AUROC (confidence)",
+    "auroc_open_set": "OOD AUROC (open-set score)",
+    "precision": "Pseudo-label precision",
+    "coverage": "Pseudo-label coverage",
     "seconds_per_step": "CPU seconds a step",
 }
 RESULTS = Path(__file__).parent / "results"
 BACKBONE = "wide_resnet10_1_cifar"
-BN_MOMENTUM = 0.1  # the published 0.001 would hardly leave its initial statistics in so few steps
+BN_MOMENTUM = 0.1  # with the published 0.001 the initial statistics would remain after so few steps
 IMAGE_SIZES = {"cifar10_mini": 16, "butterfly10_mini": 24}
 COMMON = {
     "per_device_train_batch_size": 8,
@@ -56,7 +56,7 @@ COMMON = {
     "weight_decay": 1e-3,
     "lambda_contrast": 1.0,
 }
-# The last three were chosen on validation data with FixMatch, from the values below.
+# `CHOSEN` were chosen on validation data with FixMatch, from the values below.
 SETTINGS: dict[str, dict[str, Any]] = {
     "cifar10_mini": {
         "max_steps": 900,
@@ -73,7 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "push_threshold": 0.9,
     },
 }
-# What a run of a few hundred steps would not fill, or not move away from where it starts.
+# Windows and momentums that are too long for a run of a few hundred steps.
 SHORTENED: dict[str, dict[str, Any]] = {
     "freematch": {"momentum": 0.99},
     "softmatch": {"momentum": 0.99},
@@ -81,23 +81,24 @@ SHORTENED: dict[str, dict[str, Any]] = {
     "iomatch": {"distribution_alignment_window": 32},
 }
 CHOSEN = ("learning_rate", "confidence_threshold", "push_threshold")
-# What was tried: learning rate and confidence threshold without CCSSL, then CCSSL's threshold with the best of these.
+# Tried: learning rate and confidence threshold without CCSSL, then the push threshold of CCSSL with the best of these.
 LEARNING_RATES = (0.03, 0.06)
 CONFIDENCE_THRESHOLDS = {"cifar10_mini": (0.8, 0.95), "butterfly10_mini": (0.6, 0.95)}
 PUSH_THRESHOLDS = (None, 0.9)
-
-# ----------------------------------------------------------------------------------------------------------------- data
 
 
 def _parquet(root: Path, pack: str, split: str) -> datasets.Dataset:
     path = root / pack / f"{split}.parquet"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: let --root name the folder that holds the image packs.")
+        raise ValueError(f"{path} is missing: pass the folder of the image packs as --root.")
     return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
 
 
 def load_cifar10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.Dataset]]:
-    """Six animals are the classes, with 40 labels each, drawn by seed. Heap and test split hold vehicles, too."""
+    """Six animals are the classes, with 40 labels each, drawn by seed. Vehicles are the OOD images.
+
+    The unlabeled and the test split have vehicles too.
+    """
     train = _parquet(root, "cifar10_mini", "train")
     names = train.features["label"].names
     known = [name for name in names if name not in ("airplane", "automobile", "ship", "truck")]
@@ -107,17 +108,17 @@ def load_cifar10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.D
     free = [row for row in range(len(train)) if row not in taken]
     validation = [row for c in range(len(names)) for row in [r for r in free if labels[r] == c][:30]]
     labeled = [row for row in lists[f"labeled_400_seed{seed}"] if names[labels[row]] in known]
-    heap = sorted(set(range(len(train))) - set(labeled) - set(validation))
-    rows = {"labeled": labeled, "unlabeled": heap, "validation": validation}
+    unlabeled = sorted(set(range(len(train))) - set(labeled) - set(validation))
+    rows = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation}
     splits = {split: train.select(numbers) for split, numbers in rows.items()}
     return known, {**splits, "test": _parquet(root, "cifar10_mini", "test")}
 
 
 def load_butterfly10(root: Path, seed: int) -> tuple[list[str], dict[str, datasets.Dataset]]:
-    """Ten species with 4 to 13 labels, the same images for every seed. The heap holds eight further species.
+    """Ten species with 4 to 13 labels, the same images for every seed. The unlabeled split has eight further species.
 
-    Which images these are is not told. AUROC is therefore of the known species against ten that are in no split, both
-    from the test split of the larger pack that this one was cut from, so that nothing but the species differs.
+    The unlabeled images have no labels, so pseudo-label precision cannot be measured. OOD AUROC compares the ten
+    species with ten that are in no split. Both are from the test split of butterfly50_semi.
     """
     pack = "butterfly10_mini"
     splits = {split: _parquet(root, pack, split) for split in ("labeled", "unlabeled", "validation", "test")}
@@ -133,11 +134,9 @@ def load_butterfly10(root: Path, seed: int) -> tuple[list[str], dict[str, datase
 
 DATA = {"cifar10_mini": load_cifar10, "butterfly10_mini": load_butterfly10}
 
-# ------------------------------------------------------------------------------------------------------------------ run
-
 
 class StepTimes(TrainerCallback):
-    """Processor time between the ends of steps, in seconds: what else the machine does hardly shows in it."""
+    """Processor time between the ends of steps, in seconds. Other processes hardly change it."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -151,7 +150,7 @@ class StepTimes(TrainerCallback):
 
 
 def settings_of(data: str, algorithm: str, ccssl: bool, changes: dict[str, Any]) -> dict[str, Any]:
-    """All that a run is given besides data and seed, with names of `CCSSLTrainingArguments`."""
+    """The settings of a run except data and seed, by their names in `CCSSLTrainingArguments`."""
     wanted = {**COMMON, **SETTINGS[data], **SHORTENED.get(algorithm, {}), **changes}
     if not ccssl:
         wanted |= {"lambda_contrast": 0.0, "push_threshold": None}
@@ -161,43 +160,29 @@ def settings_of(data: str, algorithm: str, ccssl: bool, changes: dict[str, Any])
     return {"algorithm": algorithm, **wanted}
 
 
-def trainer_of(
-    data: str, root: Path, seed: int, settings: dict[str, Any], *, folder: str, callbacks: list[TrainerCallback]
-) -> tuple[CCSSLTrainer, dict[str, datasets.Dataset]]:
-    """A trainer before its first step, and all splits."""
+def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validation_only: bool) -> dict[str, Any]:
+    """Train once, and evaluate the averaged weights of the last step."""
     known, splits = DATA[data](root, seed)
     set_seed(seed)
     model = CCSSLForImageClassification.from_timm(
         BACKBONE, labels=known, image_size=IMAGE_SIZES[data], bn_momentum=BN_MOMENTUM
     )
     reads_unlabeled = settings["algorithm"] != "supervised" or settings["lambda_contrast"] > 0
-    args = CCSSLTrainingArguments(
-        folder,
-        seed=seed,
-        per_device_eval_batch_size=100,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        **settings,
-    )
-    trainer = CCSSLTrainer(
-        model,
-        args,
-        train_dataset=splits["labeled"],
-        unlabeled_dataset=splits["unlabeled"] if reads_unlabeled else None,
-        eval_dataset=splits["validation"],
-        callbacks=callbacks,
-    )
-    return trainer, splits
-
-
-def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validation_only: bool) -> dict[str, Any]:
-    """Trains once, and measures the averaged weights of the last step."""
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
-        trainer, splits = trainer_of(data, root, seed, settings, folder=folder, callbacks=[times])
+        args = CCSSLTrainingArguments(
+            folder,
+            seed=seed,
+            per_device_eval_batch_size=100,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **settings,
+        )
+        unlabeled = splits["unlabeled"] if reads_unlabeled else None
+        trainer = CCSSLTrainer(model, args, splits["labeled"], unlabeled, splits["validation"], callbacks=[times])
         trainer.train()
         row: dict[str, float | None] = {"seconds_per_step": round(times.median(), 4)}
         row["validation_top1"] = trainer.evaluate()["eval_top1"]
@@ -205,24 +190,21 @@ def run(data: str, root: Path, seed: int, settings: dict[str, Any], *, validatio
 
 
 def measure(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset], threshold: float) -> dict[str, float | None]:
-    """Test metrics, and how good the pseudo labels are that these weights would give the unlabeled heap."""
+    """Metrics on the test split, and the quality of the pseudo labels that these weights give the unlabeled images."""
     metrics = trainer.evaluate(splits["test"], metric_key_prefix="test")
     if "test_open" in splits:
-        apart = trainer.evaluate(splits["test_open"], metric_key_prefix="test")
-        metrics |= {name: value for name, value in apart.items() if name.startswith("test_auroc")}
+        open_set = trainer.evaluate(splits["test_open"], metric_key_prefix="test")
+        metrics |= {name: value for name, value in open_set.items() if name.startswith("test_auroc")}
     names = ("top1", "auroc", "auroc_open_set")
     row: dict[str, float | None] = {name: metrics[f"test_{name}"] for name in names if f"test_{name}" in metrics}
-    heap = trainer.predict(splits["unlabeled"])
-    confidences, pseudo_labels = torch.from_numpy(heap.predictions).softmax(-1).max(-1)
+    unlabeled = trainer.predict(splits["unlabeled"])
+    confidences, pseudo_labels = torch.from_numpy(unlabeled.predictions).softmax(-1).max(-1)
     passed = confidences >= threshold
     row["coverage"] = passed.float().mean().item()
-    if heap.label_ids is not None:
-        quality = pseudo_label_quality(pseudo_labels=pseudo_labels, mask=passed, hidden_labels=heap.label_ids)
+    if unlabeled.label_ids is not None:
+        quality = pseudo_label_quality(pseudo_labels=pseudo_labels, mask=passed, hidden_labels=unlabeled.label_ids)
         row["precision"] = quality["precision"] if passed.any() else None
     return row
-
-
-# -------------------------------------------------------------------------------------------------------------- results
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -230,12 +212,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def identity(row: dict[str, Any]) -> str:
-    """What makes two runs the same one."""
+    """Equal for two runs with the same data, seed and settings."""
     return json.dumps([row["data"], row["seed"], row["settings"], row["validation_only"]], sort_keys=True)
 
 
 def machine(threads: int) -> str:
-    """What times were measured with."""
+    """Processor, threads and torch version, as the rows name them."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.is_file() else []
     threads_text = f"{threads} thread{'s' * (threads > 1)} a run"
@@ -243,7 +225,7 @@ def machine(threads: int) -> str:
 
 
 def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The runs that the command line asks for, one seed of everything after the other."""
+    """The runs that the flags name: all runs of a seed before those of the next seed."""
     data = options.data
     jobs: list[tuple[str, bool, dict[str, Any]]]
     if options.choose == "pseudo_labels":
@@ -262,7 +244,7 @@ def planned(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def results_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each algorithm without and with CCSSL; in its columns one value for each seed."""
+    """A row for each algorithm without and with CCSSL, with mean and standard deviation over seeds."""
     lines = []
     for algorithm in ALGORITHMS:
         mine = [row for row in rows if row["settings"]["algorithm"] == algorithm]
@@ -275,13 +257,13 @@ def results_table(rows: Sequence[dict[str, Any]]) -> str:
                 lines.append({"algorithm": name, "seeds": len(runs), **values})
         both = sorted(without.keys() & with_it.keys())
         if both:
-            lines[-1]["CCSSL adds to top-1"] = [with_it[seed]["top1"] - without[seed]["top1"] for seed in both]
-    order = ("algorithm", "seeds", "top-1", "CCSSL adds to top-1", *COLUMNS.values())
+            lines[-1]["Change by CCSSL"] = [with_it[seed]["top1"] - without[seed]["top1"] for seed in both]
+    order = ("algorithm", "seeds", "Top-1 accuracy", "Change by CCSSL", *COLUMNS.values())
     return format_table(lines, [t for t in dict.fromkeys(order) if any(t in line for line in lines)], markdown=True)
 
 
 def choice_table(rows: Sequence[dict[str, Any]]) -> str:
-    """What was tried on validation data, with one value for each seed."""
+    """The settings that were tried on validation data."""
     tried: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         settings = row["settings"]
@@ -293,7 +275,7 @@ def choice_table(rows: Sequence[dict[str, Any]]) -> str:
             "learning_rate": rate,
             "confidence_threshold": threshold,
             "push_threshold": f"{push or 'none'}" if ccssl else "",
-            "validation top-1": values,
+            "Top-1 accuracy (validation)": values,
         }
         for (rate, threshold, push, ccssl), values in tried.items()
     ]
@@ -301,8 +283,7 @@ def choice_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def section(data: str, rows: Sequence[dict[str, Any]], steps: int | None) -> str:
-    """All that is said of one data set: what it is, settings, the table, and how settings were chosen."""
-
+    """The part of the page for one data set: data, settings, results, and how the settings were chosen."""
     changes = {"max_steps": steps} if steps else {}
 
     def current(row: dict[str, Any]) -> bool:
@@ -319,15 +300,15 @@ def section(data: str, rows: Sequence[dict[str, Any]], steps: int | None) -> str
         f"## {data}",
         inspect.getdoc(DATA[data]) or "",
         f"`{BACKBONE}` from random weights at {IMAGE_SIZES[data]} px with BatchNorm momentum {BN_MOMENTUM}; "
-        f"{_words(settings)}. Lengths that so short a run would not fill: {'; '.join(shortened)}. All else: defaults.",
-        "Test split, EMA weights, last step; mean ± standard deviation over seeds. Pseudo labels: what these weights "
-        f"say of the unlabeled heap with confidence {settings['confidence_threshold']} or more; one for an image of no "
-        f"known class counts as wrong. Processor times of {final[-1]['machine']}.",
+        f"{_words(settings)}. Shortened for so short a run: {'; '.join(shortened)}. Other settings: defaults.",
+        "Test split, EMA weights, last step; mean ± standard deviation over seeds. Pseudo labels are those that these "
+        f"weights give unlabeled images with confidence {settings['confidence_threshold']} or more; the pseudo label "
+        f"of an OOD image counts as wrong. Times are processor times of {final[-1]['machine']}.",
         results_table(final),
     ]
     if tried:
         parts += [
-            "Chosen by top-1 of known classes on the validation split (EMA weights, last step):",
+            "Settings were chosen by top-1 accuracy on the validation split (EMA weights, last step):",
             choice_table(tried),
         ]
     return "\n\n".join(parts)
@@ -338,7 +319,7 @@ def _words(settings: dict[str, Any]) -> str:
 
 
 def write_tables(page: Path, tables: str, *, new_page: str) -> None:
-    """Puts tables between the two comments of a page; what else stands there is left alone."""
+    """Replace the text between the two comments of a page."""
     text = page.read_text(encoding="utf-8") if page.is_file() else new_page
     page.write_text(TABLES.sub(lambda match: f"{match[1]}\n{tables}\n\n{match[2]}", text), encoding="utf-8")
 
@@ -349,12 +330,12 @@ def write_page(folder: Path, steps: int | None) -> None:
 
 
 def parser_of_runs(description: str | None) -> argparse.ArgumentParser:
-    """Flags of every benchmark whose runs are lines of a file."""
+    """The flags of this benchmark and of fast_flags.py."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=DATA, required=True)
-    parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="folder that holds the image packs")
+    parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="folder of the image packs")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="default: what SETTINGS says")
+    parser.add_argument("--steps", type=int, help="optimizer steps; default: those in SETTINGS")
     parser.add_argument("--threads", type=int, default=1, help="threads of this process")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder to write to")
     return parser
@@ -364,27 +345,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     def names(text: str) -> list[str]:
         chosen = text.split(",")
         for name in chosen:
-            algorithm_hyperparameters(name)  # raises, and says what there is
+            algorithm_hyperparameters(name)  # raises an error that lists the names
         return chosen
 
     parser = parser_of_runs(__doc__)
-    parser.add_argument("--algorithms", type=names, default=list(ALGORITHMS), help="with commas between; default: all")
+    parser.add_argument("--algorithms", type=names, default=list(ALGORITHMS), help="separated by commas; default: all")
     parser.add_argument(
         "--choose",
         choices=("pseudo_labels", "contrast"),
-        help="try settings on validation data instead: first those of FixMatch, then those that CCSSL adds to it",
+        help="try settings on validation data: first those of FixMatch, then the one that CCSSL adds",
     )
-    parser.add_argument("--shard", default="0/1", help="i/n: this process does every n-th run, from the i-th on")
+    parser.add_argument("--shard", default="0/1", help="i/n: this process does every n-th run, starting with the i-th")
     return parser.parse_args(arguments)
 
 
 def run_missing(jobs: Sequence[dict[str, Any]], file: Path, *, root: Path, threads: int) -> None:
-    """Runs the jobs that have no line in `file` yet, and appends theirs.
+    """Run the jobs that have no line in `file` yet, and append their lines.
 
     Args:
-        jobs: What `identity` reads.
-        file: Where the lines are; its folder is made.
-        root: Folder that holds the image packs.
+        jobs: Data, seed, settings and `validation_only` of each run.
+        file: The file of lines; its folder is created.
+        root: Folder of the image packs.
         threads: Threads of this process.
     """
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Views of 32 px a second on one core, from uint8 images to normalised tensors: in batches, against PIL one by one."""
+"""Three views of 32 px images, in batches against PIL one by one: processor time of one core."""
 
 from __future__ import annotations
 
@@ -9,29 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Bar, Row, in_turn, main, median, ratio
+from harness import FASTER, Bar, Row, compared, in_turn, main, median
 from PIL import Image
 from pil_views import pil_transform
-from sklearn.datasets import load_sample_images
 from torch import Tensor
+from workload import photo_cuts
 
 from ccssl_hf.sampling import UNLABELED
 from ccssl_hf.transforms import View, ViewSettings, make_view, normalize
 
-SIDE = 32
-SETTINGS = ViewSettings(SIDE, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+SETTINGS = ViewSettings(32, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 UNLABELED_PER_STEP = 7 * 64
 """The paper's step on CIFAR-10: 64 labeled images, seven times as many unlabeled ones."""
 
 CIFAR = Path(__file__).parents[2] / "shared/data/cifar10_mini/train.parquet"
-
-
-def photo_tiles(number: int) -> np.ndarray:
-    """Tiles of scikit-learn's two photographs, uint8 `[number, 32, 32, 3]`."""
-    photos = load_sample_images().images
-    corners = [(t, x) for t in range(0, 427 - SIDE, SIDE) for x in range(0, 640 - SIDE, SIDE)]
-    tiles = [photo[top : top + SIDE, left : left + SIDE] for photo in photos for top, left in corners]
-    return np.stack(tiles[:number])
 
 
 def cifar_images(number: int) -> np.ndarray:
@@ -43,7 +34,7 @@ def cifar_images(number: int) -> np.ndarray:
 
 
 def compare(images: np.ndarray, views: tuple[View, ...], *, rounds: int) -> list[list[float]]:
-    """Seconds for one batch with `views` of each image: PIL's one by one, ours."""
+    """Processor seconds for `views` of all images: with PIL one by one, and in batches."""
     pictures = [Image.fromarray(image) for image in images]
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     draws = torch.arange(len(images))
@@ -53,7 +44,7 @@ def compare(images: np.ndarray, views: tuple[View, ...], *, rounds: int) -> list
         return [torch.stack([transform(picture) for picture in pictures]) for transform in transforms]
 
     def batched() -> list[Tensor]:
-        draws.add_(len(draws))  # another batch sees other random numbers
+        draws.add_(len(draws))  # other random numbers for each batch
         return [
             normalize(make_view(batch, view, SETTINGS, seed=0, stream=UNLABELED, draws=draws), SETTINGS, view=view)
             for view in views
@@ -65,30 +56,20 @@ def compare(images: np.ndarray, views: tuple[View, ...], *, rounds: int) -> list
 def measure(quick: bool) -> list[Row]:
     torch.set_num_threads(1)
     number, rounds = (32, 1) if quick else (UNLABELED_PER_STEP, 9)
-    sources = {"photo tiles": photo_tiles(number)}
+    sources = {"photo tiles": np.stack([np.asarray(cut) for cut in photo_cuts(number, (32, 32), (32, 32))])}
     if CIFAR.is_file():
         sources["CIFAR-10 images"] = cifar_images(number)
     rows = []
     for source, images in sources.items():
         what = f"of {number} {source}, 32 px, one core"
-        for name, views in {"weak, strong, contrastive": tuple(View), **{v.name.lower(): (v,) for v in View}}.items():
-            pil, ours = compare(images, views, rounds=rounds)
-            speeds = [f"{len(views) * number / statistics.median(s):,.0f} views/s" for s in (pil, ours)]
-            details = {"baseline_seconds": pil, "our_seconds": ours}
-            whole = len(views) > 1
-            rows.append(
-                Row(
-                    f"{name} {what}",
-                    *speeds,
-                    ratio(pil, ours),
-                    "times as fast",
-                    Bar("≥", 5) if whole else None,
-                    details,
-                )
-            )
-            if whole:
-                speed = len(views) * number / statistics.median(ours)
-                rows.append(Row(f"{name} {what}", median(pil), median(ours), speed, "views/s", Bar("≥", 15_000)))
+        pil, ours = compare(images, tuple(View), rounds=rounds)
+        all_views, total = f"weak, strong, contrastive {what}", len(View) * number
+        rows.append(compared(all_views, pil, ours, FASTER, Bar("≥", 5), per_second=(total, "views/s")))
+        rate = total / statistics.median(ours)
+        rows.append(Row(all_views, median(pil), median(ours), rate, "views/s", Bar("≥", 15_000)))
+        for view in View:
+            times = compare(images, (view,), rounds=rounds)
+            rows.append(compared(f"{view.name.lower()} {what}", *times, FASTER, per_second=(number, "views/s")))
     return rows
 
 

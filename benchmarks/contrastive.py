@@ -1,8 +1,6 @@
 """The contrastive loss, forward and backward, against its definition on matrices of all pairs.
 
-    python benchmarks/contrastive.py
-
-Memory is what a call adds to the resident memory of a fresh process that has called the loss on 64 images before.
+Memory is what a call adds to the resident memory of a fresh process, after one call on 64 images.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import Bar, Row, in_child, in_turn, main, median, ratio, rise_of_memory
+from harness import FASTER, SHARE, Bar, Row, compared, in_child, in_turn, main, median, rise_of_memory
 from torch import Tensor
 
 from ccssl_hf.losses import class_aware_contrastive_loss
@@ -21,11 +19,11 @@ DIMENSION = 64
 CLASSES = 10
 TEMPERATURE = 0.07
 WARMUP = 64
-"""Images of the call that comes first in a fresh process."""
+"""Images of the first call in a fresh process."""
 
 
 def make(num_images: int) -> dict[str, Tensor]:
-    """Random inputs of the loss, by argument name."""
+    """Random arguments of the loss."""
     generator = torch.Generator().manual_seed(0)
     views = torch.randn(num_images, 2, DIMENSION, generator=generator)
     return {
@@ -36,7 +34,7 @@ def make(num_images: int) -> dict[str, Tensor]:
 
 
 def dense(*, embeddings: Tensor, pseudo_labels: Tensor, confidences: Tensor) -> Tensor:
-    """The definition as it stands, on matrices `[2N, 2N]`, differentiated by autograd."""
+    """The definition on matrices `[2N, 2N]`, differentiated by autograd."""
     views = embeddings.flatten(0, 1)
     labels, confidences = pseudo_labels.repeat_interleave(2), confidences.repeat_interleave(2)
     image = torch.arange(len(views)) // 2
@@ -63,7 +61,7 @@ def step(loss: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
 
 
 def memory_and_seconds(loss: Callable[..., Tensor], num_images: int) -> tuple[float, float]:
-    """MiB that a step adds, and its seconds: for a fresh process."""
+    """MiB that a step adds, and its seconds. To be called in a fresh process."""
     step(loss, make(WARMUP))
     inputs = make(num_images)
     seconds: list[float] = []
@@ -76,19 +74,11 @@ def memory_and_seconds(loss: Callable[..., Tensor], num_images: int) -> tuple[fl
     return rise_of_memory(call), seconds[0]
 
 
-def time_row(num_images: int, rounds: int, *, faster: bool) -> Row:
-    """Both ways timed in turn: how many times as fast ours is, or its share of the baseline's time."""
+def time_row(num_images: int, rounds: int, unit: str, bar: Bar) -> Row:
+    """Times of both, called in turn."""
     inputs = make(num_images)
     times = in_turn(lambda: step(dense, inputs), lambda: step(ours, inputs), rounds=rounds)
-    return Row(
-        what=f"contrastive loss, N = {num_images:,}, D = {DIMENSION}",
-        baseline=median(times[0]),
-        ours=median(times[1]),
-        figure=ratio(*times) if faster else ratio(*reversed(times)),
-        unit="times as fast" if faster else "x the baseline's time",
-        bar=Bar("≥", 5) if faster else Bar("≤", 1),
-        details={"baseline_seconds": times[0], "ours_seconds": times[1]},
-    )
+    return compared(f"contrastive loss, N = {num_images:,}, D = {DIMENSION}", *times, unit, bar)
 
 
 def measure(quick: bool) -> list[Row]:
@@ -97,8 +87,8 @@ def measure(quick: bool) -> list[Row]:
     memory, _ = in_child(memory_and_seconds, ours, large)
     huge_memory, huge_seconds = in_child(memory_and_seconds, ours, huge)
     return [
-        time_row(large, rounds=1 if quick else 3, faster=True),
-        time_row(small, rounds=1 if quick else 50, faster=False),
+        time_row(large, 1 if quick else 3, FASTER, Bar("≥", 5)),
+        time_row(small, 1 if quick else 50, SHARE, Bar("≤", 1)),
         Row(
             what=f"contrastive loss, N = {large:,}, memory",
             baseline=f"{baseline_memory:,.0f} MiB",

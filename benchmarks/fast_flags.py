@@ -1,9 +1,9 @@
-"""What the flags that make a step faster cost in accuracy: FixMatch + CCSSL with each, against the defaults.
+"""Accuracy of FixMatch + CCSSL with each flag that makes a step faster, compared with the defaults.
 
     python benchmarks/fast_flags.py --data cifar10_mini            # seeds 0, 1 and 2
 
-Data, settings and files are those of algorithms.py: a finished run is a line in results/fast_flags_<data>.jsonl, and is
-not run again; results/fast_flags.md is written from these lines.
+Data and settings are those of algorithms.py. A finished run is a line in results/fast_flags_<data>.jsonl and is not
+repeated. The tables in results/fast_flags.md are written from these lines.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from algorithms import (
     write_tables,
 )
 
-from ccssl_hf.card.plots import format_table
+from ccssl_hf.card.tables import format_table
 
-NEW_PAGE = """# What the fast flags cost in accuracy
+NEW_PAGE = """# Accuracy with the fast flags
 
 <!-- tables: written by benchmarks/fast_flags.py -->
 <!-- /tables -->
@@ -43,7 +43,7 @@ def settings_with(data: str, flags: dict[str, Any], steps: int | None) -> dict[s
 
 
 def planned(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One seed of everything after the other, so that a drift of the machine's speed meets all of them."""
+    """All runs of a seed before those of the next seed, so a drift of the machine's speed affects all flags."""
     return [
         {"data": options.data, "seed": seed, "settings": settings, "validation_only": False}
         for seed in options.seeds
@@ -52,34 +52,34 @@ def planned(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def section(data: str, rows: Sequence[dict[str, Any]], steps: int | None) -> str:
-    """A line for each flag: one value for each seed, and its difference from the defaults seed by seed."""
+    """A row for each flag, with its differences from the defaults for each seed."""
     runs = {
         name: {row["seed"]: row for row in rows if row["settings"] == settings_with(data, flags, steps)}
         for name, flags in FLAGS.items()
     }
-    default = runs["defaults"]
-    lines = []
+    default, lines = runs["defaults"], []
     for name, mine in runs.items():
         if not mine:  # not run yet
             continue
         pairs = [(row, default[seed]) for seed, row in mine.items() if seed in default and name != "defaults"]
+        changes = [row["top1"] - other["top1"] for row, other in pairs]
+        times = [row["seconds_per_step"] / other["seconds_per_step"] for row, other in pairs]
         lines.append(
             {
                 "flag": name,
                 "seeds": len(mine),
-                "top-1": [row["top1"] for row in mine.values()],
-                "adds to top-1": [row["top1"] - other["top1"] for row, other in pairs] or None,
-                "seed by seed": ", ".join(f"{row['top1'] - other['top1']:+.3f}" for row, other in pairs),
+                "Top-1 accuracy": [row["top1"] for row in mine.values()],
+                "change": changes or None,
+                "change of each seed": ", ".join(f"{change:+.3f}" for change in changes),
                 "CPU seconds a step": [row["seconds_per_step"] for row in mine.values()],
-                "x the defaults' time": [row["seconds_per_step"] / other["seconds_per_step"] for row, other in pairs]
-                or None,
+                "x the defaults' time": times or None,
             }
         )
     parts = [
         f"## {data}",
         f"`{BACKBONE}` at {IMAGE_SIZES[data]} px, {steps or SETTINGS[data]['max_steps']} steps, FixMatch + CCSSL with "
         "the settings of [algorithms.md](algorithms.md). Test split, EMA weights, last step; mean ± standard deviation "
-        f"over seeds. Processor times of {rows[-1]['machine']}.",
+        f"over seeds. Times are processor times of {rows[-1]['machine']}.",
         format_table(lines, list(lines[0]), markdown=True),
     ]
     return "\n\n".join(parts)

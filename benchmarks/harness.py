@@ -1,7 +1,7 @@
-"""What the speed benchmarks share: two ways of doing a thing timed in turn in one process, and the table of results.
+"""Timing, memory, command line and table of the speed benchmarks.
 
-A benchmark is a script with `measure(quick) -> list[Row]`, which ends with `harness.main(__file__, measure)`. Run alone
-it prints its table and writes `results/<name>.json`; `run.py` runs all of them, each in a process of its own.
+A benchmark is a script with `measure(quick) -> list[Row]` that ends with `harness.main(__file__, measure)`. It prints
+its table and writes `results/<name>.json`. `run.py` runs all benchmarks, each in its own process.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from ccssl_hf.card.plots import format_table
+from ccssl_hf.card.tables import format_table
 from ccssl_hf.record import library_versions
 
 RESULTS = Path(__file__).parent / "results"
+FASTER, SHARE = "times as fast", "x the baseline's time"
+"""Units of a ratio of times."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure must reach."""
+    """The aim of a figure."""
 
     relation: Literal["≤", "≥"]
     value: float
@@ -50,12 +52,12 @@ class Row:
 
     Args:
         what: What was measured, with its sizes.
-        baseline: Median of the baseline, with its unit, such as "2.31 s"; "" where there is none.
-        ours: Likewise.
-        figure: The number that counts, such as a ratio of medians; None where it was not measured.
-        unit: What the figure is: "x the baseline's time", "times as fast", "MiB", "views/s".
-        bar: What it must reach; None where it is only told.
-        details: Whatever else is worth keeping in the file: every time, sizes, settings.
+        baseline: Median of the baseline with its unit, such as "2.31 s"; "" without a baseline.
+        ours: Median of our implementation with its unit.
+        figure: The result, such as a ratio of times; None if it was not measured.
+        unit: Unit of the figure: `FASTER`, `SHARE`, "MiB", "views/s".
+        bar: The aim of the figure; None if it has none.
+        details: Kept in the JSON file: every time, sizes, settings.
     """
 
     what: str
@@ -73,17 +75,17 @@ def in_turn(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds of each call of each way: A B C A B C …, so that a drift of the machine's speed meets all of them.
+    """Seconds of each call of each way, called in turn (A B C A B C …), so a drift of the machine affects all of them.
 
     Args:
-        ways: What to time. The first is the baseline.
+        ways: Functions to time. The first is the baseline.
         rounds: Counted calls of each.
-        warmup: Calls before them that are not counted.
+        warmup: Calls of each before these, not counted.
         clock: `time.perf_counter`, or `time.process_time` for processor time.
     """
     seconds: list[list[float]] = [[] for _ in ways]
     gc.collect()
-    gc.freeze()  # the libraries' own objects need no look in each round
+    gc.freeze()  # no collection has to visit the libraries' objects
     for number in range(warmup + rounds):
         for way, taken in zip(ways, seconds, strict=True):
             gc.collect()
@@ -98,9 +100,9 @@ def in_turn(
 
 
 def in_child(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)` in a fresh process, forked from one that has imported the package and done nothing else.
+    """Call `function(*args)` in a fresh process, forked from one that has only imported the package.
 
-    The function has to stand at the top of the script, and what it takes and returns has to pickle.
+    The function must be defined at module level; its arguments and result must pickle.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ccssl_hf.trainer"])
@@ -109,25 +111,25 @@ def in_child(function: Callable[..., T], *args: Any) -> T:
 
 
 def resident(*kinds: str) -> float:
-    """The sum of these `kinds` of this process's memory in MiB, named as in /proc/self/status. Linux alone."""
+    """Sum of these kinds of this process's memory, as named in /proc/self/status, in MiB. Linux only."""
     status = Path("/proc/self/status").read_text()
     return sum(int(re.findall(rf"{kind}:\s+(\d+) kB", status)[0]) for kind in kinds) / 1024
 
 
 def rise_of_memory(call: Callable[[], Any]) -> float:
-    """How far `call()` raises the resident memory at its highest, in MiB. Best in a fresh process, warmed up.
-
-    Pages of mapped files count.
-    """
+    """Peak of the resident memory that `call()` adds, in MiB, with pages of mapped files. Use a fresh process."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far, that of imports
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which is from the imports
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
 
 
 def rise_of_own_memory(call: Callable[[], Any]) -> float:
-    """Likewise without pages of mapped files. Of this the system keeps no high-water mark: a thread looks each 2 ms."""
+    """Peak of the memory that `call()` adds without pages of mapped files, in MiB.
+
+    The system keeps no peak of this: a thread reads it every 2 ms.
+    """
     own = ("RssAnon", "RssShmem")
     gc.collect()
     before = highest = resident(*own)
@@ -149,18 +151,51 @@ def rise_of_own_memory(call: Callable[[], Any]) -> float:
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median of the ratios round by round: both of a round met the same machine."""
+    """Median of the ratios of each round: both times of a round saw the machine in the same state."""
     return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
 
 
 def median(seconds: Sequence[float]) -> str:
-    """The median as a person reads it."""
+    """The median in seconds or milliseconds."""
     value = statistics.median(seconds)
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
+def compared(
+    what: str,
+    baseline: Sequence[float],
+    ours: Sequence[float],
+    unit: str,
+    bar: Bar | None = None,
+    *,
+    per_second: tuple[int, str] | None = None,
+    **details: Any,
+) -> Row:
+    """A row of two ways that were timed in turn.
+
+    Args:
+        what: What was measured, with its sizes.
+        baseline: Seconds of each round.
+        ours: Seconds of each round.
+        unit: `SHARE`: the figure is ours by baseline. Any other, such as `FASTER`: baseline by ours.
+        bar: The aim of the figure.
+        per_second: Things done in a round and their unit, such as `(64, "images/s")`, to show a rate instead of a time.
+        details: Further entries of the JSON file.
+    """
+
+    def shown(seconds: Sequence[float]) -> str:
+        if per_second is None:
+            return median(seconds)
+        rate = per_second[0] / statistics.median(seconds)
+        return f"{rate:,.0f} {per_second[1]}" if rate >= 100 else f"{rate:.3g} {per_second[1]}"
+
+    figure = ratio(ours, baseline) if unit == SHARE else ratio(baseline, ours)
+    times = {"baseline_seconds": list(baseline), "seconds": list(ours)}
+    return Row(what, shown(baseline), shown(ours), figure, unit, bar, {**times, **details})
+
+
 def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Processor, threads, accelerator, versions and commit."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -178,7 +213,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows, as `results/*.json` holds them, for a person."""
+    """The rows of `results/*.json` as a table."""
     lines = []
     for row in rows:
         bar, figure = row["bar"], row["figure"]
@@ -195,14 +230,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return format_table(lines, list(lines[0]))
 
 
+def parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The flags that every speed benchmark has."""
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flags.add_argument("--quick", action="store_true", help="tiny sizes: only checks that the benchmark runs")
+    flags.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
+    return flags
+
+
 def main(
     script: str, measure: Callable[[bool], list[Row]], draw: Callable[[list[Row], Path], None] | None = None
 ) -> None:
-    """The command line of a benchmark: measures, prints the table, writes the file, draws into its folder."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
-    given = parser.parse_args()
+    """The command line of a benchmark: measures, prints the table, writes the JSON file, draws into its folder."""
+    given = parser().parse_args()
     measured = measure(given.quick)
     publish(script, measured, quick=given.quick, output=given.output)
     if draw is not None:
@@ -210,7 +252,7 @@ def main(
 
 
 def publish(script: str, measured: Sequence[Row], *, quick: bool, output: Path) -> None:
-    """Prints the table and writes `<output>/<name of the script>.json`."""
+    """Print the table and write `<output>/<name of the script>.json`."""
     name, rows = Path(script).stem, [asdict(row) for row in measured]
     output.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": name, "quick": quick, "machine": machine(), "rows": rows}

@@ -1,9 +1,9 @@
-"""The optimizer step and the moving average of Wide ResNet 28-2 against loops over its tensors.
+"""The optimizer step and the EMA update of Wide ResNet 28-2 against loops over its tensors.
 
-The loops are the definitions as written: SGD with Nesterov momentum and weight decay, and an average of the weights
-with buffers copied, one tensor after the other. Ours is what `CCSSLTrainer` calls. Gradients are ready on both sides.
+The loops follow the definitions: SGD with Nesterov momentum and weight decay, and a moving average of the weights with
+copied buffers, one tensor after the other. Ours is what `CCSSLTrainer` calls. Gradients are computed beforehand.
 
-`--quick` takes Wide ResNet 10-1 and three rounds.
+`--quick` uses Wide ResNet 10-1 and three rounds.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import copy
 import tempfile
 
 import torch
-from harness import Bar, Row, in_turn, main, median, ratio
+from harness import FASTER, Bar, Row, compared, in_turn, main
 from torch import nn
 from transformers import set_seed
+from workload import LABELS
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.ema import WeightAverage
 from ccssl_hf.optimization import decayed_parameter_names
 
-LABELS = [str(digit) for digit in range(10)]
 RATE, MOMENTUM, WEIGHT_DECAY, EMA_DECAY = 0.03, 0.9, 1e-3, 0.999
 
 
@@ -49,7 +49,7 @@ class Loops:
 
 
 def ours(model: nn.Module) -> tuple[torch.optim.Optimizer, WeightAverage]:
-    """What `CCSSLTrainer` makes of its default arguments."""
+    """The optimizer and the average of `CCSSLTrainer` with its default arguments."""
     with tempfile.TemporaryDirectory() as folder:
         args = CCSSLTrainingArguments(folder, use_cpu=True)
     kind, kwargs = CCSSLTrainer.get_optimizer_cls_and_kwargs(args, model)
@@ -80,19 +80,11 @@ def measure(quick: bool) -> list[Row]:
         warmup=1 if quick else 5,
     )
     for left, right in ((model, naive.model), (average.module, naive.average)):
-        torch.testing.assert_close(left.state_dict(), right.state_dict())  # both did the same
+        torch.testing.assert_close(left.state_dict(), right.state_dict())  # both computed the same
     sgd_loop, sgd, ema_loop, ema = seconds
     loops, both = ([a + b for a, b in zip(*pair, strict=True)] for pair in ((sgd_loop, ema_loop), (sgd, ema)))
     return [
-        Row(
-            what=f"{what}, {backbone}",
-            baseline=median(slow),
-            ours=median(fast),
-            figure=ratio(slow, fast),
-            unit="times as fast",
-            bar=bar,
-            details={"baseline_seconds": slow, "seconds": fast},
-        )
+        compared(f"{what}, {backbone}", slow, fast, FASTER, bar)
         for what, slow, fast, bar in (
             ("SGD step", sgd_loop, sgd, None),
             ("EMA update", ema_loop, ema, None),

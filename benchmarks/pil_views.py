@@ -1,7 +1,7 @@
-"""The baseline of the benchmarks of views: one image at a time through PIL and torchvision's transforms.
+"""The baseline for views: one image at a time with PIL and torchvision's transforms.
 
-Written from the definitions: RandAugment as FixMatch uses it, a grey square, SimCLR's colours. It draws numbers of its
-own, so it makes the same kind of views as `ccssl_hf.transforms`, not the same views.
+Written from the definitions: RandAugment as in FixMatch, a gray square, SimCLR's color jitter. It draws other random
+numbers than `ccssl_hf.transforms`, so it makes the same kind of views, not the same views.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _randaugment_op(image: Image.Image, op: str, v: int, direction: int) -> Imag
 
 
 class RandAugment:
-    """Ops drawn with replacement, each applied with probability 0.5, then a grey square."""
+    """Ops drawn with replacement, each applied with probability 0.5, then a gray square."""
 
     def __init__(self, settings: ViewSettings) -> None:
         self.settings = settings
@@ -74,7 +74,7 @@ def pil_transform(view: View, settings: ViewSettings) -> Transform:
     ]
     if settings.weak_crop == "pad" and not simclr:
         crop = [transforms.RandomCrop(size, padding=size // 8, padding_mode="reflect")]
-    colours: dict[View, list[Transform]] = {
+    colors: dict[View, list[Transform]] = {
         View.WEAK: [],
         View.STRONG: [RandAugment(settings)],
         View.CONTRASTIVE: [
@@ -83,4 +83,4 @@ def pil_transform(view: View, settings: ViewSettings) -> Transform:
         ],
     }
     end = [transforms.ToTensor(), transforms.Normalize(settings.mean, settings.std)]
-    return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *colours[view], *end])
+    return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), *colors[view], *end])

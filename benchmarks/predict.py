@@ -1,62 +1,79 @@
-"""A folder of JPEGs to parquet: ours against transformers' image-classification pipeline, on the same cores and files.
+"""Predictions for a folder of JPEG files, against transformers' image-classification pipeline on the same cores.
 
-The pipeline is used as its users use it: `pipeline("image-classification", model=FOLDER, batch_size=64)` over the list
-of paths, defaults otherwise. Ours is what `ccssl-hf predict` calls, with its defaults. Neither time holds the loading
-of the model. Weights are random; both must give the same labels, and scores within 1e-5.
+The baseline is `pipeline("image-classification", model=FOLDER, batch_size=64)` with other defaults, called with the
+list of paths. Ours is `predict_to_parquet`, which `ccssl-hf predict` calls, with its defaults. Both times are without
+loading the model. Weights are random. Both must predict the same labels, with confidences within 1e-5.
 """
 
 from __future__ import annotations
 
-import logging
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
-import harness
-import numpy as np
 import pyarrow.parquet as pq
 import torch
 import transformers
-from PIL import Image
-from sklearn.datasets import load_sample_images
+from harness import FASTER, Bar, Row, compared, in_turn, main
+from workload import LABELS, photo_cuts, write_jpegs
 
 from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.deploy.predict import Classifier, predict_to_parquet
 
-LABELS = [f"class {number}" for number in range(10)]
 PIPELINE_BATCH = 64
 SCORES_WITHIN = 1e-5
 
-# Network, side of the files in pixels, side of the network's images, files, and what must be reached.
-CASES: list[tuple[str, int, int, int, harness.Bar | None]] = [
-    ("resnet18", 500, 224, 256, harness.Bar("≥", 1.5)),
-    ("resnet50", 500, 224, 128, harness.Bar("≥", 1.5)),
-    ("wide_resnet28_2_cifar", 32, 32, 1024, None),
-]
-QUICK: list[tuple[str, int, int, int, harness.Bar | None]] = [
-    ("test_resnet", 64, 32, 8, None),
-    ("wide_resnet10_1_cifar", 32, 32, 8, None),
-]
+
+class Case(NamedTuple):
+    """A network, sides of the files and of the network's images in pixels, number of files, and the aim."""
+
+    name: str
+    side: int
+    image_size: int
+    count: int
+    bar: Bar | None = None
 
 
-def write_jpegs(folder: Path, *, count: int, side: int) -> list[str]:
-    """Files of `side` px on their longer side, each another cut of scikit-learn's two photographs."""
-    generator = np.random.default_rng(0)
-    photographs = [Image.fromarray(image) for image in load_sample_images().images]
-    folder.mkdir()
-    for number in range(count):
-        photograph = photographs[number % len(photographs)]
-        width, height = (int(length * generator.uniform(0.6, 1)) for length in photograph.size)
-        left = int(generator.integers(0, photograph.width - width + 1))
-        top = int(generator.integers(0, photograph.height - height + 1))
-        cut = photograph.crop((left, top, left + width, top + height))
-        scale = side / max(cut.size)
-        cut.resize((round(cut.width * scale), round(cut.height * scale))).save(folder / f"{number:05}.jpg", quality=90)
-    return sorted(map(str, folder.glob("*.jpg")))
+CASES = [
+    Case("resnet18", 500, 224, 256, Bar("≥", 1.5)),
+    Case("resnet50", 500, 224, 128, Bar("≥", 1.5)),
+    Case("wide_resnet28_2_cifar", 32, 32, 1024),
+]
+QUICK = [Case("test_resnet", 64, 32, 8), Case("wide_resnet10_1_cifar", 32, 32, 8)]
+
+
+def prepare(case: Case, folder: Path) -> list[str]:
+    """Write files of `side` px on their longer side, and a model with random weights to `<folder>/model`."""
+    images = []
+    for cut in photo_cuts(case.count, (384, 640), (256, 427)):
+        scale = case.side / max(cut.size)
+        images.append(cut.resize((round(cut.width * scale), round(cut.height * scale))))
+    torch.manual_seed(0)
+    model = CCSSLForImageClassification.from_timm(case.name, labels=LABELS, image_size=case.image_size)
+    model.save_pretrained(folder / "model")
+    return write_jpegs(folder / "images", images)
+
+
+def largest_difference(ours: Sequence[tuple[str, float]], others: Sequence[tuple[str, float]]) -> float:
+    """Largest difference of the confidences, after a check that labels are the same and confidences close."""
+    assert [label for label, _ in ours] == [label for label, _ in others]
+    largest = max(abs(one - other) for (_, one), (_, other) in zip(ours, others, strict=True))
+    assert largest < SCORES_WITHIN, largest
+    return largest
+
+
+def for_each(cases: Sequence[Case], measure_case: Callable[[Case, Path], list[Row]]) -> list[Row]:
+    """The rows of all cases, each measured in a new folder."""
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += measure_case(case, Path(folder))
+    return rows
 
 
 def loaded(load: Callable[[], Any]) -> tuple[Any, float]:
@@ -64,62 +81,41 @@ def loaded(load: Callable[[], Any]) -> tuple[Any, float]:
     return load(), time.perf_counter() - started
 
 
-def measure_case(case: tuple[str, int, int, int, harness.Bar | None], folder: Path, *, rounds: int) -> harness.Row:
-    name, side, image_size, count, bar = case
-    files = write_jpegs(folder / "images", count=count, side=side)
-    torch.manual_seed(0)
-    model, out = folder / "model", folder / "predictions.parquet"
-    CCSSLForImageClassification.from_timm(name, labels=LABELS, image_size=image_size).save_pretrained(model)
-    pipeline, pipeline_load = loaded(
-        lambda: transformers.pipeline("image-classification", model=str(model), batch_size=PIPELINE_BATCH, device="cpu")
-    )
-    classifier, load = loaded(lambda: Classifier.from_pretrained(model, device="cpu"))
-    said: list[Any] = []
+def measure(quick: bool) -> list[Row]:
+    def measure_case(case: Case, folder: Path) -> list[Row]:
+        files, model, out = prepare(case, folder), folder / "model", folder / "predictions.parquet"
+        given = {"model": str(model), "batch_size": PIPELINE_BATCH, "device": "cpu"}
+        pipeline, pipeline_load = loaded(lambda: transformers.pipeline("image-classification", **given))
+        classifier, load = loaded(lambda: Classifier.from_pretrained(model, device="cpu"))
+        answers: list[Any] = []
 
-    def baseline() -> None:
-        said[:] = pipeline(files)
+        def baseline() -> None:
+            answers[:] = pipeline(files)
 
-    baseline_seconds, seconds = harness.in_turn(
-        baseline, lambda: predict_to_parquet(classifier, folder / "images", out), rounds=rounds
-    )
-    rows = pq.read_table(out).to_pylist()
-    assert [row["path"] for row in rows] == files
-    tops = [top for top, *_ in said]
-    assert [row["label"] for row in rows] == [top["label"] for top in tops]
-    furthest = max(abs(row["confidence"] - top["score"]) for row, top in zip(rows, tops, strict=True))
-    assert furthest < SCORES_WITHIN, furthest
+        def ours() -> None:
+            predict_to_parquet(classifier, folder / "images", out)
 
-    def rate(taken: list[float]) -> str:
-        return f"{count / statistics.median(taken):,.3g} images/s"
+        times = in_turn(baseline, ours, rounds=1 if quick else 5)
+        rows = pq.read_table(out).to_pylist()
+        assert [row["path"] for row in rows] == files
+        predicted = [(row["label"], row["confidence"]) for row in rows]
+        largest = largest_difference(predicted, [(top["label"], top["score"]) for top, *_ in answers])
+        return [
+            compared(
+                f"predict {case.count} JPEGs of {case.side} px, {case.name} at {case.image_size} px",
+                *times,
+                FASTER,
+                case.bar,
+                per_second=(case.count, "images/s"),
+                pipeline=f'transformers.pipeline("image-classification", batch_size={PIPELINE_BATCH}), list of paths',
+                baseline_load_seconds=pipeline_load,
+                load_seconds=load,
+                largest_difference_of_scores=largest,
+            )
+        ]
 
-    return harness.Row(
-        what=f"predict {count} JPEGs of {side} px, {name} at {image_size} px",
-        baseline=rate(baseline_seconds),
-        ours=rate(seconds),
-        figure=harness.ratio(baseline_seconds, seconds),
-        unit="times as fast",
-        bar=bar,
-        details={
-            "baseline": f'transformers.pipeline("image-classification", batch_size={PIPELINE_BATCH}), list of paths',
-            "baseline_seconds": baseline_seconds,
-            "seconds": seconds,
-            "baseline_load_seconds": pipeline_load,
-            "load_seconds": load,
-            "largest_difference_of_scores": furthest,
-        },
-    )
-
-
-def measure(quick: bool) -> list[harness.Row]:
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    rows = []
-    for case in QUICK if quick else CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure_case(case, Path(folder), rounds=1 if quick else 5))
-    return rows
+    return for_each(QUICK if quick else CASES, measure_case)
 
 
 if __name__ == "__main__":
-    harness.main(__file__, measure)
+    main(__file__, measure)

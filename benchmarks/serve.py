@@ -1,60 +1,42 @@
-"""Requests a second under 64 clients against the model alone, on the same cores and images.
+"""Images a second of the server with 64 clients, against the model alone on the same cores and images.
 
-The server is `ccssl-hf serve` with its defaults, in a process of its own. The model alone is `Classifier.predict` in as
-many threads, on batches of the size that the server makes at most: once on images that are decoded (so it resizes,
-crops and normalises, too), and once on pixels that are ready for the network. The server also decodes the JPEGs, and
-speaks HTTP. The 64 clients are connections of one more process. It has no cores of its own, so what the clients take is
-missing in the server's figure; `clients_processor_seconds` says how much that is. All must say the same of each image.
+The server is `ccssl-hf serve` with its defaults, in its own process. The model alone is `Classifier.predict` in as many
+threads, with batches of the server's maximum size: once on decoded images (so it resizes, crops and normalizes too),
+and once on pixels that are ready for the network. The server also decodes JPEG files and handles HTTP. The 64 clients
+are connections of one more process on the same cores, so their work lowers the server's figure;
+`clients_processor_seconds` says by how much. All must predict the same for each image.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import multiprocessing
 import re
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
+from harness import Bar, Row, compared, in_turn, main
 from PIL import Image
-from predict import LABELS, SCORES_WITHIN, write_jpegs
+from predict import Case, for_each, largest_difference, prepare
 
-from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.deploy.predict import CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
 
 CLIENTS = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network, sides in pixels of the files and of the network's images, requests of a round, and the bar."""
-
-    name: str
-    side: int
-    image_size: int
-    requests: int
-    bar: harness.Bar | None = None
-
-
-CASES = (Case("resnet18", 500, 224, 512, harness.Bar("≥", 0.8)),)
-QUICK = (Case("test_resnet", 64, 32, 70),)
+CASES = [Case("resnet18", 500, 224, 512, Bar("≥", 0.8))]
+QUICK = [Case("test_resnet", 64, 32, 70)]
 
 
 @contextmanager
 def server(model: Path, log: Path) -> Iterator[int]:
-    """The port of the command, started and stopped."""
+    """Run the command, and yield its port."""
     command = [sys.executable, "-c", "from ccssl_hf.cli import app; app()", "serve", str(model), "--port", "0"]
     with (
         log.open("w") as output,
@@ -71,7 +53,7 @@ def server(model: Path, log: Path) -> Iterator[int]:
 
 
 def ask(port: int, files: list[str]) -> tuple[list[Any], float]:
-    """The answer for each file, and the processor seconds that asking took. Runs in the clients' process."""
+    """The answer for each file, and the processor seconds of the clients. Runs in the clients' process."""
     started, answers = time.process_time(), [None] * len(files)
     numbers = iter(range(len(files)))
 
@@ -95,75 +77,57 @@ def ask(port: int, files: list[str]) -> tuple[list[Any], float]:
     return answers, time.process_time() - started
 
 
-def measure_case(case: Case, folder: Path, *, rounds: int) -> list[harness.Row]:
-    files = write_jpegs(folder / "images", count=case.requests, side=case.side)
-    torch.manual_seed(0)
-    model = CCSSLForImageClassification.from_timm(case.name, labels=LABELS, image_size=case.image_size)
-    model.save_pretrained(folder / "model")
-    classifier = Classifier.from_pretrained(folder / "model", device="cpu")
-    images = [Image.open(file).convert("RGB") for file in files]
-    workers = min(MAX_WORKERS, torch.get_num_threads())
-    starts = range(0, len(files), CPU_BATCH)
-    decoded = [images[start : start + CPU_BATCH] for start in starts]
-    pixels = [torch.stack([classifier.pixels(image) for image in batch]) for batch in decoded]
-    alone: list[Any] = []
-    answers: list[Any] = []
-    clients_seconds: list[float] = []
+def measure(quick: bool) -> list[Row]:
+    rounds = 1 if quick else 5
 
-    def predict(batches: list[Any]) -> None:
-        with sharing_threads(workers) as pool:
-            said = list(pool.map(classifier.predict, batches))
-        labels = [label for batch in said for label in batch.labels]
-        alone[:] = zip(labels, torch.cat([batch.confidences for batch in said]).tolist(), strict=True)
+    def measure_case(case: Case, folder: Path) -> list[Row]:
+        files = prepare(case, folder)
+        classifier = Classifier.from_pretrained(folder / "model", device="cpu")
+        images = [Image.open(file).convert("RGB") for file in files]
+        workers = min(MAX_WORKERS, torch.get_num_threads())
+        decoded = [images[start : start + CPU_BATCH] for start in range(0, len(files), CPU_BATCH)]
+        pixels = [torch.stack([classifier.pixels(image) for image in batch]) for batch in decoded]
+        alone: list[Any] = []
+        answers: list[Any] = []
+        clients_seconds: list[float] = []
 
-    with (
-        server(folder / "model", folder / "log") as port,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients,
-    ):
+        def predict(batches: list[Any]) -> None:
+            with sharing_threads(workers) as pool:
+                predictions = list(pool.map(classifier.predict, batches))
+            labels = [label for batch in predictions for label in batch.labels]
+            confidences = torch.cat([batch.confidences for batch in predictions]).tolist()
+            alone[:] = zip(labels, confidences, strict=True)
 
-        def serve() -> None:
-            answers[:], seconds = clients.submit(ask, port, files).result()
-            clients_seconds.append(seconds)
+        with (
+            server(folder / "model", folder / "log") as port,
+            ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients,
+        ):
 
-        seconds = harness.in_turn(lambda: predict(decoded), lambda: predict(pixels), serve, rounds=rounds)
-    top = [answer[0] for answer in answers]
-    assert [one["label"] for one in top] == [label for label, _ in alone]
-    furthest = max(abs(one["score"] - confidence) for one, (_, confidence) in zip(top, alone, strict=True))
-    assert furthest < SCORES_WITHIN, furthest
+            def serve() -> None:
+                answers[:], seconds = clients.submit(ask, port, files).result()
+                clients_seconds.append(seconds)
 
-    def rate(taken: list[float]) -> str:
-        return f"{len(files) / statistics.median(taken):,.3g} images/s"
+            *others, served = in_turn(lambda: predict(decoded), lambda: predict(pixels), serve, rounds=rounds)
+        largest = largest_difference([(top["label"], top["score"]) for top, *_ in answers], alone)
+        what = f"serve {case.count} JPEGs of {case.side} px to {CLIENTS} clients, {case.name} at {case.image_size} px"
+        return [
+            compared(
+                f"{what}; model alone on {kind}",
+                taken,
+                served,
+                "of the model's throughput",
+                case.bar,
+                per_second=(case.count, "images/s"),
+                clients_processor_seconds=clients_seconds[-rounds:],
+                workers=workers,
+                max_batch_size=CPU_BATCH,
+                largest_difference_of_scores=largest,
+            )
+            for kind, taken in zip(("decoded images", "ready pixels"), others, strict=True)
+        ]
 
-    what = f"serve {case.requests} JPEGs of {case.side} px to {CLIENTS} clients, {case.name} at {case.image_size} px"
-    details = {
-        "seconds": seconds[2],
-        "clients_processor_seconds": clients_seconds[-rounds:],
-        "workers": workers,
-        "max_batch_size": CPU_BATCH,
-        "largest_difference_of_scores": furthest,
-    }
-    return [
-        harness.Row(
-            what=f"{what}; alone: {kind}",
-            baseline=rate(taken),
-            ours=rate(seconds[2]),
-            figure=harness.ratio(taken, seconds[2]),
-            unit="of the model's throughput",
-            bar=case.bar,
-            details={"baseline_seconds": taken, **details},
-        )
-        for kind, taken in (("decoded images", seconds[0]), ("ready pixels", seconds[1]))
-    ]
-
-
-def measure(quick: bool) -> list[harness.Row]:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    rows = []
-    for case in QUICK if quick else CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += measure_case(case, Path(folder), rounds=1 if quick else 5)
-    return rows
+    return for_each(QUICK if quick else CASES, measure_case)
 
 
 if __name__ == "__main__":
-    harness.main(__file__, measure)
+    main(__file__, measure)

@@ -1,16 +1,13 @@
-"""From the imports' end to the first step's end, with a million unlabeled images and with a thousand.
+"""Time and memory to the end of the first step with a million unlabeled images, against a thousand.
 
-    python benchmarks/start.py
+Each run is a fresh process that loads both splits, shuffles the unlabeled one, uses its labels as hidden labels, and
+trains one step, like a training script. Its time starts after the imports. What is computed once and cached is computed
+before: the arrow files of `datasets`, its shuffled indices and, for `decode="memory"`, the table of decoded pixels.
 
-Each run is a fresh process that loads both splits, shuffles the unlabeled one, takes its labels as hidden ones, and
-trains one step, as a training script does. What is done once for all runs is done before: the arrow files of
-`datasets`, its shuffled indices and, for `decode="memory"`, the table of decoded pixels are in the cache. Time begins
-after the imports.
-
-Memory is what the run adds, at its highest, to the process's own memory after the imports (RssAnon and RssShmem of
-/proc). Pages of mapped files are told beside it, without a bar: they are the system's page cache, which all processes
-share and which is dropped whenever memory is short. `datasets` maps its arrow files in batches of 100 images, and the
-kernel maps up to 64 KiB around the head of each, read or not.
+Memory is the peak of the process's own memory (RssAnon and RssShmem of /proc) that the run adds. Pages of mapped files
+are reported without an aim: they are the page cache of the system, which all processes share and which is freed when
+memory is short. `datasets` maps its arrow files in batches of 100 images, and the kernel maps up to 64 KiB around the
+head of each, read or not.
 
 The files take 2.3 GB of the folder for temporary files.
 """
@@ -30,23 +27,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from harness import Bar, Row, in_child, main, resident, rise_of_own_memory
 from PIL import Image
-from transformers import TrainerCallback
+from workload import FEATURES, LABELS, StepEnds, make_trainer
 
-from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments, images
+from ccssl_hf import images
 from ccssl_hf.data import load_split
 
 DISTINCT = 2000
-"""Different images, which repeat: as files they are as many as there are rows."""
+"""Number of different images; they repeat in the files."""
 
 SIDE = {"memory": 16, "stream": 64}
-"""Pixels of the images as they are encoded; the network has 16 px."""
-
-CLASSES = [f"class {number}" for number in range(10)]
-FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+"""Side of the encoded images in pixels; the network has 16 px."""
 
 
 def write(path: Path, rows: int, side: int) -> None:
-    """A parquet file of `rows` encoded images with labels."""
+    """Write a parquet file of `rows` encoded images with labels."""
     random = np.random.default_rng(0)
     encoded = []
     for small in random.integers(0, 256, (DISTINCT, 8, 8, 3), np.uint8):
@@ -58,18 +52,11 @@ def write(path: Path, rows: int, side: int) -> None:
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, 50 * DISTINCT):
             number = np.arange(start, min(rows, start + 50 * DISTINCT))
-            writer.write_table(pa.table([files.take(pa.array(number % DISTINCT)), number % len(CLASSES)], schema))
-
-
-class Stopwatch(TrainerCallback):
-    """Notes the times when training code starts and when its first step ends."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ended = time.perf_counter()
+            writer.write_table(pa.table([files.take(pa.array(number % DISTINCT)), number % len(LABELS)], schema))
 
 
 def prepare(folder: Path, unlabeled: str, decode: str) -> None:
-    """A first run, which fills the cache; it decodes a file that repeats once per batch, as the pixels are the same."""
+    """Fill the cache with a first run, which decodes a repeated file only once in each batch."""
     pixels = images._pixels
 
     def pixels_of_distinct(batch: dict[str, list[Any]], rows: list[int], *, column: str, **given: Any) -> Any:
@@ -84,40 +71,36 @@ def prepare(folder: Path, unlabeled: str, decode: str) -> None:
 
 
 def first_step(folder: Path, unlabeled: str, decode: str) -> tuple[float, float, float]:
-    """Seconds to the end of the first step, MiB of its own and of mapped files that were added: for a fresh process."""
+    """Seconds to the end of the first step, and MiB of own memory and of mapped files. Called in a fresh process."""
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    watch = Stopwatch()
+    watch = StepEnds()
 
     def run() -> None:
-        watch.started = time.perf_counter()
-        model = CCSSLForImageClassification.from_timm("wide_resnet10_1_cifar", labels=CLASSES, image_size=16)
-        args = CCSSLTrainingArguments(
+        started = time.perf_counter()
+        trainer = make_trainer(
             str(folder / "outputs"),
+            "wide_resnet10_1_cifar",
+            load_split(str(folder / "labeled.parquet"), role="labeled"),
+            load_split(str(folder / unlabeled), role="unlabeled").shuffle(seed=0),
+            image_size=16,
+            callbacks=[watch],
             max_steps=1,
             per_device_train_batch_size=8,
             hidden_label_column="label",
             decode=decode,
             weak_crop="pad" if decode == "memory" else "resized",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = CCSSLTrainer(
-            model,
-            args,
-            train_dataset=load_split(str(folder / "labeled.parquet"), role="labeled"),
-            unlabeled_dataset=load_split(str(folder / unlabeled), role="unlabeled").shuffle(seed=0),
-            callbacks=[watch],
         )
         trainer.train()
+        seconds.append(watch.times[-1] - started)
 
+    seconds: list[float] = []
     mapped = resident("RssFile")
     own = rise_of_own_memory(run)
-    return watch.ended - watch.started, own, resident("RssFile") - mapped
+    return seconds[0], own, resident("RssFile") - mapped
 
 
 def rows_of(decode: str, few: int, many: int, rounds: int) -> list[Row]:
-    """What many unlabeled images add to few, in time and in memory."""
+    """Time and memory that `many` unlabeled images add, compared with `few`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder / "labeled.parquet", 100, SIDE[decode])
@@ -133,7 +116,7 @@ def rows_of(decode: str, few: int, many: int, rounds: int) -> list[Row]:
     rows = []
     bars = {
         "time": ("s", Bar("≤", 2)),
-        "memory of its own": ("MiB", Bar("≤", 100)),
+        "own memory": ("MiB", Bar("≤", 100)),
         "pages of mapped files": ("MiB", None),
     }
     for position, (quantity, (unit, bar)) in enumerate(bars.items()):

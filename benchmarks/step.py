@@ -1,10 +1,10 @@
-"""A training step of `CCSSLTrainer` against what its network costs: Wide ResNet 28-2, 8 labeled images, mu 7, 32 px.
+"""A training step of `CCSSLTrainer` against its network alone: Wide ResNet 28-2, 8 labeled images, mu 7, 32 px.
 
-The baseline is the least that any training code must do with 8 + 3 * 56 images: forward, cross-entropy, backward and an
-SGD step of the plain network on tensors that are ready. Ours is a real run: images are drawn, three views made of them,
-FixMatch and CCSSL computed, weights averaged, terms logged.
+The baseline is the least that training code must do with 8 + 3 * 56 images: forward, cross-entropy, backward and an SGD
+step of the plain network on preloaded tensors. Ours is a real run: it draws images, makes three views, computes
+FixMatch and CCSSL, averages the weights and logs the terms.
 
-`--quick` takes Wide ResNet 10-1, three steps, and leaves out the compiled run, as compiling alone takes half a minute.
+`--quick` uses Wide ResNet 10-1 and three steps, without the compiled run: compiling takes half a minute.
 """
 
 from __future__ import annotations
@@ -14,52 +14,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import datasets
-import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
-from harness import Bar, Row, main, median, ratio
-from PIL import Image
-from sklearn.datasets import load_digits
+from harness import SHARE, Bar, Row, compared, main
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
+from workload import LABELS, as_dataset, bare_step, jpeg, make_trainer, photo_cuts
 
-from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
+from ccssl_hf import CCSSLTrainer
 from ccssl_hf.step import forward_views, make_views
 
-LABELS = [str(digit) for digit in range(10)]
 SIZE, BATCH, MU = 32, 8, 7
 IMAGES = BATCH + 3 * MU * BATCH
-RATE, MOMENTUM, DECAY = 0.03, 0.9, 1e-3
-
-
-def digits() -> datasets.Dataset:
-    """scikit-learn's 1,797 digits, enlarged from 8 px."""
-    images, numbers = load_digits(return_X_y=True)
-    pictures = [Image.fromarray((row.reshape(8, 8) * 15.9).astype(np.uint8)).convert("RGB") for row in images]
-    columns = {"image": [picture.resize((SIZE, SIZE)) for picture in pictures], "label": numbers.tolist()}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def bare_step(backbone: str) -> Callable[[], None]:
-    """The baseline: the network as it is made, in torch's own memory format, and SGD as torch has it by default."""
-    set_seed(0)
-    network = timm.create_model(backbone, num_classes=len(LABELS)).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
-    images, labels = torch.randn(IMAGES, 3, SIZE, SIZE), torch.randint(len(LABELS), (IMAGES,))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(network(images), labels).backward()
-        optimizer.step()
-
-    return step
 
 
 def convolutions_alone(backbone: str) -> Callable[[], None]:
-    """Only the convolutions of a step with `weak_forward="separate"`, as they are called there: its lower bound."""
+    """Only the convolutions of a step with `weak_forward="separate"`: a lower bound of its time."""
     ran: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
     network = timm.create_model(backbone, num_classes=len(LABELS))
     for module in network.modules():
@@ -82,14 +52,14 @@ def convolutions_alone(backbone: str) -> Callable[[], None]:
 
 
 class InTurn(TrainerCallback):
-    """Runs other ways between the steps of a trainer, and times them and the trainer.
+    """Call other functions between the steps of a trainer, and time them and the trainer.
 
-    A step of the trainer lasts from the moment when control goes back to it until the end of its next step. So all that
-    happens in a run is in its time: drawing and loading images, views, loss, weights, average, logs and callbacks.
+    A step of the trainer lasts from the return of this callback to the end of the next step, so it includes everything
+    in a run: drawing and loading images, views, loss, weights, average, logs and callbacks.
 
     Args:
-        others: One step each, timed in this order after each step of the trainer.
-        warmup: Steps before those that count. Compiling falls into the first.
+        others: Timed in this order after each step of the trainer.
+        warmup: Steps before those that count. The first includes compiling.
     """
 
     def __init__(self, *others: Callable[[], None], warmup: int) -> None:
@@ -114,22 +84,15 @@ class InTurn(TrainerCallback):
 
 
 def trainer_of(backbone: str, folder: str, steps: int, turns: list[TrainerCallback], **flags: Any) -> CCSSLTrainer:
-    """A run of FixMatch and CCSSL, with the defaults of the package but for its length, batch and files."""
-    set_seed(0)
-    images = digits()
-    return CCSSLTrainer(
-        CCSSLForImageClassification.from_timm(backbone, labels=LABELS),
-        CCSSLTrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=BATCH, mu=MU, save_strategy="no", use_cpu=True, **flags
-        ),
-        train_dataset=images.select(range(40)),
-        unlabeled_dataset=images.select(range(40, len(images))),
-        callbacks=turns,
-    )
+    """A run with the defaults of the package, except for its length, batch and files."""
+    images = as_dataset([jpeg(cut) for cut in photo_cuts(1797, (SIZE, SIZE), (SIZE, SIZE))])
+    labeled, unlabeled = images.select(range(40)), images.select(range(40, len(images)))
+    args = {"max_steps": steps, "per_device_train_batch_size": BATCH, "mu": MU, "use_cpu": True, **flags}
+    return make_trainer(folder, backbone, labeled, unlabeled, callbacks=turns, **args)
 
 
 def loop_step(trainer: CCSSLTrainer) -> Callable[[], None]:
-    """A step as one would write it without a Trainer, of the same parts; `trainer` is not trained, but lends them."""
+    """A step of the same parts in a plain loop without a Trainer. The parts are those of `trainer`."""
     model, algorithm, average = trainer.model.train(), trainer.algorithm, trainer.ema
     optimizer, loader = trainer.create_optimizer(), iter(trainer.get_train_dataloader())
     views = algorithm.views
@@ -147,11 +110,12 @@ def loop_step(trainer: CCSSLTrainer) -> Callable[[], None]:
 
 
 def run(quick: bool, *, with_loop: bool = False, with_convolutions: bool = False, **flags: Any) -> InTurn:
-    """One trainer with the bare step after each of its steps, and a loop without a Trainer or convolutions if asked."""
+    """Run a trainer with the bare step, and optionally a plain loop or the convolutions, after each of its steps."""
     backbone = f"wide_resnet{'10_1' if quick else '28_2'}_cifar"
     warmup, steps = (1, 3) if quick else (4, 24)
     with tempfile.TemporaryDirectory() as folder:
-        others = [bare_step(backbone)]
+        bare, images = bare_step(backbone, IMAGES), torch.randn(IMAGES, 3, SIZE, SIZE)
+        others: list[Callable[[], None]] = [lambda: bare(images)]
         if with_loop:
             others.append(loop_step(trainer_of(backbone, f"{folder}/loop", steps, [])))
         if with_convolutions:
@@ -162,29 +126,23 @@ def run(quick: bool, *, with_loop: bool = False, with_convolutions: bool = False
 
 
 def measure(quick: bool) -> list[Row]:
+    def row(what: str, turns: InTurn, bar: Bar) -> Row:
+        ours, bare, *_ = turns.seconds
+        return compared(f"{what}, {IMAGES} images", bare, ours, SHARE, bar, first_step_seconds=turns.first_step)
+
     defaults, separate = run(quick, with_loop=True), run(quick, weak_forward="separate")
     rows = [
-        _row("Step, defaults", defaults, Bar("≤", 1)),
-        _row("Step, weak_forward='separate'", separate, Bar("≤", 0.75)),
+        row("Step, defaults", defaults, Bar("≤", 1)),
+        row("Step, weak_forward='separate'", separate, Bar("≤", 0.75)),
     ]
     if not quick:
         compiled = run(quick, with_convolutions=True, weak_forward="separate", torch_compile=True)
-        rows.append(_row("Step, weak_forward='separate', torch_compile", compiled, Bar("≤", 0.6)))
+        rows.append(row("Step, weak_forward='separate', torch_compile", compiled, Bar("≤", 0.6)))
         _, bare, convolutions = compiled.seconds
-        rows.append(_ratio_row("Step, weak_forward='separate': its convolutions alone", bare, convolutions))
+        rows.append(compared("Step, weak_forward='separate': its convolutions alone", bare, convolutions, SHARE))
     ours, _, loop = defaults.seconds
-    rows.append(_ratio_row("Step, defaults, against a loop of the same parts", loop, ours, Bar("≤", 1.03)))
+    rows.append(compared("Step, defaults, against a loop of the same parts", loop, ours, SHARE, Bar("≤", 1.03)))
     return rows
-
-
-def _row(what: str, turns: InTurn, bar: Bar) -> Row:
-    ours, bare, *_ = turns.seconds
-    return _ratio_row(f"{what}, {IMAGES} images", bare, ours, bar, first_step_seconds=turns.first_step)
-
-
-def _ratio_row(what: str, baseline: list[float], ours: list[float], bar: Bar | None = None, **details: Any) -> Row:
-    details = {"baseline_seconds": baseline, "seconds": ours, **details}
-    return Row(what, median(baseline), median(ours), ratio(ours, baseline), "x the baseline's time", bar, details)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Images of a split as uint8 pixels, each decoded once.
+"""Open images, and read the images of a split as uint8 pixels, decoding each image once.
 
-Small images (`decode="memory"`) become one table of uint8 pixels of the training size, kept in Arrow: `datasets` caches
-it on disk, memory-mapped, and all processes and workers share it. Larger ones (`decode="stream"`) are decoded once per
-sample, and the crop of each view is cut from that one image by the worker.
+Small images (`decode="memory"`) are decoded into one table of uint8 pixels at the training size. The table is an Arrow
+file in the cache of `datasets`; all processes and workers map the same file into memory. Larger images
+(`decode="stream"`) are decoded once per sample, and the worker cuts the crop of every view from that one decoded image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +20,104 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from datasets.fingerprint import Hasher
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .transforms import View, ViewSettings, crop_boxes
 
-CHUNK_BYTES = 1 << 24
-"""Decoded pixels that are held and written at a time: far below the 2 GiB that an Arrow column of bytes can address."""
-
-DECODED_AT_ONCE = 8
-"""Whole images that a worker holds: enough to share the cost of drawing their boxes."""
+CHUNK_BYTES = 1 << 24  # decoded pixels that are written at a time: far below the 2 GiB limit of an Arrow column
+DECODED_AT_ONCE = 8  # images that a worker holds at once; their crop boxes are drawn together
 
 
-def encoded_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The images alone and undecoded, whatever format the user has set."""
-    return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format(None)
+class TooLargeError(ValueError):
+    """The image has more pixels than allowed."""
 
 
-_AS_IMAGE = datasets.Image()
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, rotated by its EXIF orientation. 16-bit modes keep their upper 8 bits."""
+    image.load()  # some formats store EXIF data behind the pixels
+    if image.getexif().get(0x0112) is not None:  # the orientation; exif_transpose copies images that have none
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip all values above 255 to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode_image(encoded: dict[str, Any], row: int, role: str) -> Image.Image:
-    """An upright RGB image from what `datasets.Image(decode=False)` gives."""
+def open_image(
+    source: bytes | str | Path, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """Open an encoded image as upright RGB.
+
+    Args:
+        source: The bytes of an image file, or the path of a local file.
+        max_pixels: Refuse larger images before decoding them.
+        formats: Pillow's names of the accepted formats; None accepts all.
+
+    Raises:
+        TooLargeError: The image has more than `max_pixels` pixels, or Pillow takes it for a decompression bomb.
+        ValueError: The image cannot be read.
+    """
     try:
-        image = _AS_IMAGE.decode_example(encoded)
-        if image.mode.startswith("I;16"):  # PIL would clip the 16 bits, and leave a white image
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB")  # which copies
-    except Exception as error:  # PIL raises nearly anything for a broken file
+        # Not by its path: Pillow would map some TIFF files into memory, and read rotated ones wrongly.
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if max_pixels is None or image.width * image.height <= max_pixels:
+                return upright_rgb(image)
+            problem = f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed"
+    except Image.DecompressionBombError as error:
+        problem = str(error)
+    except Exception as error:  # Pillow raises nearly any type of error for a broken file
+        unknown = isinstance(error, UnidentifiedImageError)  # its message names a path or an object in memory
+        reason = "unknown format" if unknown else f"{type(error).__name__}: {error}"
+        raise ValueError(f"not a readable image ({reason})") from error
+    raise TooLargeError(f"too large ({problem})")
+
+
+def open_encoded(encoded: Mapping[str, Any] | None) -> Image.Image:
+    """Open an image of a dataset: its `bytes`, or the local file at `path` where they are None.
+
+    Raises:
+        ValueError: The image cannot be read, the row holds none, or `path` is a URL.
+    """
+    source = None if encoded is None else encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
+    if source is None:
+        raise ValueError("the row holds no image")
+    if isinstance(source, str) and re.match(r"\w[\w+.-]*://", source):
+        raise ValueError(f"{source} is a URL and only local files are opened; download the file first")
+    return open_image(source)
+
+
+def decode_image(encoded: Mapping[str, Any] | None, row: int, role: str) -> Image.Image:
+    """`open_encoded` for row `row` of the `role` split, with an error that names both."""
+    try:
+        return open_encoded(encoded)
+    except ValueError as error:
         raise ValueError(
-            f"Image {row} of the {role} split can't be decoded ({type(error).__name__}: {error}): drop such rows first "
-            "with ccssl_hf.data.drop_unreadable(dataset)."
+            f"Image {row} of the {role} split can't be decoded ({error}): drop such rows first with "
+            "ccssl_hf.data.drop_unreadable(dataset)."
         ) from error
 
 
+def encoded_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The image column alone, not decoded, without the format that the user has set."""
+    return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format(None)
+
+
 def _pixels(batch: dict[str, list[Any]], rows: list[int], *, column: str, size: int, role: str) -> dict[str, Any]:
-    """Shorter side to `size`, then the middle square; the image itself where it already has that size."""
+    """Resize the shorter side to `size` and crop the central square."""
     images = (decode_image(encoded, row, role) for row, encoded in zip(rows, batch[column], strict=True))
     squares = (ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for image in images)
     return {"pixels": [np.asarray(square).transpose(2, 0, 1).tobytes() for square in squares]}
 
 
-_DECODER = 1
-"""Raise it when `decode_image` or `_pixels` changes: tables decoded before then no longer count."""
+_DECODER = 2
+"""Increase it when the pixels from `open_image` or `_pixels` change, so that cached tables are decoded again."""
 
 
 class PixelTable:
-    """All images of a split as uint8 `[3, size, size]`: one memory-mapped file, which all processes and workers share.
+    """All images of a split as uint8 `[3, size, size]`, in one memory-mapped file shared by all processes and workers.
 
-    The file lies in the cache of `datasets`, in a folder `ccssl_hf`, for the next run to find.
+    The file is in the folder `ccssl_hf` of the cache of `datasets`. The next run finds it there.
     """
 
     def __init__(self, dataset: datasets.Dataset, *, image_column: str, size: int, role: str) -> None:
@@ -84,7 +135,7 @@ class PixelTable:
             fn_kwargs={"column": image_column, "size": size, "role": role},
             remove_columns=[image_column],
             features=datasets.Features({"pixels": datasets.Value("binary")}),
-            # Named here because a data set that lives in memory would have its pixels kept there, too.
+            # Without a name, `datasets` would keep the pixels of an in-memory dataset in memory.
             cache_file_name=str(
                 cache / f"{Hasher.hash([encoded._fingerprint, size, PIL.__version__, _DECODER])}.arrow"
             ),
@@ -93,7 +144,7 @@ class PixelTable:
         self._open()
 
     def _open(self) -> None:
-        """Numpy views of the Arrow buffers: every row has the same number of bytes, so a chunk is one array."""
+        """Map the Arrow buffers as numpy arrays, one per chunk; all rows have the same number of bytes."""
         shape = (-1, 3, self.size, self.size)
         self._chunks = []
         for chunk in self._dataset.data.column("pixels").chunks:
@@ -102,7 +153,7 @@ class PixelTable:
             self._chunks.append(data.reshape(shape))
         self._starts = np.cumsum([0] + [len(c) for c in self._chunks])
 
-    def __getstate__(self) -> dict[str, Any]:  # a spawned worker maps the file again instead of copying the pixels
+    def __getstate__(self) -> dict[str, Any]:  # a spawned worker maps the file; it does not copy the pixels
         return {"size": self.size, "_dataset": self._dataset}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,16 +173,16 @@ class PixelTable:
 
 
 def _rows_of(image: Image.Image) -> np.ndarray:
-    """An RGB image as uint8 `[H, W, 4]` without a copy, as Pillow keeps it; `[H, W, 3]` where it can't be shared."""
+    """An RGB image as uint8 `[H, W, 4]`, sharing Pillow's memory; as a copy `[H, W, 3]` where that is impossible."""
     try:
         values = pa.array(image).values.buffers()[1]
-    except (TypeError, ValueError):  # a Pillow before 11.3, or more pixels than it keeps in one block
+    except (TypeError, ValueError):  # Pillow < 11.3, or an image in more than one memory block
         return np.asarray(image)
     return np.frombuffer(values, np.uint8).reshape(image.height, image.width, 4)
 
 
 class ImageFiles:
-    """Encoded images of any size; the crops of all views of a sample are cut from one decoded image."""
+    """Encoded images of any size. The crops of all views of a sample are cut from one decoded image."""
 
     def __init__(
         self, dataset: datasets.Dataset, *, image_column: str, role: str, settings: ViewSettings, seed: int, stream: int
@@ -145,8 +196,8 @@ class ImageFiles:
     def read(self, index: np.ndarray, draw: np.ndarray, views: Sequence[View]) -> Tensor:
         """One crop for each of `views` of rows `index`, uint8 `[n, len(views), 3, size, size]`.
 
-        Resized by torch, in a third of Pillow's time: its antialiased bilinear to within two grey levels, one for each
-        of its passes (on photographs 0.1 % of the values differ at all, by one).
+        Crops are resized by torch, which takes a third of Pillow's time. Its antialiased bilinear filter differs from
+        Pillow's by at most two grey levels (on photographs, 0.1% of the values differ by one).
         """
         size = self._settings.image_size
         out = torch.empty((len(index), len(views), 3, size, size), dtype=torch.uint8)
@@ -164,6 +215,6 @@ class ImageFiles:
             boxes = crop_boxes(view, self._settings, seed=self._seed, stream=self._stream, **known).tolist()
             for crop, image, (top, left, height, width) in zip(out[:, v], pixels, boxes, strict=True):
                 box = image[None, top : top + height, left : left + width].copy()
-                cut = torch.from_numpy(box).permute(0, 3, 1, 2)  # seen as channels_last, so not brought into planes
+                cut = torch.from_numpy(box).permute(0, 3, 1, 2)  # channels_last, so torch makes no copy
                 resized = F.interpolate(cut, size, mode="bilinear", antialias=True)[0, :3]
-                crop.numpy()[:] = resized.numpy()  # from pixels to planes, in half the time of torch's copy
+                crop.numpy()[:] = resized.numpy()  # numpy copies to planes in half the time of torch

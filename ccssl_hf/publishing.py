@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
@@ -15,8 +14,6 @@ from huggingface_hub import CommitInfo, run_as_future
 from transformers.trainer_utils import HubStrategy
 
 from .hub import plan_push, upload
-
-logger = logging.getLogger(__name__)
 
 
 def files_of_checkpoint(folder: Path, strategy: HubStrategy) -> dict[str, Path]:

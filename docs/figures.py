@@ -1,6 +1,6 @@
-"""The pictures of how_ccssl_works.md, from the package's own code: `python docs/figures.py [weights views pull run]`.
+"""Draws the figures of the README and the documentation: `python docs/figures.py [overview weights views pull run]`.
 
-`run` trains the demo's FixMatch and FixMatch + CCSSL once, two minutes on one core; the others take seconds.
+`run` trains the demo's FixMatch and FixMatch + CCSSL once, about two minutes on one core. The others take seconds.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import runpy
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image, ImageDraw
+from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import set_seed
 
@@ -33,21 +36,76 @@ def save(figure: Figure, name: str) -> None:
     figure.savefig(IMAGES / f"{name}.png", dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.08)
 
 
+# ------------------------------------------------------------------------------------------------------------- overview
+
+
+def overview() -> None:
+    """The task of the demo: a few labeled digits, many unlabeled ones of which some are out-of-distribution."""
+    images, digits = load_digits(return_X_y=True)
+    figure = Figure(figsize=(10, 2.9))
+    canvas = figure.add_axes((0, 0, 1, 1))
+    canvas.set_xlim(0, 10)
+    canvas.set_ylim(0, 2.9)
+    canvas.axis("off")
+
+    def draw(x: float, y: float, row: int, outlined: bool = False) -> None:
+        side = 0.24
+        canvas.imshow(images[row].reshape(8, 8), cmap="gray_r", extent=(x, x + side, y, y + side), zorder=2)
+        edge = COLORS[1] if outlined else "#C8C8C8"
+        canvas.add_patch(
+            FancyBboxPatch(
+                (x, y), side, side, boxstyle="square,pad=0.02", fc="white", ec=edge, lw=2.2 if outlined else 0.8
+            )
+        )
+
+    def text(x: float, y: float, words: str, **style: Any) -> None:
+        canvas.text(x, y, words, **{"fontsize": 10, "color": TEXT, "va": "center", **style})
+
+    text(0.15, 2.7, "labeled: 24 images", weight="bold")
+    for digit in range(6):
+        for number, row in enumerate(np.flatnonzero(digits == digit)[:4]):
+            draw(0.2 + 0.34 * digit, 2.22 - 0.34 * number, row)
+        text(0.32 + 0.34 * digit, 0.95, f"“{digit}”", ha="center", color=COLORS[0])
+    text(2.65, 2.7, "unlabeled: 973 images", weight="bold")
+    for position, row in enumerate(np.random.RandomState(9).permutation(np.arange(200, 1797))[:60]):
+        draw(2.7 + 0.34 * (position % 10), 2.22 - 0.34 * (position // 10), row, outlined=digits[row] > 5)
+    text(
+        2.65,
+        0.2,
+        "outlined: out-of-distribution (OOD). Training does not know which these are.",
+        color=COLORS[1],
+        fontsize=9,
+    )
+
+    def box(x: float, width: float, title: str, lines: str) -> None:
+        style = "round,pad=0.02,rounding_size=0.08"
+        canvas.add_patch(FancyBboxPatch((x, 0.75), width, 1.72, boxstyle=style, fc="#F3F6FA", ec=COLORS[0], lw=1.2))
+        text(x + width / 2, 2.22, title, ha="center", weight="bold")
+        text(x + width / 2, 1.48, lines, ha="center", linespacing=1.6, fontsize=9)
+
+    box(6.45, 1.5, "training", "any timm backbone\npseudo labels\n+ CCSSL loss\naveraged weights")
+    box(8.35, 1.5, "published model", "config.json\nmodel.safetensors\nmodel card")
+    text(8.35 + 0.75, 0.4, "loads with AutoModel,\npipeline and timm", ha="center", va="center", fontsize=9)
+    for start, end in (((6.12, 1.6), (6.42, 1.6)), ((7.98, 1.6), (8.32, 1.6))):
+        canvas.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, color=GREY))
+    figure.savefig(IMAGES / "overview.png", dpi=150, facecolor="white")
+
+
 # -------------------------------------------------------------------------------------------------------------- weights
 
 BATCH = [("moth", 0.98), ("moth", 0.95), ("moth", 0.62), ("fly", 0.97), ("fly", 0.92), ("fly", 0.45), ("bee", 0.55)]
-"""Pseudo label and confidence of each image of a small batch."""
+"""Pseudo label and confidence of the images in a small batch."""
 
 
 def pair_weights(labels: Tensor, confidences: Tensor, push_threshold: float | None) -> Tensor:
-    """w of each pair of images `[N, N]`; on the diagonal that of an image's two views."""
+    """The weight w of each pair of images, `[N, N]`; the diagonal is for the two views of one image."""
     pulls = confidences if push_threshold is None else confidences * (confidences >= push_threshold)
     same_class = (labels[:, None] == labels[None, :]).float()
     return (same_class * pulls[:, None] * pulls[None, :]).fill_diagonal_(1)
 
 
 def check_weights(labels: Tensor, confidences: Tensor, push_threshold: float | None) -> None:
-    """These weights, in the sum that the documentation prints, give the value of the package's loss."""
+    """Compute the loss from these weights as documented, and compare it with the package's loss."""
     embeddings = F.normalize(torch.randn(len(labels), 2, 5, generator=torch.Generator().manual_seed(0)), dim=2)
     weights = pair_weights(labels, confidences, push_threshold).repeat_interleave(2, 0).repeat_interleave(2, 1)
     weights.fill_diagonal_(0)
@@ -80,7 +138,9 @@ def weights() -> None:
         ax.set_xlabel("image j: pseudo label, confidence", color=TEXT)
         ax.set_ylabel("image i: pseudo label, confidence", color=TEXT)
         title = (
-            "T_push none: every image joins its class" if threshold is None else "T_push 0.9: only confident ones do"
+            "push_threshold none: every image joins its class"
+            if threshold is None
+            else "push_threshold 0.9: only confident images do"
         )
         ax.set_title(title, fontsize=10, color=TEXT, loc="left")
     save(figure, "weights")
@@ -90,7 +150,7 @@ def weights() -> None:
 
 
 def butterfly(side: int) -> Image.Image:
-    """A drawn picture, so that no photograph's licence is at stake."""
+    """A drawn image, which has no licence to respect."""
     scale = side / 96
     rows = np.linspace(0, 1, side)[:, None, None]
     sky = (1 - rows) * np.array([150, 196, 232]) + rows * np.array([214, 232, 190])
@@ -100,7 +160,7 @@ def butterfly(side: int) -> Image.Image:
     def ellipse(left: float, top: float, right: float, bottom: float, colour: str) -> None:
         draw.ellipse([scale * left, scale * top, scale * right, scale * bottom], fill=colour)
 
-    for left in (0, 1):  # the two halves, mirrored
+    for left in (0, 1):  # mirrored halves
         boxes = [
             (12, 14, 46, 50, "#D9641E"),
             (18, 46, 46, 78, "#C24A12"),
@@ -147,7 +207,7 @@ def views() -> None:
 
 
 def pulled(embeddings: Tensor, labels: Tensor, confidences: Tensor, push_threshold: float | None) -> Tensor:
-    """Where 600 steps of gradient descent on the loss alone take the embeddings."""
+    """The embeddings after 600 steps of gradient descent on the contrastive loss alone."""
     free = embeddings.clone().requires_grad_()
     optimizer = torch.optim.Adam([free], lr=0.01)
     for _ in range(600):
@@ -172,23 +232,29 @@ def pull() -> None:
     angles = angles + 0.35 * torch.randn(len(labels), 2, generator=generator)
     start = torch.stack([angles.cos(), angles.sin()], dim=2)
     panels = {
-        "start": start,
-        "T_push 1: each image is\na class of its own": pulled(start, labels, confidences, 1.0),
-        "T_push none: unsure images\nare pulled along": pulled(start, labels, confidences, None),
-        "T_push 0.9: classes gather,\nunsure images stay apart": pulled(start, labels, confidences, 0.9),
+        "before training": start,
+        "push_threshold 1: each image\nattracts its own second view only": pulled(start, labels, confidences, 1.0),
+        "push_threshold none: images of one\npseudo label attract each other": pulled(start, labels, confidences, None),
+        "push_threshold 0.9: only confident\nimages attract their class": pulled(start, labels, confidences, 0.9),
     }
     figure = Figure(figsize=(12, 3.7), layout="constrained")
     for ax, (title, embeddings) in zip(figure.subplots(1, 4, sharex=True, sharey=True), panels.items(), strict=True):
         circle = torch.linspace(0, 2 * torch.pi, 200)
         ax.plot(circle.cos().numpy(), circle.sin().numpy(), color="#E4E4E4", linewidth=1, zorder=0)
         for (first, second), label, confidence in zip(embeddings, labels, confidences, strict=True):
-            sure = confidence > 0.9
+            confident = confidence > 0.9
             color, marker = COLORS[int(label)], MARKERS[int(label)]
-            # The contrastive view is drawn a little further out, so that one view does not hide the other.
+            # The contrastive view is drawn outside of the circle, so that the views do not overlap.
             ends = torch.stack([first, 1.13 * second]).numpy()
             ax.plot(*ends.T, color=color, linewidth=1, alpha=0.5, zorder=1)
             ax.scatter(
-                *ends.T, s=34, marker=marker, color=color if sure else "white", edgecolor=color, linewidth=1.2, zorder=2
+                *ends.T,
+                s=34,
+                marker=marker,
+                color=color if confident else "white",
+                edgecolor=color,
+                linewidth=1.2,
+                zorder=2,
             )
         ax.set_title(title, fontsize=10, color=TEXT, loc="left")
         ax.set_aspect("equal")
@@ -221,9 +287,9 @@ def run() -> None:
     axes = figure.subplots(1, 3)
     keys = ("mask_rate", "pseudo_label_precision", "eval_top1")
     labels = (
-        "share of unlabeled images\nwith confidence ≥ 0.95",
-        "share of these whose\npseudo label is right",
-        "validation top-1 (EMA weights)",
+        "mask rate: share of unlabeled\nimages with confidence ≥ 0.95",
+        "pseudo-label precision\namong these images",
+        "validation top-1 accuracy\n(EMA weights)",
     )
     for number, method in enumerate(("fixmatch", "fixmatch_ccssl")):
         history = history_of(demo, method)
@@ -249,7 +315,7 @@ def run() -> None:
 
 
 def history_of(demo: dict, method: str) -> list[dict[str, float]]:
-    """What the demo's run of a method with seed 0 logs, with the heap's true classes counted beside."""
+    """The log of the demo's run of a method with seed 0, with the precision of its pseudo labels."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--logging_steps", "20", "--eval_steps", "50", "--disable_tqdm", "true", "--output_dir", folder]
         recipe, args = parse_recipe(
@@ -266,7 +332,7 @@ def history_of(demo: dict, method: str) -> list[dict[str, float]]:
         return trainer.state.log_history
 
 
-FIGURES = {"weights": weights, "views": views, "pull": pull, "run": run}
+FIGURES = {"overview": overview, "weights": weights, "views": views, "pull": pull, "run": run}
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or FIGURES:

@@ -1,4 +1,4 @@
-"""What can't be trained on is refused in one sentence that names the fix, before an image is decoded."""
+"""Invalid input raises an error that names the fix, before an image is decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKBONE = "wide_resnet10_1_cifar"
 def rows(
     count: int, labels: list[Any] | None = None, feature: Any = None, column: str = "label", image: str = "image"
 ) -> datasets.Dataset:
-    """Rows whose images no decoder takes: whoever looks at one raises another error than the one awaited."""
+    """Rows whose images cannot be decoded: decoding one would raise another error than the expected one."""
     labels = [i % 3 for i in range(count)] if labels is None else labels
     columns = {image: [{"bytes": b"not an image", "path": None}] * count, column: labels, "photo": ["x"] * count}
     features = {

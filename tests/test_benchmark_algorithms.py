@@ -29,7 +29,7 @@ def few(data: str, output: Path, *more: str) -> list[str]:
 
 @needs_shared
 @pytest.mark.parametrize(("data", "precision"), [("cifar10_mini", True), ("butterfly10_mini", False)])
-def test_every_run_is_a_line_and_the_page_has_their_table(benchmark, data, precision, tmp_path):
+def test_every_run_is_a_line_and_the_page_has_a_table_of_them(benchmark, data, precision, tmp_path):
     page = tmp_path / "algorithms.md"
     page.write_text(benchmark.NEW_PAGE + "\nWhat it means.\n")
     asked = few(data, tmp_path, "--algorithms", "iomatch", "--seeds", "0,1")
@@ -47,7 +47,7 @@ def test_every_run_is_a_line_and_the_page_has_their_table(benchmark, data, preci
 
 
 @needs_shared
-def test_a_finished_run_is_not_run_again(benchmark, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_repeated(benchmark, tmp_path, monkeypatch):
     asked = few("butterfly10_mini", tmp_path, "--algorithms", "supervised", "--seeds", "0")
     benchmark.main(asked)
     before = (tmp_path / "algorithms_butterfly10_mini.jsonl").read_text()
@@ -70,7 +70,7 @@ def test_no_image_is_both_trained_on_and_evaluated_with(benchmark):
 
 
 def test_a_missing_pack_is_named(benchmark, tmp_path):
-    with pytest.raises(ValueError, match="let --root name the folder"):
+    with pytest.raises(ValueError, match="pass the folder of the image packs as --root"):
         benchmark.main(["--data", "cifar10_mini", "--root", str(tmp_path), "--output", str(tmp_path)])
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks of the contrastive loss, of start-up and of cost against work, at tiny sizes."""
+"""The benchmarks of the contrastive loss, of the start, and of costs against sizes, at tiny sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 def quick(name: str, output: Path) -> list[dict[str, Any]]:
-    """The rows of a quick run of benchmark `name`."""
+    """The rows of a quick run of a benchmark."""
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--output", str(output)]
     subprocess.run(command, check=True)
     rows = json.loads((output / f"{name}.json").read_text())["rows"]
@@ -24,11 +24,11 @@ def quick(name: str, output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc, which is Linux's")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, which only Linux has")
 
 
 @linux
-def test_the_loss_has_its_bars(tmp_path: Path) -> None:
+def test_the_loss_has_its_aims(tmp_path: Path) -> None:
     bars = [(row["unit"], row["bar"]["relation"], row["bar"]["value"]) for row in quick("contrastive", tmp_path)]
     assert bars == [
         ("times as fast", "≥", 5),
@@ -38,7 +38,7 @@ def test_the_loss_has_its_bars(tmp_path: Path) -> None:
     ]
 
 
-def test_both_ways_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_losses_have_the_same_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     benchmark = importlib.import_module("contrastive")
     for size in (1, 2, 40):
@@ -52,7 +52,7 @@ def test_both_ways_give_the_same_loss_and_gradient(monkeypatch: pytest.MonkeyPat
 
 @linux
 @pytest.mark.slow
-def test_start_up_has_a_row_for_time_and_memory_of_both_ways_of_decoding(tmp_path: Path) -> None:
+def test_the_start_has_rows_for_time_and_memory_of_both_decode_modes(tmp_path: Path) -> None:
     rows = quick("start", tmp_path)
     bars = [(row["unit"], row["bar"] and row["bar"]["value"]) for row in rows]
     assert bars == [("s more", 2), ("MiB more", 100), ("MiB more", None)] * 2

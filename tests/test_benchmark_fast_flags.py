@@ -38,4 +38,4 @@ def test_each_flag_is_a_line_with_its_difference_from_the_defaults(tmp_path: Pat
 
     before = lines.read_text()
     subprocess.run(command, check=True, capture_output=True, timeout=500)
-    assert lines.read_text() == before  # a finished run is not run again
+    assert lines.read_text() == before  # a finished run is not repeated

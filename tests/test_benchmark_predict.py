@@ -1,4 +1,4 @@
-"""The benchmark of predictions, on a few images."""
+"""The benchmark of `predict` on a few images."""
 
 from __future__ import annotations
 

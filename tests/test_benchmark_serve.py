@@ -1,4 +1,4 @@
-"""The benchmark of the server runs, and server and model say the same of each image."""
+"""The benchmark of the server: it runs, and server and model give the same predictions."""
 
 from __future__ import annotations
 

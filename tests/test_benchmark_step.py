@@ -1,4 +1,4 @@
-"""The benchmarks of a training step and of its optimizer: that they run and say what they should. No time is judged."""
+"""The benchmarks of a training step and of its optimizer run and write their rows. Times are not checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def rows_of(name: str, output: Path) -> list[dict[str, Any]]:
-    """The rows that a benchmark wrote under `--quick`."""
+    """The rows of a quick run of a benchmark."""
     done = subprocess.run(
         [sys.executable, f"benchmarks/{name}.py", "--quick", "--output", str(output)],
         capture_output=True,

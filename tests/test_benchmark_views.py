@@ -1,4 +1,4 @@
-"""The benchmarks of views run, and write the rows that `benchmarks/run.py` collects."""
+"""The benchmarks of views run and write the rows that `benchmarks/run.py` reads."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def rows_of(name: str, folder: Path) -> list[dict[str, Any]]:
     ("name", "bars"),
     [("augmentation", [("times as fast", 5), ("views/s", 15_000)]), ("views_224", [("times as fast", 2)])],
 )
-def test_a_benchmark_of_views_runs_and_says_its_bars(name: str, bars: list[tuple[str, float]], tmp_path: Path) -> None:
+def test_a_benchmark_of_views_runs_and_has_its_aims(name: str, bars: list[tuple[str, float]], tmp_path: Path) -> None:
     rows = rows_of(name, tmp_path)
     held = [(row["unit"], row["bar"]["value"]) for row in rows if row["bar"]]
     assert held[: len(bars)] == bars
-    if name == "augmentation":  # each view alone, too
+    if name == "augmentation":  # each view also alone
         told = [row["what"] for row in rows if not row["bar"]]
         assert all(any(what.startswith(view) for what in told) for view in ("weak", "strong", "contrastive"))

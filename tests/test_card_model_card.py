@@ -110,7 +110,7 @@ def test_a_full_card_reads_back_from_its_folder(tmp_path):
     assert "(EMA weights, last step 800, seed 3)" in found[1][4]
 
 
-def test_every_number_of_the_card_says_what_it_is():
+def test_every_result_has_its_provenance():
     text = full_card().text
     assert "| Top-1 accuracy | 0.6550 | test | EMA | 800 (last) | 3 |" in text
     assert "| Top-1 accuracy | 0.6450 | validation | raw | 700 (best) | 3 |" in text
@@ -120,7 +120,7 @@ def test_every_number_of_the_card_says_what_it_is():
     assert "The published weights are those of step 800" in text
 
 
-def test_a_full_card_tells_how_the_model_was_made():
+def test_a_full_card_describes_the_training():
     card = full_card()
     for expected in (
         "from 7 labeled and 880 unlabeled images",
@@ -228,7 +228,7 @@ def test_an_algorithm_that_is_registered_later_is_cited(monkeypatch):
     assert "doe2027later" in text and "[Later](https://arxiv.org/abs/2701.00001)" in text
 
 
-def test_every_algorithm_and_metric_has_its_words():
+def test_every_algorithm_and_metric_has_a_name():
     assert [name for name, algorithm in ALGORITHMS.items() if algorithm.paper is None] == ["supervised"]
     measured = classification_metrics(np.eye(3), np.array([0, 1, -1]), open_set_scores=np.ones(3))
     quality = pseudo_label_quality(pseudo_labels=[0], mask=[1], hidden_labels=[0])
@@ -254,7 +254,7 @@ def test_many_classes_are_folded():
 
 
 @pytest.mark.parametrize(("change", "hint"), [({"weights": "swa"}, "'EMA' or 'raw'"), ({"which": "first"}, "'best'")])
-def test_an_origin_that_is_none_is_refused(change, hint):
+def test_a_wrong_provenance_is_refused(change, hint):
     with pytest.raises(ValueError, match=hint):
         Provenance(**{"weights": "EMA", "step": 1, "which": "last", "seed": 0, **change})
 
@@ -337,7 +337,7 @@ def test_renewed_results_take_the_place_of_their_splits_and_leave_the_rest():
     assert str(renew(card, new)) == str(card)
 
 
-def test_a_card_of_another_hand_gets_its_results_at_the_end():
+def test_a_card_written_by_hand_gets_its_results_at_the_end():
     card = ModelCard(HAND_WRITTEN)
     card.data.eval_results, card.data.model_name = [FOREIGN], "theirs"
     card = renew(card, [Result("top1", 0.7, "test")])
@@ -349,7 +349,7 @@ def test_a_card_of_another_hand_gets_its_results_at_the_end():
     assert again.text.count("<!-- results:") == 1 and "0.7000" not in again.text
 
 
-def test_nothing_is_said_of_training_that_is_not_known():
+def test_unknown_training_is_not_mentioned():
     card = render_card(RunRecord("resnet18", ["a", "b"]), model_name="anna/old")
     assert sections(card) == ["How to use", "Intended use", "Classes"]
     assert ": `resnet18`.\n" in card.text and "CCSSL" not in card.text

@@ -1,4 +1,4 @@
-"""The card that a run writes of itself: what is in it, that it needs no network, and that no error loses a run."""
+"""The card of a run: its content, without network, and no error in it loses a run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ccssl_hf import CCSSLTrainer
 from ccssl_hf.algorithms import algorithm_hyperparameters
 from ccssl_hf.card.model_card import CONFIDENCE, CONFUSION_MATRIX, CURVES, PICTURES, RELIABILITY
 from ccssl_hf.data import fingerprint
-from test_trainer import with_strangers
+from test_trainer import with_ood_images
 from tiny_runs import LABELED, LABELS, UNLABELED, VALIDATION, trainer_of
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CCSSLTrainer, Path]:
-    """A run with everything there is to say, whose card was written with all sockets blocked."""
+    """A run with all kinds of results. Its card is written with all sockets blocked."""
     folder = tmp_path_factory.mktemp("run") / "digits"
     trainer = trainer_of(
         folder,
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CCSSLTrainer, Path]:
         hub_token="hf_thisIsASecretOfTheUser",
     )
     trainer.train()
-    trainer.evaluate(with_strangers(), metric_key_prefix="test")
+    trainer.evaluate(with_ood_images(), metric_key_prefix="test")
     trainer.add_results("unlabeled", {"precision@0.95": 0.5, "coverage@0.95": 0.25, "ood_share_passed@0.95": math.nan})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.socket.connect", _refuse)
@@ -52,7 +52,7 @@ def card_of(folder: Path) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
-def test_results_are_floats_that_say_what_they_are(run: tuple[CCSSLTrainer, Path]) -> None:
+def test_results_are_floats_with_provenance(run: tuple[CCSSLTrainer, Path]) -> None:
     trainer, folder = run
     found = card_of(folder).data.eval_results
     assert found and {result.dataset_split for result in found} == {"validation", "test", "unlabeled"}
@@ -66,21 +66,21 @@ def test_results_are_floats_that_say_what_they_are(run: tuple[CCSSLTrainer, Path
     assert by_name["test", "roc_auc"] == pytest.approx(trainer.results["test"][-1].value, abs=1e-6)
 
 
-def test_it_tells_all_settings_that_are_in_effect(run: tuple[CCSSLTrainer, Path]) -> None:
+def test_it_shows_all_settings_in_effect(run: tuple[CCSSLTrainer, Path]) -> None:
     folder = run[1]
     text = card_of(folder).text
     settings = dict(re.findall(r"^\| (\w+) \| (.*) \|$", text.partition("### Method")[2], re.MULTILINE))
     assert set(algorithm_hyperparameters("fixmatch")) <= set(settings)
     assert {"mu", "learning_rate", "sgd_momentum", "nesterov", "schedule", "ema_decay"} <= set(settings)
     assert {"weak_crop", "randaugment_ops", "cutout_size", "contrastive_view", "jitter"} <= set(settings)
-    assert settings["adam_beta1"] == "0.8"  # set, though SGD leaves it alone
+    assert settings["adam_beta1"] == "0.8"  # set, although SGD does not use it
     assert settings["mean"].startswith("0.4914, ") and settings["steps"] == "6"
     for name in ("crop_scale", "adam_beta2", "output_dir", "hub_token", "logging_steps", "lr_scheduler_type"):
         assert name not in settings
     assert str(folder.parent) not in text and "Secret" not in text
 
 
-def test_supervised_training_tells_of_no_views_that_it_does_not_make(tmp_path: Path) -> None:
+def test_supervised_training_shows_no_views_that_it_does_not_make(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, algorithm="supervised", lambda_contrast=0, confidence_threshold=None, unlabeled=None)
     trainer.create_model_card()
     text = card_of(tmp_path).text
@@ -96,11 +96,11 @@ def test_every_split_has_the_fingerprint_of_its_content(run: tuple[CCSSLTrainer,
         "labeled": fingerprint(LABELED, "image", [LABELS[label] for label in LABELED["label"]]),
         "unlabeled": fingerprint(UNLABELED, "image"),
         "validation": fingerprint(VALIDATION, "image", names),
-        "test": fingerprint(with_strangers(), "image", [*names, *[""] * 10]),
+        "test": fingerprint(with_ood_images(), "image", [*names, *[""] * 10]),
     }
 
 
-def test_its_pictures_are_of_the_test_split_and_lie_beside_it(run: tuple[CCSSLTrainer, Path]) -> None:
+def test_its_pictures_show_the_test_split(run: tuple[CCSSLTrainer, Path]) -> None:
     text = card_of(run[1]).text
     linked = dict(re.findall(r"!\[(.*?)\]\((.*?)\)", text))
     assert sorted(linked.values()) == sorted([CURVES, CONFUSION_MATRIX, RELIABILITY, CONFIDENCE])
@@ -111,8 +111,8 @@ def test_its_pictures_are_of_the_test_split_and_lie_beside_it(run: tuple[CCSSLTr
             assert min(picture.size) > 500
 
 
-def test_each_picture_is_of_a_split_that_has_what_it_shows(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, validation={"open": with_strangers(), "known": VALIDATION})
+def test_each_picture_shows_a_split_that_has_the_data(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, validation={"open": with_ood_images(), "known": VALIDATION})
     trainer.evaluate()
     assert set(trainer.results) == set(trainer.predictions) == {"open", "known"}
     trainer.create_model_card()
@@ -142,7 +142,7 @@ def test_a_picture_that_can_not_be_drawn_loses_no_card(tmp_path: Path, caplog: p
     assert CONFUSION_MATRIX in text and RELIABILITY not in text and "Top-1 accuracy" in text
 
 
-def test_metrics_of_the_users_own_need_no_logits(tmp_path: Path) -> None:
+def test_a_users_own_metrics_need_no_logits(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
     trainer.compute_metrics = lambda prediction: {
@@ -163,7 +163,7 @@ def test_predictions_are_no_evaluation(tmp_path: Path) -> None:
     assert kept.logits.dtype == np.float32 and kept.labels.tolist() == VALIDATION["label"]
 
 
-def test_the_hub_takes_it(run: tuple[CCSSLTrainer, Path], hub: Any) -> None:
+def test_the_hub_accepts_it(run: tuple[CCSSLTrainer, Path], hub: Any) -> None:
     asked = len(hub.requests)
     card_of(run[1]).validate(repo_type="model")
     assert hub.requests[asked:] == ["POST /api/validate-yaml 200"]

@@ -1,4 +1,4 @@
-"""`ccssl-hf evaluate` and `ccssl-hf report`, on folders and on the Hub: the trainer's numbers, and cards renewed."""
+"""`ccssl-hf evaluate` and `ccssl-hf report`, on folders and on the Hub: the trainer's results, and renewed cards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
 from ccssl_hf.cli import app
 from ccssl_hf.data import load_split
 from hub_server import TOKENS
-from test_trainer import with_strangers
+from test_trainer import with_ood_images
 from tiny_runs import LABELS, trainer_of
 
-STRANGER = "a stranger"
+OOD_NAME = "a stranger"
 
 
 def ccssl_hf(*arguments: Any) -> Result:
@@ -35,9 +35,9 @@ def the_error(result: Result) -> str:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The validation split and its strangers as <class>/<image>."""
+    """The validation split and OOD images as <class>/<image>."""
     folder = tmp_path_factory.mktemp("images") / "open"
-    split = with_strangers()
+    split = with_ood_images()
     names = split.features["label"].names
     for number, row in enumerate(split):
         (folder / names[row["label"]]).mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[CCSSLTr
 def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_path: Path) -> None:
     result = ccssl_hf("evaluate", run[1], images, "--json", tmp_path / "made" / "out.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert f"47 images, 10 of them of no known class ({STRANGER})" in result.stdout
+    assert f"47 images, 10 of them of no known class ({OOD_NAME})" in result.stdout
     assert f"\nWritten to {tmp_path / 'made' / 'out.json'}.\n" in result.stdout
     written = json.loads((tmp_path / "made" / "out.json").read_text())
     for name in ("top1", "top5", "macro_f1", "ece", "auroc"):
@@ -74,7 +74,7 @@ def test_evaluate_reads_folder_and_data_set_from_the_hub(run: Any, images: Path,
     api = HfApi(token=TOKENS["anna"])
     api.create_repo("anna/evaluated-digits")
     api.upload_folder(repo_id="anna/evaluated-digits", folder_path=run[1], ignore_patterns=["checkpoint-*"])
-    split = with_strangers().remove_columns("true").rename_columns({"image": "photo", "label": "kind"})
+    split = with_ood_images().remove_columns("true").rename_columns({"image": "photo", "label": "kind"})
     split.push_to_hub("anna/open-digits", split="hard", token=TOKENS["anna"])
     columns = ["--image-column", "photo", "--label-column", "kind"]
     result = ccssl_hf("evaluate", "anna/evaluated-digits", "anna/open-digits", "--split", "hard", *columns)
@@ -136,7 +136,7 @@ def test_report_writes_the_first_card_of_a_folder(images: Path, tmp_path: Path) 
 
 
 def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> None:
-    assert "<class>/<image>" in the_error(ccssl_hf("evaluate", run[1], images / STRANGER))
+    assert "<class>/<image>" in the_error(ccssl_hf("evaluate", run[1], images / OOD_NAME))
     assert "not a folder" in the_error(ccssl_hf("evaluate", run[1], tmp_path / "none"))
     assert "config.json" in the_error(ccssl_hf("evaluate", images, images))
     assert "NAME=SOURCE" in the_error(ccssl_hf("report", run[1], "--split", str(images)))

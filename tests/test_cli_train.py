@@ -82,7 +82,7 @@ def test_the_command_loads_them_too(tmp_path: Path, place: Path) -> None:
     """The command imports them only when a verb runs."""
     model = CCSSLForImageClassification.from_timm("wide_resnet10_1_cifar", labels=["a", "b"])
     model.save_pretrained(tmp_path / "model")
-    images = str(place / "my_images" / "test" / "red")
+    images = str(place / "photos" / "test" / "red")
     done = run(COMMAND, "predict", str(tmp_path / "model"), images, str(tmp_path / "out.parquet"))
     assert done.returncode == 0 and done.stdout.startswith("4 images"), done.stderr
 
@@ -91,7 +91,7 @@ def test_the_command_loads_them_too(tmp_path: Path, place: Path) -> None:
 
 
 def flags(**others: str) -> list[str]:
-    return changed(["--data_dir", "my_images", "--pretrained"], image_size="32", max_steps="2", **others)
+    return changed(["--data_dir", "photos", "--pretrained"], image_size="32", max_steps="2", **others)
 
 
 def test_train_is_the_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_training_goes_on_from_a_published_folder(place: Path, tmp_path: Path) -
     def build(*flags: str) -> CCSSLTrainer:
         given = [
             "--data_dir",
-            str(place / "my_images"),
+            str(place / "photos"),
             "--model",
             str(tmp_path / "start"),
             "--output_dir",
@@ -151,7 +151,7 @@ def test_help_of_train_shows_every_flag_by_its_class_with_the_defaults_of_the_fi
 
 
 def test_a_wrong_flag_of_train_is_an_error_in_one_line(place: Path) -> None:
-    arguments = [COMMAND, "train", "--data_dir", "my_images", "--lamda_u", "1"]
+    arguments = [COMMAND, "train", "--data_dir", "photos", "--lamda_u", "1"]
     done = subprocess.run(arguments, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if line.strip()]

@@ -43,7 +43,7 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def semicls(golden, tmp_path) -> Path:
-    """As the authors' code writes it: the reference weights as average, others as raw."""
+    """A checkpoint of the authors' code, with the reference weights as averaged weights."""
     prefix = "state_dict/"
     ema = {key.removeprefix(prefix): torch.from_numpy(golden[key]) for key in golden if key.startswith(prefix)}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.03, momentum=0.9, nesterov=True)
@@ -87,7 +87,7 @@ def test_raw_weights_without_the_head(semicls, tmp_path):
         semicls, out, labels=LABELS, backbone="wide_resnet10_1_cifar", weights="raw", with_head=False
     )
     assert not (out / "ccssl_head.safetensors").exists()
-    assert report.left_out["the projection head, which was not asked for"] == (
+    assert report.left_out["the projection head, which was not requested"] == (
         "fc1.weight",
         "fc1.bias",
         "fc2.weight",
@@ -100,7 +100,7 @@ def test_raw_weights_without_the_head(semicls, tmp_path):
 
 @pytest.mark.parametrize("proj", [True, False])
 def test_a_resnet_of_the_authors_gives_torchvisions_outputs(tmp_path, proj):
-    """Their ResNets are torchvision's, with the classifier under another name, and fc1, ReLU, fc2 as projection."""
+    """Their ResNets are torchvision's; the classifier has another name, and the projection is fc1, ReLU, fc2."""
     torch.manual_seed(0)
     network = torchvision.models.resnet18(num_classes=10).eval()
     state = {re.sub(r"^fc\.", "classifier.", key): value for key, value in network.state_dict().items()}
@@ -119,7 +119,7 @@ def test_a_resnet_of_the_authors_gives_torchvisions_outputs(tmp_path, proj):
     if proj:
         model = CCSSLForImageClassification.from_pretrained(tmp_path / "out")
     else:
-        assert report.left_out["a projection that takes no part, as the network has no proj"] == (
+        assert report.left_out["an unused projection, as the network has no proj"] == (
             "module.fc.weight",
             "module.fc.bias",
         )
@@ -200,7 +200,7 @@ def test_moco_needs_a_query_encoder(tmp_path):
 
 
 def usb_state(*, stages: int, block_bias: bool, preactivate_all: bool, classifier: str) -> dict[str, Tensor]:
-    """Random weights of a Wide ResNet 28-2 under USB's names, as if trained."""
+    """Random weights of a trained-looking Wide ResNet 28-2 under USB's names."""
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {}
 
@@ -246,7 +246,7 @@ def usb_logits(
     last_eps: float,
     first_stride: int = 1,
 ) -> Tensor:
-    """The forward pass by its definition, on the tensors of the checkpoint."""
+    """The forward pass, written out on the tensors of the checkpoint."""
 
     def conv(name: str, x: Tensor, stride: int, padding: int) -> Tensor:
         return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), stride=stride, padding=padding)
@@ -352,10 +352,14 @@ def test_one_tensor_under_two_keys_is_not_dropped_in_silence(usb, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "arguments", "message"),
     [
-        ("model", dict(weights="ema"), r"no weights under 'ema_model' \(it has model\): take 'model' by weights='raw'"),
-        ("net", dict(weights="raw"), r"no weights under 'model' \(it has net\): pass another checkpoint"),
+        (
+            "model",
+            dict(weights="ema"),
+            r"no weights under 'ema_model' \(it has model\): use 'model' with weights='raw'",
+        ),
+        ("net", dict(weights="raw"), r"no weights under 'model' \(it has net\): pass another file"),
         ("model", dict(weights="EMA"), "use 'ema' or 'raw'"),
-        ("model", dict(weights="raw", labels=["cat", "dog"]), "10 classes apart, but 2 labels"),
+        ("model", dict(weights="raw", labels=["cat", "dog"]), "has 10 classes, but 2 labels"),
         (
             "model",
             dict(weights="raw", backbone="wide_resnet28_8_cifar"),
@@ -380,7 +384,7 @@ def test_a_network_without_biases_is_not_of_usb(usb, tmp_path):
 
 
 class Malicious:
-    """Unpickled without care, makes a file."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -405,7 +409,7 @@ def test_a_malicious_file_runs_nothing(tmp_path, zipped):
 )
 def test_objects_in_a_checkpoint_are_named(tmp_path, value, kind):
     path = save(tmp_path / "model.pth", model={"conv1.bias": torch.zeros(1)}, best_eval_acc=value)
-    with pytest.raises(ValueError, match=rf"more than weights \({kind}\).*torch\.save its state dicts alone"):
+    with pytest.raises(ValueError, match=rf"more than weights \({kind}\).*torch\.save only its state dicts"):
         convert_usb(path, tmp_path / "out", **WIDE)
 
 
@@ -419,5 +423,5 @@ def test_a_file_that_is_no_checkpoint(usb, tmp_path):
         with pytest.raises(ValueError, match="is damaged"):
             convert_moco(path, tmp_path / "out", labels=LABELS)
     torch.save(torch.zeros(1), path)
-    with pytest.raises(ValueError, match="holds a Tensor"):
+    with pytest.raises(ValueError, match="contains a Tensor"):
         convert_moco(path, tmp_path / "out", labels=LABELS)

@@ -1,4 +1,4 @@
-"""ONNX files against PyTorch and transformers' pipeline, and what transformers.js makes of the folder."""
+"""ONNX files against PyTorch, transformers' pipeline and transformers.js."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BACKBONES = {"test_resnet": 96, "test_vit": 64, "wide_resnet10_1_cifar": 32}
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Published folders and, beside them, what the command made of them."""
+    """Published folders and the ONNX folders of the command next to them."""
     root = tmp_path_factory.mktemp("onnx")
     for name, size in BACKBONES.items():
         published(root / name, name, size)
@@ -79,7 +79,7 @@ def test_the_folder_is_plain_and_names_no_path(exported, name):
     ],
 )
 def test_preprocessing_is_timms(cfg, size):
-    """What a processor that reads such files makes of an image, against timm's transform."""
+    """Compare a processor that reads such files with timm's transform."""
     cfg |= {"input_size": (3, 64, 64), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
     config = preprocessor_config(cfg)
     assert config["size"] == size and config["crop_size"] == {"height": 64, "width": 64}
@@ -104,7 +104,7 @@ def test_a_file_that_says_something_else_gets_no_name(exported, tmp_path, monkey
     with torch.no_grad():
         model.backbone.fc.bias[0] += 0.01
     monkeypatch.setattr(export, "_graph", lambda *args, **kwargs: other)
-    with pytest.raises(ValueError, match=r"logits of 1 images differ by 0\.01"):
+    with pytest.raises(ValueError, match=r"differ by 0\.01 on 1 images"):
         export_onnx(model, tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["_model.onnx.partial"]
 
@@ -112,14 +112,14 @@ def test_a_file_that_says_something_else_gets_no_name(exported, tmp_path, monkey
 def test_what_a_user_can_get_wrong(exported, tmp_path):
     folder = exported / "wide_resnet10_1_cifar"
     for arguments, words in (
-        ([str(folder), "--out", str(folder)], "holds weights, and ONNX needs another config.json"),
+        ([str(folder), "--out", str(folder)], "is a published folder, and ONNX needs another config.json"),
         ([str(tmp_path)], "config.json"),
     ):
         result = CliRunner().invoke(app, ["export", "onnx", *arguments])
         assert result.exit_code == 2
         [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert words in line
-    with pytest.raises(ValueError, match="opset is 9, but torch writes 18"):
+    with pytest.raises(ValueError, match="opset is 9, but must be at least 18"):
         export_onnx(CCSSLForImageClassification.from_pretrained(folder), tmp_path, opset=9)
 
 
@@ -146,7 +146,7 @@ def has_transformers_js() -> bool:
 )
 @pytest.mark.parametrize("name", BACKBONES)
 def test_transformers_js_gives_the_pipelines_scores(exported, name):
-    """Of images that need no resizing: what comes of it is PIL's in Python alone."""
+    """Images need no resizing here: only Python resizes like Pillow."""
     files = []
     for number in range(3):
         files.append(str(exported / f"{name}_{number}.png"))

@@ -1,4 +1,4 @@
-"""handler.py in a process without this package, called as Hugging Face's inference toolkit calls it."""
+"""handler.py in a process without this package, called like the inference toolkit does."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ CALL_HANDLERS = """
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What handlers answer; one process for all, for its imports are slow."""
+    """The handlers' answers, from one process: its imports are slow."""
     root = tmp_path_factory.mktemp("endpoints")
     for name, size in BACKBONES.items():
         published(root / name, name, size)
@@ -112,11 +112,11 @@ def test_what_cannot_be_answered_gets_a_sentence(found, name):
     words = [
         "inputs is missing",
         "inputs is missing",
-        "no base64 text",  # a path is never opened
-        "Addresses are not fetched",
-        "no image that can be read",
+        "not base64 text",  # a path is never opened
+        "URLs are not fetched",
+        "not a readable image",
         "did you mean 'top_k'?",
-        "top_k must be a whole number",
+        "top_k must be an integer",
         "is of type dict",
     ]
     assert [word in error for word, error in zip(words, found[name]["errors"], strict=True)] == [True] * len(words)

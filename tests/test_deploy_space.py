@@ -1,4 +1,4 @@
-"""`ccssl-hf space`: the folder that it writes, the page's answers, and the page itself in a browser."""
+"""`ccssl-hf space`: the folder that it writes, the page's answers, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debi
 
 
 def noise(count: int, *, size: int = 16) -> list[Image.Image]:
-    """Pictures of nothing."""
+    """Images of noise."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     return [Image.fromarray(picture) for picture in pixels]
 
 
 def digit(number: int) -> Image.Image:
-    """The first of a digit that is none of the model's classes."""
+    """The first image of a digit that is not a class of the model."""
     images, numbers = load_digits(return_X_y=True)
     first = images[np.flatnonzero(numbers == number)[0]].reshape(8, 8)
     return Image.fromarray((first * 15.9).astype(np.uint8)).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)
@@ -62,7 +62,7 @@ def save_as_folders(dataset: datasets.Dataset, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model of four digits in `model`, and what it was trained and is measured on, as folders."""
+    """A trained model of four digits in `model`, and its labeled and validation images as folders."""
     folder = tmp_path_factory.mktemp("space")
     trainer = trainer_of(
         folder / "run",
@@ -104,7 +104,7 @@ def space(written: Path) -> app.Space:
 
 def test_the_folder_is_a_space_with_a_plain_model_and_nothing_of_this_machine(written: Path, work: Path) -> None:
     files = {str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()}
-    examples = {f"examples/{number}.webp" for number in range(6)}  # four classes, two of none
+    examples = {f"examples/{number}.webp" for number in range(6)}  # four classes, two OOD
     own = {"app.py", "requirements.txt", "README.md", "space.json", "wide_resnet_cifar.py"}
     gallery = {"gallery/embeddings.safetensors", "gallery/images.zip"}
     model = {f"model/{name}" for name in ("config.json", "model.safetensors", "wide_resnet_cifar.py")}
@@ -201,7 +201,7 @@ def test_a_labeled_image_is_its_own_nearest(space: app.Space) -> None:
     names = sorted(LABELS)
     order = sorted(rows.tolist(), key=lambda row: names.index(LABELS[LABELED[row]["label"]]))
     for row in order[::7]:
-        _, features = space.model.describe([LABELED[row]["image"]])
+        _, features = space.model.logits_and_features([LABELED[row]["image"]])
         near = space.gallery.nearest(features[0])
         image, number, cosine = near[0]
         assert np.array_equal(np.asarray(image), np.asarray(LABELED[row]["image"]))
@@ -225,19 +225,19 @@ def test_thresholds_are_what_a_loop_over_the_images_finds() -> None:
     assert measured.confidence == pytest.approx(np.quantile(confidences, 0.05), rel=1e-5)
     assert measured.energy == pytest.approx(np.quantile(energies, 0.05), rel=1e-5)
     both = [c < measured.confidence and e < measured.energy for c, e in zip(confidences, energies, strict=True)]
-    assert measured.noted == pytest.approx(np.mean(both)) and measured.top1 == pytest.approx(np.mean(right))
-    assert (measured.images, measured.strangers) == (35, 25) and 0 < measured.strangers_noted <= 1
+    assert measured.flagged == pytest.approx(np.mean(both)) and measured.top1 == pytest.approx(np.mean(right))
+    assert (measured.images, measured.ood_images) == (35, 25) and 0 < measured.ood_flagged <= 1
 
 
-def test_only_an_image_below_both_thresholds_may_be_none_of_them(space: app.Space) -> None:
+def test_only_an_image_below_both_thresholds_may_be_out_of_distribution(space: app.Space) -> None:
     limits = space.settings.thresholds
-    assert limits.images == len(VALIDATION) and limits.strangers == 8 and limits.source == "validation"
+    assert limits.images == len(VALIDATION) and limits.ood_images == 8 and limits.source == "validation"
     for image in [row["image"] for row in VALIDATION] + noise(8) + [Image.new("RGB", (16, 16), "teal")]:
-        logits, _ = space.model.describe([image])
+        logits, _ = space.model.logits_and_features([image])
         confidence, energy = (score.item() for score in app.confidence_and_energy(logits))
         answer = space.answer(image)
-        assert answer.stranger == (confidence < limits.confidence and energy < limits.energy)
-        assert f"{confidence:.2f}" in answer.numbers and f"{energy:.1f}" in answer.numbers
+        assert answer.out_of_distribution == (confidence < limits.confidence and energy < limits.energy)
+        assert f"{confidence:.2f}" in answer.reason and f"{energy:.1f}" in answer.reason
 
 
 def test_without_validation_images_only_a_floor_is_compared_with_and_the_page_says_so(
@@ -247,9 +247,9 @@ def test_without_validation_images_only_a_floor_is_compared_with_and_the_page_sa
     space = app.Space(tmp_path)
     for row in range(0, 37, 4):
         answer = space.answer(VALIDATION[row]["image"])
-        assert answer.stranger == (max(answer.confidences.values()) < app.CONFIDENCE_FLOOR)
-        assert answer.nearest == [] and "set by hand" in answer.numbers
-    assert "measured on nothing" in space.about() and "nearest" not in space.about()
+        assert answer.out_of_distribution == (max(answer.confidences.values()) < app.CONFIDENCE_FLOOR)
+        assert answer.nearest == [] and "set by hand" in answer.reason
+    assert "set by hand and not measured" in space.about() and "Nearest" not in space.about()
 
 
 def test_a_bad_file_gets_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,22 +259,12 @@ def test_a_bad_file_gets_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             noise(1, size=64)[0].save(path)
             content = path.read_bytes()[:900]
         path.write_bytes(content)
-        with pytest.raises(app.UnreadableImage, match=r"can't be read as an image: try a JPEG"):
-            app.open_image(path)
+        with pytest.raises(ValueError, match=r"can't be read as an image\. Try a JPEG"):
+            app.open_upload(str(path))
     monkeypatch.setattr(app, "MAX_PIXELS", 1_000_000)
     Image.new("1", (2000, 2000)).save(tmp_path / "huge.png")
-    with pytest.raises(app.UnreadableImage, match="2000 × 2000 pixels"):
-        app.open_image(tmp_path / "huge.png")
-
-
-def test_images_of_any_mode_are_upright_rgb(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    Image.new("CMYK", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    image = app.open_image(tmp_path / "turned.jpg")
-    assert (image.mode, image.size) == ("RGB", (20, 40))
-    Image.fromarray(np.full((8, 8), 0x4000, np.uint16)).save(tmp_path / "deep.png")
-    assert np.unique(app.open_image(tmp_path / "deep.png")).tolist() == [0x40]
+    with pytest.raises(ValueError, match="too large \\(2000 x 2000 pixels, at most 1,000,000 are allowed"):
+        app.open_upload(str(tmp_path / "huge.png"))
 
 
 # ------------------------------------------------------------------------------------------------------------- heat map
@@ -300,7 +290,7 @@ def test_the_last_map_is_found_in_any_family_and_lies_as_the_image_does(name: st
     _, height, width = network.pretrained_cfg["input_size"]
     layer, reader = app.find_map(network, (height, width))
     layers = {found: place for place, found in network.named_modules()}
-    assert (layers[layer], reader.layout) == FAMILIES[name]
+    assert (layers[layer], reader.keywords["layout"]) == FAMILIES[name]
     maps: list[torch.Tensor] = []
     handle = layer.register_forward_hook(lambda module, _, output: maps.append(reader(output)))
     images = torch.zeros(2, 3, height, width)
@@ -315,7 +305,7 @@ def test_the_last_map_is_found_in_any_family_and_lies_as_the_image_does(name: st
 
 
 def test_a_classifier_of_zeros_hides_no_map() -> None:
-    """Some of timm's start like that: no logit depends on anything."""
+    """Some timm networks start with one: then no logit depends on the image."""
     network = timm.create_model("test_resnet", num_classes=3).eval()
     for parameter in network.get_classifier().parameters():
         torch.nn.init.zeros_(parameter)
@@ -325,24 +315,24 @@ def test_a_classifier_of_zeros_hides_no_map() -> None:
 
 @pytest.mark.parametrize(("backbone", "size"), [("test_resnet", 160), ("test_vit", 64), ("wide_resnet10_1_cifar", 16)])
 def test_the_heat_map_is_grad_cam_of_the_class_that_is_asked_for(backbone: str, size: int, tmp_path: Path) -> None:
-    """Against the definition: the map's channels, weighted by the mean slope of the class's logit, but not below 0."""
+    """Compare with the definition: channels weighted by the mean gradient of the class's logit, clipped at 0."""
     torch.manual_seed(0)
     CCSSLForImageClassification.from_timm(backbone, labels=LABELS, image_size=size).save_pretrained(tmp_path)
     model = app.Model(tmp_path)
     image = Image.effect_noise((50, 40), 90).convert("RGB")
-    layer, reader = model._map
+    layer, reader = model.feature_map
     kept: list[torch.Tensor] = []
     handle = layer.register_forward_hook(lambda module, _, output: kept.append(output))
-    logits = model.network(model._pixels([image]).requires_grad_())
+    logits = model.network(model.pixels([image]).requires_grad_())
     handle.remove()
     heats = []
     for number in (0, 2):
         [slope] = torch.autograd.grad(logits[0, number], kept[0], retain_graph=True)
         weights = reader(slope).mean(dim=(2, 3), keepdim=True)
         expected = (weights * reader(kept[0])).sum(1).relu()[0].detach()
-        heat = model.heat(image, number)
+        heat = model.heat_map(image, number)
         heats.append(heat)
-        assert heat.shape == model.seen(image).size[::-1] and heat.min() >= 0 and heat.max() <= 1
+        assert heat.shape == model.input_image(image).size[::-1] and heat.min() >= 0 and heat.max() <= 1
         coarse = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(heat)[None, None], expected.shape)[0, 0]
         if expected.max() > 0:
             assert np.corrcoef(coarse.flatten(), expected.flatten())[0, 1] > 0.8
@@ -357,7 +347,7 @@ def test_a_network_too_coarse_for_a_heat_map_shows_the_image_alone(tmp_path: Pat
     write_space(tmp_path / "model", tmp_path / "out")
     space = app.Space(tmp_path / "out")
     image = noise(1, size=6)[0]
-    assert space.model.heat(image, 0) is None and "no heat map" in space.about()
+    assert space.model.heat_map(image, 0) is None and "no heat map" in space.about()
     assert np.array_equal(np.asarray(space.answer(image).overlay)[::75, ::75], np.asarray(image))
 
 
@@ -372,7 +362,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def address(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of the page, served by `python app.py` without network, and where this package can't be imported."""
+    """The page's address. `python app.py` serves it without network and without this package."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "ccssl_hf.py").write_text("raise ImportError('a Space does not have ccssl_hf')\n")
     port = free_port()
@@ -417,7 +407,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The page as a visitor opens it: on a desktop, or as wide as the test's parameter."""
+    """The page in a browser, as large as a desktop or as the test's parameter."""
     width, height = getattr(request, "param", (1280, 900))
     page = browser.new_page(viewport={"width": width, "height": height})
     errors: list[str] = []
@@ -435,14 +425,14 @@ def drop(page: Any, path: Path) -> None:
 
 
 def photograph(page: Any, name: str) -> None:
-    """For people to look at; git ignores them."""
+    """A screenshot for people; git ignores it."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.wait_for_load_state("networkidle")
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
 def pixels_of(page: Any, selector: str) -> np.ndarray:
-    """The image as the browser received it."""
+    """The image that the browser received."""
     body = page.request.get(page.locator(selector).get_attribute("src")).body()
     return np.asarray(Image.open(io.BytesIO(body)).convert("RGB"))
 
@@ -455,25 +445,25 @@ def test_a_visitor_drops_an_image_and_sees_classes_heat_map_and_nearest_images(
     image = VALIDATION[0]["image"]
     image.save(tmp_path / "digit.png")
     answer = space.answer(image)
-    assert not answer.stranger
+    assert not answer.out_of_distribution
     drop(page, tmp_path / "digit.png")
     best = space.model.labels[answer.best]
     expect(page.locator("#classes")).to_contain_text(f"{answer.confidences[best]:.0%}")
     expect(page.locator("#classes h2")).to_have_text(best)
-    expect(page.locator("#note")).to_contain_text("No sign that it is none of them.")
-    expect(page.locator("#note")).to_contain_text(answer.numbers)
+    expect(page.locator("#note")).to_contain_text("No sign of an out-of-distribution image.")
+    expect(page.locator("#note")).to_contain_text(answer.reason)
     expect(page.locator("#overlay img")).to_be_visible()
     assert np.abs(pixels_of(page, "#overlay img").astype(int) - np.asarray(answer.overlay)).mean() < 3
     captions = page.locator("#nearest .caption-label")
     expect(captions).to_have_text([caption for _, caption in answer.nearest])
     photograph(page, "answer")
-    page.get_by_text("What the numbers are").click()
-    expect(page.get_by_text("It is coarse, and says where, not why")).to_be_visible()
+    page.get_by_text("What these numbers mean").click()
+    expect(page.get_by_text("The map is coarse: it shows where, not why")).to_be_visible()
     photograph(page, "about")
     other = (answer.best + 1) % 4
     page.locator("#chosen input").click()
     page.get_by_role("option", name=space.model.labels[other]).click()
-    expected = np.asarray(space.explain(image, other)).astype(int)
+    expected = np.asarray(space.model.explain(image, other)).astype(int)
     deadline = time.monotonic() + 30
     while np.abs(pixels_of(page, "#overlay img") - expected).mean() > 3 and time.monotonic() < deadline:
         page.wait_for_timeout(100)
@@ -481,22 +471,22 @@ def test_a_visitor_drops_an_image_and_sees_classes_heat_map_and_nearest_images(
 
 
 @needs_browser
-def test_a_stranger_gets_a_note(page: Any, space: app.Space, tmp_path: Path) -> None:
+def test_an_out_of_distribution_image_gets_a_note(page: Any, space: app.Space, tmp_path: Path) -> None:
     greys = [Image.new("RGB", (16, 16), (grey, grey, grey)) for grey in range(0, 256, 15)]
     others = [digit(number) for number in range(4, 10)]
-    stranger = next(image for image in [*others, *greys] if space.answer(image).stranger)
-    stranger.save(tmp_path / "stranger.png")
-    drop(page, tmp_path / "stranger.png")
-    expect(page.locator("#note .warning")).to_contain_text("This may be none of them.")
-    expect(page.locator("#note")).to_contain_text(space.answer(stranger).numbers)
-    photograph(page, "stranger")
+    ood = next(image for image in [*others, *greys] if space.answer(image).out_of_distribution)
+    ood.save(tmp_path / "ood.png")
+    drop(page, tmp_path / "ood.png")
+    expect(page.locator("#note .warning")).to_contain_text("Possibly out of distribution.")
+    expect(page.locator("#note")).to_contain_text(space.answer(ood).reason)
+    photograph(page, "out_of_distribution")
 
 
 @needs_browser
 def test_a_file_that_is_no_image_gets_a_sentence_and_the_page_goes_on(page: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     drop(page, tmp_path / "broken.png")
-    expect(page.locator("#note .warning")).to_contain_text("This file can't be read as an image: try a JPEG")
+    expect(page.locator("#note .warning")).to_contain_text("This file can't be read as an image. Try a JPEG")
     expect(page.locator("#classes")).to_be_hidden()
     photograph(page, "broken")
     page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()

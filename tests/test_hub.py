@@ -1,4 +1,4 @@
-"""What goes to the Hub from a folder, and what becomes of it when something is wrong: with a folder, or on the way."""
+"""Uploads of a folder to the Hub, and errors in the folder or during the upload."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---------------------------------------------------------------------------------------------------------- what goes
+# ---------------------------------------------------------------------------------------------------------- the files
 
 
-def test_only_what_is_known_to_be_public_goes(folder):
+def test_only_an_allow_list_is_uploaded(folder):
     plan = plan_push(folder)
     assert plan.files == {name: folder / name for name in PUBLIC}
     heads = {"ccssl_head.safetensors": "heads, for further training"}
@@ -94,7 +94,7 @@ def test_only_what_is_known_to_be_public_goes(folder):
     assert plan.left == {**single, **whole, **heads}
 
 
-def test_heads_and_training_state_go_by_a_flag_each(folder):
+def test_heads_and_training_state_are_uploaded_on_request(folder):
     assert plan_push(folder, with_head=True).files.keys() == PUBLIC | HEAD
     plan = plan_push(folder, with_training_state=True)
     assert plan.files.keys() == PUBLIC | STATE
@@ -103,12 +103,12 @@ def test_heads_and_training_state_go_by_a_flag_each(folder):
     assert {f"checkpoint-1/{name}" for name in checkpoint.files} == STATE - {"checkpoint-1/ccssl_head.safetensors"}
 
 
-def test_a_picture_that_is_missing_is_said(folder):
+def test_a_missing_picture_is_listed(folder):
     (folder / "matrix.png").unlink()
     assert "matrix.png" in plan_push(folder).left
 
 
-def test_an_exported_model_goes_without_the_weights_of_torch(hub, folder, repo_id):
+def test_an_exported_model_is_uploaded_without_torch_weights(hub, folder, repo_id):
     (folder / "model.safetensors").unlink()
     upload(plan_push(folder).files, repo_id, token=ANNA)
     assert hub.repo(repo_id).files().keys() == PUBLIC - {"model.safetensors"}
@@ -131,7 +131,7 @@ def test_a_folder_without_a_model_is_an_error(folder, missing):
         ("config.json", '{{"file": "{cwd}/weights.pt"}}', "config.json, line 1, contains a local path"),
     ],
 )
-def test_a_text_with_a_token_or_a_local_path_does_not_go(hub, folder, repo_id, name, text, words):
+def test_a_text_with_a_token_or_a_local_path_is_refused(hub, folder, repo_id, name, text, words):
     (folder / name).write_text(text.format(folder=folder, home=Path.home(), cwd=Path.cwd()))
     asked = len(hub.requests)
     with pytest.raises(ValueError, match=words):
@@ -139,7 +139,7 @@ def test_a_text_with_a_token_or_a_local_path_does_not_go(hub, folder, repo_id, n
     assert hub.requests[asked:] == []
 
 
-def test_words_that_look_like_a_token_or_a_path_go(folder):
+def test_words_like_a_token_or_a_path_are_accepted(folder):
     lines = [
         "hf_hub_download and hf_transfer",
         f"https://example.org{Path.home()}",
@@ -151,7 +151,7 @@ def test_words_that_look_like_a_token_or_a_path_go(folder):
     check_texts(plan_push(folder).files)
 
 
-# ------------------------------------------------------------------------------------------------------------- the way
+# ------------------------------------------------------------------------------------------------------------ uploads
 
 
 def test_a_push_is_one_commit_to_main_to_a_branch_or_to_a_pull_request(hub, folder, repo_id):
@@ -169,7 +169,7 @@ def test_a_push_is_one_commit_to_main_to_a_branch_or_to_a_pull_request(hub, fold
     assert repo.files("refs/pr/1").keys() == PUBLIC | HEAD
 
 
-def test_the_state_of_a_run_goes_without_the_place_where_it_lay(hub, folder, repo_id):
+def test_training_state_is_uploaded_without_local_paths(hub, folder, repo_id):
     upload(plan_push(folder, with_training_state=True).files, repo_id, token=ANNA)
     pushed = hub.repo(repo_id).files()
     assert pushed.keys() == PUBLIC | STATE
@@ -178,7 +178,7 @@ def test_the_state_of_a_run_goes_without_the_place_where_it_lay(hub, folder, rep
 
 
 @pytest.mark.parametrize(("request_", "after"), [("PUT /_lfs/", 2), ("POST /api/.*/commit/", 0)])
-def test_a_push_that_breaks_off_loses_nothing_and_the_next_sends_what_is_missing(hub, folder, repo_id, request_, after):
+def test_a_failed_push_loses_nothing_and_the_next_uploads_what_is_missing(hub, folder, repo_id, request_, after):
     for number, name in enumerate(["model.safetensors", "matrix.png", "onnx/model.onnx"]):
         with (folder / name).open("ab") as file:  # no other push has sent these
             file.write(f"{repo_id} {number}".encode())
@@ -211,7 +211,7 @@ def test_a_card_that_the_hub_refuses_stops_the_push_before_anything_is_made(hub,
     assert ("model", repo_id) not in hub.repos
 
 
-def test_what_is_private_does_not_become_public_by_mistake(hub, folder, repo_id):
+def test_a_private_push_refuses_a_public_repository(hub, folder, repo_id):
     HfApi(token=ANNA).create_repo(repo_id)
     with pytest.raises(ValueError, match="exists and is public"):
         upload(plan_push(folder).files, repo_id, private=True, token=ANNA)
@@ -249,7 +249,7 @@ def test_a_model_pushes_itself(hub, repo_id):
 # ----------------------------------------------------------------------------------------------------- the command line
 
 
-def test_a_dry_run_lists_what_would_go_and_stay_and_asks_nobody(folder, repo_id, monkeypatch):
+def test_a_dry_run_lists_files_without_network(folder, repo_id, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run went to the network"))
     result = CliRunner(env={"HF_TOKEN": ""}).invoke(app, ["push", str(folder), repo_id, "--dry-run", "--with-head"])
     assert result.exit_code == 0, result.output
@@ -262,7 +262,7 @@ def test_a_dry_run_lists_what_would_go_and_stay_and_asks_nobody(folder, repo_id,
     assert "  checkpoint-1/               training state (--with-training-state uploads it)\n" in staying
 
 
-def test_the_command_pushes_and_says_where(hub, folder, repo_id):
+def test_the_command_pushes_and_prints_where(hub, folder, repo_id):
     result = RUN.invoke(app, ["push", str(folder), repo_id, "--private", "--message", "From the shell"])
     assert result.exit_code == 0, result.output
     repo = hub.repo(repo_id)
@@ -276,7 +276,7 @@ def test_the_command_pushes_and_says_where(hub, folder, repo_id):
     assert f"to the pull request {hub.url}/{repo_id}/discussions/1" in result.stdout
 
 
-def test_the_command_ends_with_one_line_where_it_must_stop(hub, folder, repo_id):
+def test_errors_of_the_command_are_one_line(hub, folder, repo_id):
     for arguments, words in (
         ([str(folder / "runs"), repo_id], "has no config.json"),
         ([str(folder), "ben/digits"], "refuses the push to ben/digits"),
@@ -288,7 +288,7 @@ def test_the_command_ends_with_one_line_where_it_must_stop(hub, folder, repo_id)
         assert words in line
 
 
-def test_a_stranger_does_not_see_a_private_repository(hub, folder, repo_id):
+def test_others_do_not_see_a_private_repository(hub, folder, repo_id):
     upload(plan_push(folder).files, repo_id, private=True, token=ANNA)
     for token in (TOKENS["ben"], False):
         with pytest.raises(RepositoryNotFoundError):

@@ -1,4 +1,4 @@
-"""From the Hub into a fresh cache: by every means there is without the package, and back into training with it."""
+"""Load from the Hub into a new cache: in every way without the package, and for training with it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from tiny_runs import LABELED, LABELS, UNLABELED, VALIDATION, copy_of, different
 
 ANNA = TOKENS["anna"]
 BACKBONES = ["test_resnet", "test_vit", "wide_resnet10_1_cifar"]
-"""Ours is last: in a process without the package, its own file registers it with timm on loading."""
+"""Ours is last: in a process without the package, the file in its repository registers it with timm."""
 
 
 @pytest.fixture(scope="module")
 def published(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Trainers whose models are in private repositories `anna/<backbone>`; what each says of the picture is in `root`.
+    """Trainers whose models are in private repositories `anna/<backbone>`; their outputs for the picture are in `root`.
 
-    The Vision Transformer goes without its heads.
+    The Vision Transformer is uploaded without its heads.
     """
     root = tmp_path_factory.mktemp("published")
     made: dict[str, Any] = {"root": root}
@@ -180,7 +180,7 @@ def test_every_verb_takes_a_hub_id(published, tmp_path):
 
 @contextmanager
 def serving(model: str) -> Iterator[str]:
-    """The address of `ccssl-hf serve` in a process of its own."""
+    """The address of `ccssl-hf serve` in another process."""
     command = [sys.executable, "-m", "ccssl_hf.cli", "serve", model, "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:

@@ -1,4 +1,4 @@
-"""What a run sends to the Hub, and what stays in its folder."""
+"""What a run uploads to the Hub, and what stays in its folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def titles(repo: Repo) -> list[str]:
 
 
 def assert_no_secret(repo: Repo, folder: Path) -> None:
-    """Neither here nor there a token; there, in any commit, nothing that says where the run was."""
+    """No token here or in the repository, and no local path in any commit."""
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     pushed = {path: file.content for commit in repo.commits.values() for path, file in commit.files.items()}
     assert not any(TOKEN.encode() in content for content in [*written, *pushed.values()])
@@ -46,7 +46,7 @@ def assert_no_secret(repo: Repo, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_push_is_the_plain_folder_and_its_card(hub, tmp_path, backbone):
+def test_a_push_is_the_published_folder(hub, tmp_path, backbone):
     trainer = trained(tmp_path / "run", backbone, save_strategy="steps", save_steps=1)
     assert ("model", f"anna/{tmp_path.name}") not in hub.repos
     trainer.push_to_hub(commit_message="Digits", license="apache-2.0", tags=["digits"])
@@ -66,7 +66,7 @@ def test_a_push_is_the_plain_folder_and_its_card(hub, tmp_path, backbone):
     assert different(state, average) == []
 
 
-def test_a_push_takes_the_heads_along_when_asked_to_and_never_leaves_those_of_other_weights(hub, tmp_path):
+def test_a_push_uploads_the_heads_when_asked_to_and_deletes_those_of_other_weights(hub, tmp_path):
     trainer = trained(tmp_path / "run")
     trainer.push_to_hub(with_head=True)
     repo = repo_of(hub, tmp_path)
@@ -79,7 +79,7 @@ def test_a_push_takes_the_heads_along_when_asked_to_and_never_leaves_those_of_ot
     assert repo.files().keys() == PLAIN
 
 
-def test_save_model_pushes_where_the_arguments_say_so(hub, tmp_path):
+def test_save_model_pushes_with_push_to_hub(hub, tmp_path):
     arguments = {"push_to_hub": True, "hub_strategy": "end", "hub_private_repo": True}
     trainer = trained(tmp_path / "run", **arguments, save_strategy="steps", save_steps=1)
     repo = repo_of(hub, tmp_path)
@@ -91,7 +91,7 @@ def test_save_model_pushes_where_the_arguments_say_so(hub, tmp_path):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_checkpoints_are_pushed_while_a_run_goes_on(hub, tmp_path, strategy, backbone):
+def test_checkpoints_are_pushed_during_training(hub, tmp_path, strategy, backbone):
     trained(
         tmp_path / "run",
         backbone,
@@ -100,7 +100,7 @@ def test_checkpoints_are_pushed_while_a_run_goes_on(hub, tmp_path, strategy, bac
         hub_always_push=True,
         save_strategy="steps",
         save_steps=1,
-        save_total_limit=1,  # the first checkpoint may be gone before it was sent
+        save_total_limit=1,  # the first checkpoint may be deleted before its upload
         eval_strategy="steps",
         eval_steps=1,
         metric_for_best_model="top1",
@@ -113,10 +113,10 @@ def test_checkpoints_are_pushed_while_a_run_goes_on(hub, tmp_path, strategy, bac
     assert titles(repo) == ["Training in progress, step 1", "Training in progress, step 2"]
     assert repo.files().keys() == plain | state
     assert_no_secret(repo, tmp_path)
-    assert list((tmp_path / "run").glob("_*")) == []  # nothing is left of what was held for the uploads
+    assert list((tmp_path / "run").glob("_*")) == []  # the links for the uploads are gone
 
 
-def test_a_run_goes_on_from_a_checkpoint_that_was_pushed_bit_for_bit(hub, tmp_path):
+def test_a_run_resumes_bit_for_bit_from_a_pushed_checkpoint(hub, tmp_path):
     arguments = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 1}
     whole = trained(tmp_path / "run", **arguments)
     pushed = {path: file for path, file in repo_of(hub, tmp_path).files().items() if path.startswith("checkpoint-1/")}
@@ -129,7 +129,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_was_pushed_bit_for_bit(hub, tmp_pa
     assert different(everything(again), everything(whole)) == []
 
 
-def test_a_push_that_fails_while_a_run_goes_on_is_said_and_the_run_goes_on(hub, tmp_path, caplog):
+def test_a_failed_push_of_a_checkpoint_is_logged_and_the_run_continues(hub, tmp_path, caplog):
     with hub.failing(f"POST /api/models/anna/{tmp_path.name}/commit/"):
         trainer = trained(
             tmp_path / "run", push_to_hub=True, hub_strategy="every_save", save_strategy="steps", save_steps=1

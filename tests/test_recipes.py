@@ -69,10 +69,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("place")
     (root / "recipes").symlink_to(ROOT / "recipes")
     for split, count in (("labeled", 6), ("validation", 3), ("test", 4)):
-        write_images(root / "my_images" / split, *(f"{c}/{i}.png" for c in ("red", "blue") for i in range(count)))
+        write_images(root / "photos" / split, *(f"{c}/{i}.png" for c in ("red", "blue") for i in range(count)))
     heap = [f"test/{i}.PNG" for i in range(6)] + [f"red/deep/{i}.jpg" for i in range(6)] + ["alone.png"]
-    write_images(root / "my_images" / "unlabeled", *heap)
-    (root / "my_images" / "unlabeled" / "Thumbs.db").write_bytes(b"not an image")
+    write_images(root / "photos" / "unlabeled", *heap)
+    (root / "photos" / "unlabeled" / "Thumbs.db").write_bytes(b"not an image")
     return root
 
 
@@ -160,7 +160,7 @@ def test_own_folders_become_a_model_with_a_card_and_metrics(folder_run: Path) ->
     assert 0 <= metrics["validation_top1"] <= 1 and 0 <= metrics["test_top1"] <= 1 and metrics["train_runtime"] > 0
     history = json.loads((folder_run / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_top1" in entry for entry in history) and any("loss_contrast" in entry for entry in history)
-    assert "| unlabeled | unlabeled (local) |" in card and "/my_images" not in card  # by its name, never by its path
+    assert "| unlabeled | unlabeled (local) |" in card and "/photos" not in card  # by its name, never by its path
 
 
 def test_a_flag_overrides_the_file(folder_run: Path) -> None:
@@ -371,13 +371,13 @@ def test_wrong_input_ends_in_one_line_and_no_traceback(place: Path) -> None:
     ("flags", "sentence"),
     [
         (["--data_dir", "nowhere"], "error: data_dir 'nowhere' has no folder labeled/"),
-        (["--data_dir", "my_images", "--backbone", "resnet5O"], "error: .*no model 'resnet5O'.*resnet50"),
-        (["--data_dir", "my_images", "--lamda_u", "1"], "error: Unknown argument --lamda_u. Did you mean 'lambda_u'"),
+        (["--data_dir", "photos", "--backbone", "resnet5O"], "error: .*no model 'resnet5O'.*resnet50"),
+        (["--data_dir", "photos", "--lamda_u", "1"], "error: Unknown argument --lamda_u. Did you mean 'lambda_u'"),
         (
-            ["--data_dir", "my_images", "--unlabeled", "none.parquet"],
+            ["--data_dir", "photos", "--unlabeled", "none.parquet"],
             "error: The unlabeled split 'none.parquet' does not exist .no such parquet file",
         ),
-        (["--data_dir", "my_images"], "error: 12 labeled images are fewer than a batch of 16"),
+        (["--data_dir", "photos"], "error: 12 labeled images are fewer than a batch of 16"),
     ],
 )
 def test_each_recipe_reports_before_it_trains(

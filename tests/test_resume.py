@@ -1,4 +1,4 @@
-"""A run that stopped and went on ends with the bits of one that never stopped."""
+"""A resumed run ends with the same bits as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ CASES = {
     "adamw": ({}, {}, {}, {"optim": "adamw_torch", "learning_rate": 0.001, "warmup_steps": 2}),
     "no_average": ({}, {}, {}, {"ema_decay": 0.0, "eval_weights": "raw"}),
 }
-"""Name: the model, what only the uninterrupted run is given, what only the two others, and what all are given."""
+"""Name: the model, and arguments of the uninterrupted run only, of the resumed run only, and of both."""
 
 
 def interrupted(folder: Path, model: dict, stop: int = 3, **changes):
-    """Train to step `stop`, write a checkpoint, and go on in a new trainer with a new model of another seed."""
+    """Train to step `stop`, write a checkpoint, and resume in a new trainer with a new model of another seed."""
     trainer_of(folder, model_of(**model), callbacks=[StopAt(stop)], **changes).train()
     trainer = trainer_of(folder, model_of(**model, seed=1), **changes)
     torch.manual_seed(99)
@@ -78,7 +78,7 @@ def test_a_seed_repeats_a_run_and_another_does_not(tmp_path):
     assert different(everything(runs[0]), everything(runs[2]))
 
 
-def test_the_same_trainer_can_go_on_after_it_stopped(tmp_path):
+def test_the_same_trainer_can_resume(tmp_path):
     whole = trainer_of(tmp_path / "whole")
     whole.train()
     trainer = trainer_of(tmp_path / "parts", save_strategy="steps", save_steps=3)
@@ -89,7 +89,7 @@ def test_the_same_trainer_can_go_on_after_it_stopped(tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
-    """A folder with the whole checkpoints 1, 2 and 3 of a run."""
+    """A folder with the complete checkpoints 1, 2 and 3 of a run."""
     folder = tmp_path_factory.mktemp("stopped")
     trainer_of(folder, save_strategy="steps", save_steps=1, callbacks=[StopAt(3)]).train()
     return folder
@@ -117,7 +117,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_checkpoint_that_is_not_whole_is_passed_over_and_refused_by_name(stopped, tmp_path, breakage):
+def test_an_incomplete_checkpoint_is_skipped_and_refused_by_name(stopped, tmp_path, breakage):
     run = copy_run(stopped, tmp_path)
     BREAKAGES[breakage](run / "checkpoint-3")
     assert not is_complete(run / "checkpoint-3")
@@ -139,7 +139,7 @@ def test_the_last_checkpoint_is_the_one_of_the_most_steps(stopped, tmp_path):
     assert last_checkpoint(run) == str(run / "checkpoint-10")
 
 
-def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path):
     with pytest.raises(ValueError, match="has no complete checkpoint: leave out resume_from_checkpoint"):
         trainer_of(tmp_path).train(resume_from_checkpoint=True)
 
@@ -186,8 +186,8 @@ KILLED = """
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on_with_the_same_bits(tmp_path):
-    """Killed for real, a little later each time, mostly while a checkpoint is written: they follow on one another."""
+def test_a_run_killed_at_any_moment_resumes_with_the_same_bits(tmp_path):
+    """Each attempt is killed a little later, mostly while a checkpoint is written, since they follow one another."""
     for attempt in range(4):
         run = tmp_path / str(attempt)
         process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), str(run)], cwd=Path(__file__).parent)

@@ -36,7 +36,7 @@ from tiny_runs import (
     trainer_of,
 )
 
-# -------------------------------------------------------------------------------------------------------- the whole way
+# -------------------------------------------------------------------------------------------------------- end to end
 
 
 LOAD_ELSEWHERE = """
@@ -249,18 +249,18 @@ def test_the_average_is_taken_once_for_each_optimizer_step(tmp_path, accumulatio
             assert torch.equal(found[name], tensor)
 
 
-def with_strangers() -> datasets.Dataset:
-    """`VALIDATION`, and ten of its images again under a name that is no class."""
+def with_ood_images() -> datasets.Dataset:
+    """`VALIDATION`, and ten of its images again with a label that is not a class of the model."""
     names = [*LABELS, "a stranger"]
-    strangers = VALIDATION.select(range(10)).remove_columns("label")
-    strangers = strangers.add_column("label", [4] * 10).cast_column("label", datasets.ClassLabel(names=names))
-    return datasets.concatenate_datasets([VALIDATION.cast_column("label", datasets.ClassLabel(names=names)), strangers])
+    ood = VALIDATION.select(range(10)).remove_columns("label")
+    ood = ood.add_column("label", [4] * 10).cast_column("label", datasets.ClassLabel(names=names))
+    return datasets.concatenate_datasets([VALIDATION.cast_column("label", datasets.ClassLabel(names=names)), ood])
 
 
-def test_several_splits_and_images_of_no_known_class(tmp_path):
-    # Rows of no known class fill batches of their own, which have no loss.
+def test_several_splits_and_ood_images(tmp_path):
+    # The OOD images fill batches without any other image, which have no loss.
     trainer = trainer_of(
-        tmp_path, validation={"known": VALIDATION, "open": with_strangers()}, per_device_eval_batch_size=5
+        tmp_path, validation={"known": VALIDATION, "open": with_ood_images()}, per_device_eval_batch_size=5
     )
     metrics = trainer.evaluate()
     assert metrics["eval_known_top1"] == metrics["eval_open_top1"]
@@ -272,10 +272,10 @@ def test_several_splits_and_images_of_no_known_class(tmp_path):
 
 
 def test_an_algorithms_own_open_set_score_is_measured_beside_confidence(tmp_path):
-    trainer = trainer_of(tmp_path, algorithm="iomatch", validation=with_strangers(), per_device_eval_batch_size=5)
+    trainer = trainer_of(tmp_path, algorithm="iomatch", validation=with_ood_images(), per_device_eval_batch_size=5)
     trainer.train()
     metrics = trainer.evaluate()
-    predicted = trainer.predict(with_strangers())
+    predicted = trainer.predict(with_ood_images())
     assert predicted.predictions.shape == (len(VALIDATION) + 10, len(LABELS))  # logits, as of any algorithm
 
     # In the batches of the evaluation: the OOD images are copies of in-distribution ones, so ten pairs of scores are
@@ -298,7 +298,7 @@ def test_metrics_of_the_users_own_get_logits_from_any_algorithm(tmp_path):
         arguments(tmp_path, algorithm="iomatch"),
         train_dataset=LABELED,
         unlabeled_dataset=UNLABELED,
-        eval_dataset=with_strangers(),
+        eval_dataset=with_ood_images(),
         compute_metrics=lambda prediction: {"rows": len(prediction.predictions)},
     )
     assert trainer.evaluate()["eval_rows"] == len(VALIDATION) + 10

@@ -1,4 +1,4 @@
-"""Arguments of a run: what they accept, what they refuse, and that each is described once."""
+"""Arguments of a run: accepted and refused values, help texts, and packaged configs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_defaults_are_the_papers_for_cifar10(tmp_path: Path) -> None:
     assert (settings["lambda_u"], settings["contrast_temperature"], settings["own_pair_weight"]) == (1, 0.07, "one")
 
 
-def test_upstream_is_told_what_it_would_do_wrong(tmp_path: Path) -> None:
+def test_settings_of_upstream_that_would_break_training_are_changed(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     assert not args.remove_unused_columns  # it would drop the images
     assert not args.logging_nan_inf_filter  # it would hide a diverged loss

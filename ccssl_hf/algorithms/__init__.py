@@ -25,7 +25,6 @@ __all__ = [
     "SSLBatch",
     "SSLLoss",
     "algorithm_hyperparameters",
-    "algorithm_table",
     "build_algorithm",
 ]
 
@@ -59,27 +58,6 @@ def algorithm_hyperparameters(name: str) -> dict[str, Hyperparameter]:
         ValueError: The algorithm is unknown.
     """
     return _algorithm_class(name).hyperparameters_class.table()
-
-
-def algorithm_table() -> list[dict[str, Any]]:
-    """What there is to say of each algorithm, read from its class.
-
-    Returns:
-        A row for each, in the order of `ALGORITHMS`: `algorithm`, its name; `paper`, the title, and `arxiv`, the number
-        (both None for the baseline); `terms`, the loss terms without CCSSL's; `hyperparameters`, name → default;
-        `views` that it reads of unlabeled images without CCSSL, of "weak", "strong" and "contrastive".
-    """
-    return [
-        {
-            "algorithm": name,
-            "paper": algorithm.paper and algorithm.paper.title,
-            "arxiv": algorithm.paper and algorithm.paper.arxiv,
-            "terms": list(algorithm.terms),
-            "hyperparameters": {key: row.default for key, row in algorithm.hyperparameters_class.table().items()},
-            "views": [view.name.lower() for view in algorithm.views],
-        }
-        for name, algorithm in ALGORITHMS.items()
-    ]
 
 
 def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> Algorithm:

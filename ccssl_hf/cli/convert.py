@@ -1,4 +1,4 @@
-"""`ccssl-hf convert`: checkpoints of other code become plain folders."""
+"""`ccssl-hf convert`: convert checkpoints of other code to published folders."""
 
 from __future__ import annotations
 
@@ -10,40 +10,47 @@ import typer
 
 from ..errors import errors_in_one_line
 
-app = typer.Typer(no_args_is_help=True, help="Turn a checkpoint of other code into a plain folder.")
+app = typer.Typer(no_args_is_help=True, help="Convert a checkpoint of other code to a published folder.")
 
 
 class Weights(str, Enum):
-    """Which of the two sets of weights of a checkpoint."""
+    """Averaged or raw weights."""
 
     ema = "ema"
     raw = "raw"
 
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The file.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint file.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]
 Labels = Annotated[
-    str, typer.Option(help="Class names in the order of the label numbers: `a,b,c`, or a text file with one a line.")
+    str, typer.Option(help="Class names in the order of the label numbers: `a,b,c`, or a text file with one per line.")
 ]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels; default: the source's own.")]
-Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="Per channel, what images are normalised with.")]
-Std = Annotated[tuple[float, float, float] | None, typer.Option(help="Likewise.")]
-AllowUnknown = Annotated[bool, typer.Option(help="Leave out keys that nothing is known of; they are listed.")]
-WhichWeights = Annotated[Weights, typer.Option(help="Averaged or raw weights.")]
+Backbone = Annotated[str, typer.Option(help="timm name of the backbone, such as wide_resnet28_2_cifar or resnet50.")]
+WhichWeights = Annotated[Weights, typer.Option(help="Averaged (ema) or raw weights.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the input in pixels; default: the source's own.")]
+Mean = Annotated[
+    tuple[float, float, float] | None,
+    typer.Option(help="Mean per channel for normalisation; default: the source's own."),
+]
+Std = Annotated[
+    tuple[float, float, float] | None,
+    typer.Option(help="Standard deviation per channel for normalisation; default: the source's own."),
+]
+AllowUnknown = Annotated[bool, typer.Option(help="Leave out unknown keys and list them.")]
 
 
-def _names(labels: str) -> list[str]:
-    path = Path(labels)
-    text = path.read_text(encoding="utf-8").splitlines() if path.is_file() else labels.split(",")
-    return [name.strip() for name in text if name.strip()]
-
-
-def _convert(source: str, checkpoint: Path, out: Path, labels: str, **options: Any) -> None:
+def _convert(source: str, *, labels: str, **arguments: Any) -> None:
     with errors_in_one_line():
         from ..deploy import convert as functions
 
-        report = getattr(functions, f"convert_{source}")(checkpoint, out, labels=_names(labels), **options)
+        path = Path(labels)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else labels.split(",")
+        names = [name.strip() for name in lines if name.strip()]
+        report = getattr(functions, f"convert_{source}")(labels=names, **arguments)
     typer.echo(report)
+
+
+# The parameters of a command are those of its function: locals() has them all.
 
 
 @app.command()
@@ -51,17 +58,16 @@ def semicls(
     checkpoint: Checkpoint,
     out: Out,
     labels: Labels,
-    backbone: Annotated[str, typer.Option(help="timm name, such as wide_resnet28_2_cifar or resnet50.")],
+    backbone: Backbone,
     weights: WhichWeights = Weights.ema,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
-    with_head: Annotated[bool, typer.Option(help="Keep the projection head, for training on.")] = True,
+    with_head: Annotated[bool, typer.Option(help="Keep the projection head, to continue training.")] = True,
     allow_unknown: AllowUnknown = False,
 ) -> None:
-    """A `.pth.tar` of the CCSSL authors' code."""
-    given = dict(image_size=image_size, mean=mean, std=std, with_head=with_head, allow_unknown=allow_unknown)
-    _convert("semicls", checkpoint, out, labels, backbone=backbone, weights=weights.value, **given)
+    """Convert a `.pth.tar` of the CCSSL authors' code."""
+    _convert("semicls", **locals())
 
 
 @app.command()
@@ -69,15 +75,14 @@ def moco(
     checkpoint: Checkpoint,
     out: Out,
     labels: Labels,
-    backbone: Annotated[str, typer.Option(help="timm name.")] = "resnet50",
+    backbone: Backbone = "resnet50",
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
     allow_unknown: AllowUnknown = False,
 ) -> None:
-    """The query encoder of a MoCo v2 checkpoint, with a fresh classifier to train on from."""
-    given = dict(image_size=image_size, mean=mean, std=std, allow_unknown=allow_unknown)
-    _convert("moco", checkpoint, out, labels, backbone=backbone, **given)
+    """Convert the query encoder of a MoCo v2 checkpoint, with a new classifier, to start training from."""
+    _convert("moco", **locals())
 
 
 @app.command()
@@ -85,13 +90,12 @@ def usb(
     checkpoint: Checkpoint,
     out: Out,
     labels: Labels,
-    backbone: Annotated[str, typer.Option(help="timm name, such as wide_resnet28_2_cifar.")],
+    backbone: Backbone,
     weights: WhichWeights = Weights.ema,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
     allow_unknown: AllowUnknown = False,
 ) -> None:
-    """A Wide ResNet of USB or TorchSSL."""
-    given = dict(image_size=image_size, mean=mean, std=std, allow_unknown=allow_unknown)
-    _convert("usb", checkpoint, out, labels, backbone=backbone, weights=weights.value, **given)
+    """Convert a Wide ResNet of USB or TorchSSL."""
+    _convert("usb", **locals())

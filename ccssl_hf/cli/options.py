@@ -1,16 +1,24 @@
-"""Arguments that several verbs take."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+LABELED_SOURCE = "a folder of class folders, parquet files or a Hub dataset"
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A published folder or Hub id.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Default: 16 on a CPU, 64 on an accelerator.")]
-NumWorkers = Annotated[
-    int | None, typer.Option(min=1, help="Threads that decode and predict; default: one a core, at most 8.")
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Images per forward pass; default: 16 on a CPU, 64 on an accelerator.")
 ]
-Device = Annotated[str | None, typer.Option(help="Such as cuda:0; default: an accelerator, or the CPU.")]
-ImageColumn = Annotated[str, typer.Option(help="Of parquet files and data sets.")]
-LabelColumn = Annotated[str, typer.Option(help="Likewise.")]
+NumWorkers = Annotated[
+    int | None, typer.Option(min=1, help="Threads that decode and predict; default: one per core, at most 8.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="A device such as cuda:0; default: an accelerator if there is one, else the CPU.")
+]
+ImageColumn = Annotated[str, typer.Option(help="The image column of parquet files and datasets.")]
+LabelColumn = Annotated[str, typer.Option(help="The label column of parquet files and datasets.")]
+JsonOut = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Also write the metrics to this file.")]

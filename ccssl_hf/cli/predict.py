@@ -1,4 +1,4 @@
-"""`ccssl-hf predict`: labels of a folder of images, as parquet."""
+"""`ccssl-hf predict`: predictions for images, as a parquet file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def predict(
     model: Model,
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A folder of images, an image, a glob, parquet files or a Hub data set."),
+        typer.Argument(metavar="SOURCE", help="A folder of images, an image, a glob, parquet files or a Hub dataset."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The parquet file to write.")],
-    embedding: Annotated[bool, typer.Option("--embedding", help="Write embeddings, too.")] = False,
+    embedding: Annotated[bool, typer.Option("--embedding", help="Also write embeddings.")] = False,
     batch_size: BatchSize = None,
     num_workers: NumWorkers = None,
     device: Device = None,
     image_column: ImageColumn = "image",
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at an image that can't be read.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
 ) -> None:
-    """Labels, confidences and embeddings of images, as a parquet file with a row for each."""
+    """Predict labels, confidences and embeddings of images, and write a parquet file with one row per image."""
     with errors_in_one_line():
         from ..deploy.predict import Classifier, check_output, open_images, predict_to_parquet
 

@@ -1,4 +1,4 @@
-"""`ccssl-hf serve`: a model over HTTP."""
+"""`ccssl-hf serve`: serve a model over HTTP."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from typing import Annotated
 import typer
 
 from ..errors import errors_in_one_line, extra
-from .options import Model
+from .options import BatchSize, Device, Model
 
 
 def serve(
     model: Model,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. 0.0.0.0 lets in other machines: no one is asked who they are.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines, without authentication.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    max_batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images that go through the network at once; default: 16 on a CPU, else 64."),
-    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8000,
+    max_batch_size: BatchSize = None,
     max_wait_ms: Annotated[
-        float, typer.Option(min=0, help="Milliseconds that an image waits for others, before a batch that isn't full.")
+        float, typer.Option(min=0, help="Maximum milliseconds that an image waits for a full batch.")
     ] = 5,
-    max_image_mb: Annotated[float, typer.Option(min=0, help="Megabytes of encoded images in one request.")] = 20,
-    max_queue: Annotated[int, typer.Option(min=1, help="Images in hand; beyond, clients are told to come back.")] = 256,
+    max_image_mb: Annotated[
+        float, typer.Option(min=0, help="Maximum megabytes of encoded images in one request.")
+    ] = 20,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Maximum images being processed; further requests get status 503.")
+    ] = 256,
     num_workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that compute, each a batch; default: one a core, at most 8.")
+        int | None,
+        typer.Option(min=1, help="Threads that run the network; default: one per core, at most 8; 2 on accelerators."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda:0; default: an accelerator, or the CPU.")] = None,
+    device: Device = None,
 ) -> None:
-    """Answer requests over HTTP as hosted image classification does, for `InferenceClient(model=URL)` and others."""
+    """Serve a model over HTTP with the API of hosted image classification, for `InferenceClient(model=URL)`."""
     with errors_in_one_line():
         with extra("serve"):
             from ..deploy.serve import ServingSettings

@@ -1,4 +1,4 @@
-"""`ccssl-hf space`: a Gradio Space from a model."""
+"""`ccssl-hf space`: write a Gradio Space for a model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import errors_in_one_line
-
-_SOURCE = "a folder of class folders, parquet files or a Hub data set"
+from .options import LABELED_SOURCE, ImageColumn, LabelColumn
 
 
 def space(
@@ -19,29 +18,30 @@ def space(
     labeled: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE", help=f"Labeled images to show the nearest of: {_SOURCE}. Small copies are stored in OUT."
+            metavar="SOURCE",
+            help=f"Labeled images to show the nearest of: {LABELED_SOURCE}. Small copies are stored in OUT.",
         ),
     ] = None,
     validation: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Labeled images to measure on when an image may be of no class. Those of other classes say how many "
-            "strangers are found. A few are stored in OUT as examples.",
+            help="Labeled images to measure the thresholds for out-of-distribution (OOD) images on. Images of other "
+            "classes than the model's are OOD: the page says how many it detects. A few are stored in OUT as examples.",
         ),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Of the page; default: the model's name.")] = None,
-    image_column: Annotated[str, typer.Option(help="Of parquet files and data sets.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Likewise.")] = "label",
+    title: Annotated[str | None, typer.Option(help="The page's title; default: the model's name.")] = None,
+    image_column: ImageColumn = "image",
+    label_column: LabelColumn = "label",
 ) -> None:
-    """A page to try the model on: drop an image, see its classes, a heat map, and the nearest labeled images."""
+    """Write a web page to try the model: drop an image, see its classes, a heat map and the nearest labeled images."""
     with errors_in_one_line():
         from ..deploy.space import write_space
 
         columns = dict(image_column=image_column, label_column=label_column)
         write_space(model, out, labeled=labeled, validation=validation, title=title, **columns)
     folder = shlex.quote(str(out))
-    stored = " It holds copies of your images: publish what you may." if labeled or validation else ""
+    stored = " It has copies of your images: publish it only if you may publish them." if labeled or validation else ""
     typer.echo(
         f"A Space is in {out}.{stored}\n"
         f"Try it:      pip install -r {folder}/requirements.txt && python {folder}/app.py\n"

@@ -1,1 +1,1 @@
-"""What is done with a published model: predict, evaluate, serve, export, a Space, and conversion from other code."""
+"""Use a published model: predict, evaluate, serve, export, write a Space; convert checkpoints of other code."""

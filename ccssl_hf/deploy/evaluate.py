@@ -14,20 +14,8 @@ from .predict import Classifier, predict_all
 
 
 def load_labeled(source: str, split: str) -> datasets.Dataset:
-    """A labeled split from an image folder (`<class>/<image>`), parquet files or the Hub.
-
-    Args:
-        source: What `data.load_split` takes.
-        split: Its name; of a Hub data set, the split that is taken where `source` names none.
-
-    Raises:
-        ValueError: It can't be read.
-    """
-    role = "test" if split in ("labeled", "unlabeled") else split  # as these, other rules would hold
-    try:
-        return load_split(source, role=role)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix(f"--{role} ")) from error
+    """`data.load_split` of any split with its labels. An unlabeled split would lose them."""
+    return load_split(source, role="test" if split in ("labeled", "unlabeled") else split)
 
 
 def evaluate(
@@ -41,30 +29,30 @@ def evaluate(
     batch_size: int | None = None,
     num_workers: int | None = None,
 ) -> tuple[list[Result], SplitPredictions]:
-    """What `CCSSLTrainer.evaluate` would measure of a published model, but for what takes heads of training.
+    """Measure what `CCSSLTrainer.evaluate` measures, except for metrics that need training-only heads.
 
     Args:
-        classifier: The model, not folded where every digit counts.
-        dataset: Labeled images. Labels are aligned by name; those that are no class of the model, and -1, are images of
-            no known class.
-        split: What the results call it.
-        provenance: Which weights these are.
-        image_column, label_column: Of `dataset`.
-        batch_size, num_workers: As of `inference.predict_to_parquet`.
+        classifier: The model. Load it with `fold=False` if every digit counts.
+        dataset: Labeled images. Labels are aligned by name. A label that is not a class of the model, and -1, marks an
+            out-of-distribution (OOD) image.
+        split: The name of the split in the results.
+        provenance: The weights.
+        image_column, label_column: Columns of `dataset`.
+        batch_size, num_workers: See `predict.predict_to_parquet`.
 
     Raises:
-        ValueError: The data can't be measured on; the sentence names the fix.
+        ValueError: An image cannot be read, or the columns or labels do not fit.
     """
     check_images(dataset, role=split, image_column=image_column)
     labels = read_labels(dataset, label_column, classifier.labels, role=split, allow_ood=True)
-    said = predict_all(classifier, dataset, image_column=image_column, batch_size=batch_size, num_workers=num_workers)
-    logits = said.logits.numpy()
+    found = predict_all(classifier, dataset, image_column=image_column, batch_size=batch_size, num_workers=num_workers)
+    logits = found.logits.numpy()
     results = [Result(name, value, split, provenance) for name, value in classification_metrics(logits, labels).items()]
-    return results, SplitPredictions(split, provenance, logits, labels, said.embeddings.numpy())
+    return results, SplitPredictions(split, provenance, logits, labels, found.embeddings.numpy())
 
 
-def unknown_names(dataset: datasets.Dataset, label_column: str, classes: Sequence[str]) -> list[str]:
-    """The names among the labels of a split that are no class of the model."""
+def ood_names(dataset: datasets.Dataset, label_column: str, classes: Sequence[str]) -> list[str]:
+    """The label names of a split that are not classes of the model, sorted."""
     feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         names = [feature.names[number] for number in np.unique(dataset[label_column][:]) if number >= 0]

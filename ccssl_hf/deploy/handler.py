@@ -1,7 +1,7 @@
-"""Answers of an image classifier on Hugging Face's Inference Endpoints. Needs transformers, timm and this folder alone.
+"""Request handler for Hugging Face Inference Endpoints. Needs only transformers, timm and the files of this folder.
 
-Their inference toolkit makes one `EndpointHandler` of the repository's folder, and calls it with what a request holds.
-Scores are those of `transformers.pipeline("image-classification")`, which does the work.
+The inference toolkit builds one `EndpointHandler` from the repository's folder and calls it with each request. Scores
+come from `transformers.pipeline("image-classification")`.
 """
 
 from __future__ import annotations
@@ -11,70 +11,97 @@ import binascii
 import difflib
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What is decoded. PIL knows more, but some of it runs other programs (EPS)."""
-
-MAX_PIXELS = 89_478_485
-"""Where PIL begins to warn of a decompression bomb: 268 MB once decoded."""
-
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow runs other programs for some other formats (EPS)
+MAX_PIXELS = 89_478_485  # the size from which Pillow warns of a decompression bomb: 268 MB decoded
 FUNCTIONS = ("softmax", "sigmoid", "none")
 PARAMETERS = ("top_k", "function_to_apply")
 
 
+# This file runs without the package: these are copies from ccssl_hf/images.py, which a test keeps equal.
+
+
 class TooLargeError(ValueError):
-    """An image of more pixels than are decoded."""
+    """The image has more pixels than allowed."""
 
 
-def read_image(content: bytes) -> Image.Image:
-    """An encoded image, decoded, upright and in RGB.
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, rotated by its EXIF orientation. 16-bit modes keep their upper 8 bits."""
+    image.load()  # some formats store EXIF data behind the pixels
+    if image.getexif().get(0x0112) is not None:  # the orientation; exif_transpose copies images that have none
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip all values above 255 to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
-    Raises:
-        TooLargeError: It has more than `MAX_PIXELS`, and wasn't decoded.
-        ValueError: It can't be decoded.
-    """
+
+def open_image(
+    source: bytes | str | Path, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """Open an encoded image as upright RGB. Raises ValueError, or TooLargeError above `max_pixels`."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            too_large = image.width * image.height > MAX_PIXELS
-            if not too_large:
-                return ImageOps.exif_transpose(image).convert("RGB")
-            problem = f"{image.width} x {image.height} pixels"
-    except Image.DecompressionBombError:
-        problem = "more than twice as many pixels"
-    except Exception as error:  # PIL raises nearly anything for a broken file
-        formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        reason = "in none of these formats" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"This is no image that can be read ({reason}): send a whole {formats} file.") from error
-    raise TooLargeError(f"The image has {problem}, but at most {MAX_PIXELS:,} are decoded: send a smaller one.")
+        # Not by its path: Pillow would map some TIFF files into memory, and read rotated ones wrongly.
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if max_pixels is None or image.width * image.height <= max_pixels:
+                return upright_rgb(image)
+            problem = f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed"
+    except Image.DecompressionBombError as error:
+        problem = str(error)
+    except Exception as error:  # Pillow raises nearly any type of error for a broken file
+        unknown = isinstance(error, UnidentifiedImageError)  # its message names a path or an object in memory
+        reason = "unknown format" if unknown else f"{type(error).__name__}: {error}"
+        raise ValueError(f"not a readable image ({reason})") from error
+    raise TooLargeError(f"too large ({problem})")
 
 
 def decode_base64(text: Any) -> bytes:
-    """The bytes of base64 text, with or without `data:image/...;base64,` before it.
+    """Decode base64 text, with or without the prefix `data:image/...;base64,`.
 
     Raises:
-        ValueError: It is something else, such as an address: nothing is ever fetched.
+        ValueError: The text is not base64, for example a URL. URLs are never fetched.
     """
     if not isinstance(text, str):
         raise ValueError(f"An image must be base64 text, but this is of type {type(text).__name__}.")
     if text.startswith(("http://", "https://")):
-        raise ValueError("Addresses are not fetched: send the image itself, as bytes or as base64 text.")
+        raise ValueError("URLs are not fetched: send the image itself, as bytes or as base64 text.")
     try:
         encoded = text.partition(",")[2] if text.startswith("data:") else text
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"This is no base64 text ({error}): send the image's bytes in base64.") from error
+        raise ValueError(f"This is not base64 text ({error}): send the image's bytes in base64.") from error
+
+
+def read_image(given: Any) -> Image.Image:
+    """Open an image of a request: a PIL image, the bytes of a file, or base64 text.
+
+    Raises:
+        TooLargeError: The image has more than `MAX_PIXELS` pixels. It was not decoded.
+        ValueError: The image cannot be read, or its format is not in `FORMATS`.
+    """
+    if isinstance(given, Image.Image):
+        return upright_rgb(given)
+    content = given if isinstance(given, bytes) else decode_base64(given)
+    try:
+        return open_image(content, max_pixels=MAX_PIXELS, formats=FORMATS)
+    except TooLargeError as error:
+        raise TooLargeError(f"The image is {error}: send a smaller one.") from error
+    except ValueError as error:
+        raise ValueError(f"This is {error}: send a complete {', '.join(FORMATS)} file.") from error
 
 
 def check_parameters(parameters: Any) -> dict[str, Any]:
-    """The parameters of a request: `top_k` and `function_to_apply`, as far as they are given.
+    """The given ones of a request's parameters `top_k` and `function_to_apply`.
 
     Raises:
-        ValueError: There are others, or a value is wrong.
+        ValueError: A parameter is unknown, or a value is invalid.
     """
     if not isinstance(parameters, Mapping):
         raise ValueError(f"parameters must be an object with {' and '.join(PARAMETERS)}, such as {{'top_k': 2}}.")
@@ -85,14 +112,14 @@ def check_parameters(parameters: Any) -> dict[str, Any]:
         raise ValueError(f"There is no parameter '{name}': {hint}")
     top_k, function = given.get("top_k", 1), given.get("function_to_apply", "none")
     if type(top_k) is not int or top_k < 1:
-        raise ValueError(f"top_k must be a whole number from 1 on, but is {top_k!r}.")
+        raise ValueError(f"top_k must be an integer of at least 1, but is {top_k!r}.")
     if function not in FUNCTIONS:
         raise ValueError(f"function_to_apply must be one of {', '.join(FUNCTIONS)}, but is {function!r}.")
     return given
 
 
 class EndpointHandler:
-    """What the inference toolkit looks for.
+    """The class that the inference toolkit looks for.
 
     Args:
         path: The repository's folder.
@@ -103,28 +130,22 @@ class EndpointHandler:
             "image-classification",
             model=path,
             device=0 if torch.cuda.is_available() else "cpu",
-            trust_remote_code=True,  # a backbone that timm lacks lies beside this file
+            trust_remote_code=True,  # the code of a backbone that timm lacks is in this folder
         )
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
-        """Labels and scores, the best first: `[{"label": ..., "score": ...}, ...]`, or a list of those for a list.
+        """Labels and scores, best first: `[{"label": ..., "score": ...}, ...]`, or a list of those for a list.
 
         Args:
             data: `inputs`: a PIL image, an encoded image as bytes or base64 text, or a list of those; and
                 `parameters`: see `check_parameters`.
 
         Raises:
-            ValueError: Something can't be read; the toolkit answers with the sentence.
+            ValueError: The request is invalid; the toolkit answers with the message.
         """
         inputs, parameters = data.get("inputs"), check_parameters(data.get("parameters") or {})
         if inputs is None or inputs == []:
             raise ValueError("inputs is missing: send an image, or a list of at least one.")
-        images = [_image(one) for one in (inputs if isinstance(inputs, list) else [inputs])]
+        images = [read_image(one) for one in (inputs if isinstance(inputs, list) else [inputs])]
         answers = self._pipeline(images, **parameters)
         return answers if isinstance(inputs, list) else answers[0]
-
-
-def _image(given: Any) -> Image.Image:
-    if isinstance(given, Image.Image):
-        return given
-    return read_image(given if isinstance(given, bytes) else decode_base64(given))

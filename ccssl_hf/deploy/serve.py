@@ -1,10 +1,10 @@
-"""A model over HTTP, with the contract of Hugging Face's hosted image classification.
+"""Serve a model over HTTP, with the API of Hugging Face's hosted image classification.
 
-`POST /` takes an image as it is, or JSON: `{"inputs": <base64 text, or a list of it>, "parameters": {"top_k": 2}}`. It
-answers `[{"label": ..., "score": ...}, ...]`, or a list of those for a list, as `transformers.pipeline` does. So
-`huggingface_hub.InferenceClient(model=URL).image_classification(...)` works. `GET /` tells what is served.
+`POST /` takes the bytes of an image, or JSON: `{"inputs": <base64 text, or a list of it>, "parameters": {"top_k": 2}}`.
+It answers `[{"label": ..., "score": ...}, ...]`, or a list of those for a list, as `transformers.pipeline` does. So
+`huggingface_hub.InferenceClient(model=URL).image_classification(...)` works. `GET /` describes the model.
 
-An image passes a decoding thread, then waits for others: the network sees what many requests brought in one batch.
+Threads decode the images. Images of different requests then go through the network in one batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import torch
@@ -34,31 +35,24 @@ from torch import Tensor
 
 from ..errors import near_misses
 from ..record import library_versions
-from .handler import TooLargeError, check_parameters, decode_base64, read_image
+from .handler import TooLargeError, check_parameters, read_image
 from .predict import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
 
-TOP_K = 5
-"""Classes of an answer where the request doesn't say; transformers' pipeline has the same."""
-
-UPLOAD_SECONDS = 60
-"""How long a request may take to arrive: it has its place in the queue meanwhile."""
-
-SHUTDOWN_SECONDS = 30
-"""How long requests that are in hand may take after the server was told to stop."""
-
-_T = TypeVar("_T")
+TOP_K = 5  # default number of classes in an answer, as in transformers' pipeline
+UPLOAD_SECONDS = 60  # for a request to arrive: it occupies a place in the queue meanwhile
+SHUTDOWN_SECONDS = 30  # for open requests after the server was told to stop
 
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How requests are batched, and what is refused.
+    """Limits of batches and requests.
 
     Attributes:
-        max_batch_size: Images that go through the network at once; 16 on a CPU and 64 on an accelerator where None.
-        max_wait_ms: Milliseconds that an image waits for others at most, before a batch that is not full.
-        max_image_mb: Megabytes of encoded images in one request at most.
-        max_queue: Images in hand at most; beyond, requests are told to come back.
-        num_workers: Threads that compute, each a batch at a time; where None one a core of a CPU, at most 8, else 2.
+        max_batch_size: Maximum images per forward pass; where None 16 on a CPU and 64 on an accelerator.
+        max_wait_ms: Maximum milliseconds that an image waits for a full batch.
+        max_image_mb: Maximum megabytes of encoded images in one request.
+        max_queue: Maximum images being processed. Further requests are answered with status 503.
+        num_workers: Threads that run the network; where None one per CPU core, at most 8, and 2 on an accelerator.
     """
 
     max_batch_size: int | None = None
@@ -68,19 +62,16 @@ class ServingSettings:
     num_workers: int | None = None
 
 
-# ------------------------------------------------------------------------------------------------------------ batching
-
-
 class Batcher:
-    """Takes images from many threads, and sends them through the network in batches.
+    """Collects images from many threads into batches for the network.
 
-    Each of a few threads takes what waits and computes. One collects at a time, so that images that trickle in are not
-    divided among idle threads.
+    A few threads run the network. Only one of them collects at a time, so that slowly arriving images are not divided
+    among idle threads.
 
     Args:
         predict: uint8 images `[N, 3, H, W]` to logits `[N, C]`.
-        max_batch_size: Images of a batch at most.
-        max_wait_ms: How long a batch that is not full waits for more, from its first image on.
+        max_batch_size: Maximum images in a batch.
+        max_wait_ms: Maximum milliseconds that a batch waits to be full, from its first image on.
     """
 
     def __init__(self, predict: Callable[[Tensor], Tensor], *, max_batch_size: int, max_wait_ms: float) -> None:
@@ -90,7 +81,7 @@ class Batcher:
 
     @contextmanager
     def running(self, workers: int) -> Iterator[None]:
-        """Computes in `workers` threads. At the end, what was submitted before is answered."""
+        """Run `workers` threads. At the end they answer everything that was submitted before."""
         with sharing_threads(workers) as pool:
             running = [pool.submit(self._work) for _ in range(workers)]
             try:
@@ -102,13 +93,13 @@ class Batcher:
                     worker.result()
 
     def submit(self, pixels: Tensor) -> Future[Tensor]:
-        """The logits `[C]` of an image `[3, H, W]`, to come."""
+        """A future of the logits `[C]` of an image `[3, H, W]`."""
         answer: Future[Tensor] = Future()
         self._waiting.put((pixels, answer))
         return answer
 
     def _collect(self) -> list[tuple[Tensor, Future[Tensor]]]:
-        """The next batch; empty when there is no more to come."""
+        """The next batch; empty at the end."""
         with self._collecting:
             batch: list[tuple[Tensor, Future[Tensor]]] = []
             until = float("inf")
@@ -120,10 +111,10 @@ class Batcher:
                     break
                 if taken is None:
                     if batch:
-                        self._waiting.put(None)  # for when this thread comes again
+                        self._waiting.put(None)  # read again in this thread's next call
                     break
                 until = min(until, time.monotonic() + self._max_wait)
-                if taken[1].set_running_or_notify_cancel():  # else nobody waits for it any more
+                if taken[1].set_running_or_notify_cancel():  # else the client has left
                     batch.append(taken)
             return batch
 
@@ -140,11 +131,8 @@ class Batcher:
                     answer.set_result(row)
 
 
-# ---------------------------------------------------------------------------------------------------------------- HTTP
-
-
 class _Service:
-    """The endpoints, and what they share. Lives on one event loop."""
+    """The endpoints and their shared state, on one event loop."""
 
     def __init__(self, classifier: Classifier, settings: ServingSettings) -> None:
         self.classifier, self.settings = classifier, settings
@@ -156,11 +144,13 @@ class _Service:
             max_batch_size=settings.max_batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH),
             max_wait_ms=settings.max_wait_ms,
         )
-        self._in_hand = 0
+        self._images = 0  # being processed
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        with ThreadPoolExecutor(os.cpu_count()) as self._decoders, self._batcher.running(self._workers):
+        with ThreadPoolExecutor(os.cpu_count()) as decoders, self._batcher.running(self._workers):
+            in_thread = partial(asyncio.get_running_loop().run_in_executor, decoders)
+            self._in_thread: Callable[..., Awaitable[Any]] = in_thread
             yield
 
     async def health(self, request: Request) -> JSONResponse:
@@ -170,7 +160,7 @@ class _Service:
         return await (self.classify(request) if request.method == "POST" else self.about(request))
 
     async def about(self, request: Request) -> JSONResponse:
-        """What is served, for a person."""
+        """Describe the model."""
         name = self.classifier.name
         about = {
             "model": Path(name).name if Path(name).is_dir() else name,
@@ -185,11 +175,11 @@ class _Service:
     async def classify(self, request: Request) -> JSONResponse:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_json = kind == "application/json"
-        # Clients that are handed bare bytes send them as they are, without a type.
+        # Clients that have only bytes send them without a type.
         if not is_json and not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
             raise HTTPException(
                 415,
-                f"Content-Type is '{kind}': send an image with its own, such as image/jpeg, or base64 text within "
+                f"Content-Type is '{kind}': send an image with its type, such as image/jpeg, or base64 text in "
                 "application/json.",
             )
         query = request.query_params.items()
@@ -204,11 +194,11 @@ class _Service:
             if not isinstance(inputs, list):
                 return JSONResponse(await self._answer(inputs, "", parameters))
             if len(inputs) > self.settings.max_queue:
-                at_most = f"at most {self.settings.max_queue} are taken in one request: send several."
-                raise HTTPException(413, f"inputs holds {len(inputs)} images, but {at_most}")
+                limit = f"at most {self.settings.max_queue} are allowed in one request: send several requests."
+                raise HTTPException(413, f"inputs holds {len(inputs)} images, but {limit}")
             with self._place(len(inputs) - 1):
                 each = (self._answer(one, f"inputs[{number}]: ", parameters) for number, one in enumerate(inputs))
-                answers = await asyncio.gather(*each, return_exceptions=True)  # a place is kept until all are done
+                answers = await asyncio.gather(*each, return_exceptions=True)  # keep the places until all are done
             for error in answers:
                 if isinstance(error, BaseException):
                     raise error
@@ -216,15 +206,15 @@ class _Service:
 
     @contextmanager
     def _place(self, images: int) -> Iterator[None]:
-        """A place in the queue for so many images."""
-        if self._in_hand + images > self.settings.max_queue:
-            busy = "The server has as many images in hand as it takes: try again in a second."
+        """Reserve places in the queue."""
+        if self._images + images > self.settings.max_queue:
+            busy = "The server's queue is full: try again in a second."
             raise HTTPException(503, busy, headers={"Retry-After": "1"})
-        self._in_hand += images
+        self._images += images
         try:
             yield
         finally:
-            self._in_hand -= images
+            self._images -= images
 
     async def _body(self, request: Request, *, at_most: int) -> bytes:
         body = bytearray()
@@ -232,18 +222,15 @@ class _Service:
             with anyio.fail_after(UPLOAD_SECONDS):
                 async for chunk in request.stream():
                     body += chunk
-                    if len(body) > at_most:  # uvicorn reads the rest and drops it, so that clients see the answer
-                        most = f"at most {self.settings.max_image_mb:g} MB of images are taken in one request"
-                        raise HTTPException(413, f"The request is too large: {most}. Send a smaller image, or fewer.")
+                    if len(body) > at_most:  # uvicorn discards the rest; clients see the answer
+                        limit = f"at most {self.settings.max_image_mb:g} MB of images are allowed in one request"
+                        raise HTTPException(413, f"The request is too large: {limit}. Send smaller or fewer images.")
         except TimeoutError as error:
             raise HTTPException(408, f"The request took more than {UPLOAD_SECONDS} s to arrive: try again.") from error
         return bytes(body)
 
-    async def _in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
-
     async def _answer(self, encoded: Any, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
-        """Labels and scores of an image: bytes, or base64 text that is found at `where`."""
+        """Labels and scores of an image, given as bytes or base64 text. Errors start with `where`."""
         pixels = await self._in_thread(self._pixels, encoded, where)
         logits = await asyncio.wrap_future(self._batcher.submit(pixels))
         scores = self.classifier.scores(logits, parameters.get("function_to_apply"))
@@ -254,7 +241,7 @@ class _Service:
 
     def _pixels(self, encoded: Any, where: str) -> Tensor:
         try:
-            return self.classifier.pixels(read_image(encoded if isinstance(encoded, bytes) else decode_base64(encoded)))
+            return self.classifier.pixels(read_image(encoded))
         except TooLargeError as error:
             raise HTTPException(413, f"{where}{error}") from error
         except ValueError as error:
@@ -269,11 +256,11 @@ def _parameters(given: Any) -> dict[str, Any]:
 
 
 def _parse(body: bytes) -> tuple[Any, dict[str, Any]]:
-    """`inputs` and `parameters` of a JSON body."""
+    """The `inputs` and `parameters` of a JSON body."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"The body is no JSON ({error}): send {{'inputs': <base64 text>}}.") from error
+        raise HTTPException(400, f"The body is not JSON ({error}): send {{'inputs': <base64 text>}}.") from error
     if not isinstance(content, dict) or content.get("inputs") in (None, []):
         raise HTTPException(422, "The body must be an object with inputs: base64 text of an image, or a list of it.")
     for name in content.keys() - {"inputs", "parameters"}:
@@ -283,25 +270,25 @@ def _parse(body: bytes) -> tuple[Any, dict[str, Any]]:
 
 
 async def _error(request: Request, error: Exception) -> JSONResponse:
-    """Every answer that is no result: a sentence, and nothing of the server's insides."""
+    """Answer with an error message that reveals nothing about the server."""
     if not isinstance(error, HTTPException):
-        return JSONResponse({"error": "The server failed at this request: its log says why. Tell who runs it."}, 500)
-    usual = "POST an image to /, or GET / for what is served, and GET /health."
-    sentences = {
-        404: f"There is nothing at {request.url.path}: {usual}",
-        405: f"{request.method} is not for {request.url.path}: {usual}",
+        return JSONResponse({"error": "Internal error; see the server log."}, 500)
+    usage = "POST an image to /, or GET / or /health."
+    messages = {
+        404: f"There is nothing at {request.url.path}: {usage}",
+        405: f"{request.url.path} does not accept {request.method}: {usage}",
     }
-    sentence = sentences.get(error.status_code, error.detail)
-    return JSONResponse({"error": sentence}, error.status_code, headers=error.headers)
+    message = messages.get(error.status_code, error.detail)
+    return JSONResponse({"error": message}, error.status_code, headers=error.headers)
 
 
 async def _gone(request: Request, error: Exception) -> JSONResponse:
-    """Of a client that left while it was sending: nobody reads it."""
+    """The client left while it was sending; nobody reads this answer."""
     return JSONResponse({"error": "The request ended early."}, 400)
 
 
 def create_app(classifier: Classifier, settings: ServingSettings | None = None) -> Starlette:
-    """The ASGI application, for `serve` or a server of one's own. Use one process: batches form within it."""
+    """The ASGI application. Run it in one process, because batches are formed within a process."""
     service = _Service(classifier, settings or ServingSettings())
     routes = [
         Route("/", service.root, methods=["GET", "POST"]),
@@ -314,7 +301,7 @@ def create_app(classifier: Classifier, settings: ServingSettings | None = None) 
 def serve(
     classifier: Classifier, *, host: str = "127.0.0.1", port: int = 8000, settings: ServingSettings | None = None
 ) -> None:
-    """Serves until it is told to stop (Ctrl+C or SIGTERM), and answers before that what is in hand."""
+    """Serve until stopped by Ctrl+C or SIGTERM. Open requests are answered first."""
     config = uvicorn.Config(
         create_app(classifier, settings),
         host=host,
@@ -322,5 +309,5 @@ def serve(
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         server_header=False,
     )
-    with suppress(KeyboardInterrupt):  # uvicorn hands the signal on when all is done
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again at the end
         uvicorn.Server(config).run()

@@ -1,13 +1,12 @@
-"""A Gradio Space from a published model: the page of `templates/space`, and all that it reads.
+"""Write a Gradio Space for a published model: the page in `space_page/` and all files that it reads.
 
-What is measured here is measured by the page's own code, so that it will say the same of an image.
+The thresholds and embeddings are computed by the page's own code, so that they match what the page computes.
 """
 
 from __future__ import annotations
 
 import io
 import shutil
-import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -29,26 +28,17 @@ from ..checkpoint import find_checkpoint, is_own_backbone
 from ..data import OUT_OF_DISTRIBUTION, check_images, check_writable, load_split, read_labels
 from ..images import decode_image, encoded_images
 from ..metrics import top_k_accuracy
-from ..modeling import CCSSLForImageClassification
+from .predict import load_published
 from .space_page import app
 
 TEMPLATE = Path(app.__file__).parent
 
-SDK_VERSION = "6.31.0"
-"""Of Gradio; the Hub wants one version, where requirements.txt has bounds."""
-
-QUANTILE = 0.05
-"""Share of the validation images of known classes that lie below a threshold."""
-
+SDK_VERSION = "6.31.0"  # of Gradio: the Hub needs one version, requirements.txt has bounds
+QUANTILE = 0.05  # share of the in-distribution validation images below each threshold
 BATCH_SIZE = 16
-
-THUMBNAIL_SIDE, EXAMPLE_SIDE = 160, 640
-"""Longer side in pixels, at most, of stored images."""
-
-LOSSLESS_SIDE = 96
-"""Longer side in pixels up to which images are stored without loss."""
-
-EXAMPLES_OF_CLASSES, EXAMPLES_OF_NONE = 6, 2
+THUMBNAIL_SIDE, EXAMPLE_SIDE = 160, 640  # longer side of stored images in pixels, at most
+LOSSLESS_SIDE = 96  # smaller images are stored without loss
+EXAMPLES_PER_SPACE, OOD_EXAMPLES = 6, 2
 
 
 def write_space(
@@ -61,43 +51,43 @@ def write_space(
     image_column: str = "image",
     label_column: str = "label",
 ) -> app.Settings:
-    """Write a folder that the Hub runs as a Space, and `python app.py` anywhere, without this package.
+    """Write a folder that runs as a Space on the Hub, and with `python app.py` anywhere, without this package.
 
     Args:
-        model: A published folder, which is copied, or a Hub id, which the page loads at the revision of today.
+        model: A published folder, which is copied, or a Hub id, which the page loads at the current revision.
         out: The folder to write. An earlier Space in it is replaced.
-        labeled: Labeled images (as `load_split` takes them) to show the nearest of; small copies of all are stored.
-        validation: Labeled images to measure the thresholds of "may be none of them" on. Those of no class of the
-            model, and with the label -1, say how many strangers are found.
-        title: Of the page; the model's name where None.
-        image_column: Of both.
-        label_column: Of both.
+        labeled: Labeled images (see `load_split`) of which the page shows the nearest. Small copies of all are stored.
+        validation: Labeled images that the thresholds for out-of-distribution (OOD) images are measured on. Images of
+            other classes than the model's, and with label -1, are OOD: the page says how many of them it detects.
+        title: The page's title; the model's name where None.
+        image_column, label_column: Columns of both splits.
 
     Returns:
-        What the page knows of itself.
+        The page's settings.
 
     Raises:
-        FileNotFoundError: There is no such model.
-        ValueError: A source or an image can't be read, labels don't fit the model, or `out` holds other files.
+        FileNotFoundError: The model does not exist.
+        ValueError: A source or an image cannot be read, labels do not fit the model, or `out` has other files.
     """
     out = _check_output(Path(out))
     folder = find_checkpoint(model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*has no projection head")  # of no use here
-        trained = CCSSLForImageClassification.from_pretrained(folder)
+    trained = load_published(folder)
     splits: dict[str, _Split] = {}
     for role, source in (("labeled", labeled), ("validation", validation)):
         if source is not None:
             splits[role] = _Split(source, role, trained.config.labels, image_column, label_column)
 
-    _empty(out)
+    for name in (app.MODEL_FOLDER, app.GALLERY_FOLDER, app.EXAMPLES_FOLDER):  # of an earlier Space
+        shutil.rmtree(out / name, ignore_errors=True)
+    own_backbone = Path(wide_resnet_cifar.__file__)
+    (out / own_backbone.name).unlink(missing_ok=True)
     local = Path(model).is_dir()
     if local:
         trained.save_pretrained(out / app.MODEL_FOLDER, with_head=False)
     network = app.Model(folder)
     if "labeled" in splits:
         _write_gallery(out, network, splits["labeled"])
-    for split in list(splits.values())[-1:]:  # validation images, if there are any: the network has not seen them
+    for split in list(splits.values())[-1:]:  # validation images if there are any: the network was not trained on them
         _write_examples(out / app.EXAMPLES_FOLDER, split)
     settings = app.Settings(
         title=title or Path(model).resolve().name,
@@ -107,53 +97,41 @@ def write_space(
     )
     _write_card(out, settings, model, network.labels, splits)
     code = [TEMPLATE / "app.py", TEMPLATE / "requirements.txt"]
-    if is_own_backbone(trained.config.architecture):
-        code.append(Path(wide_resnet_cifar.__file__))
-    for file in code:
+    for file in [*code, own_backbone] if is_own_backbone(trained.config.architecture) else code:
         shutil.copyfile(file, out / file.name)
     settings.save(out)
     return settings
 
 
 def _check_output(out: Path) -> Path:
-    """Raises ValueError where `out` can't be written, or holds files that are not of a Space; hidden ones may lie."""
+    """Raises ValueError if `out` cannot be written or has files of something else. Hidden files are allowed."""
     if out.is_file():
         raise ValueError(f"{out} is a file: name a folder to write.")
     check_writable(out)
     others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if others and app.SETTINGS_FILE not in others:
-        raise ValueError(f"{out} holds other files than a Space's, such as {others[0]}: name a new folder.")
+        raise ValueError(f"{out} is not a Space and has other files, such as {others[0]}: name a new folder.")
     return out
-
-
-def _empty(out: Path) -> None:
-    """Removes what an earlier Space may have that the new one does not."""
-    for folder in (app.MODEL_FOLDER, app.GALLERY_FOLDER, app.EXAMPLES_FOLDER):
-        shutil.rmtree(out / folder, ignore_errors=True)
-    (out / Path(wide_resnet_cifar.__file__).name).unlink(missing_ok=True)
-
-
-# --------------------------------------------------------------------------------------------------------------- images
 
 
 class _Split:
     """Labeled images, checked before any work is done.
 
     Attributes:
-        name: What can be said of where they come from: a Hub id, or the last part of a path.
-        labels: Class numbers `[N]`; -1 is an image of no class of the model, which the labeled split must not have.
+        name: A Hub id, or the last part of a path.
+        labels: Class numbers `[N]`; -1 is an OOD image, allowed in the validation split only.
     """
 
     def __init__(self, source: str, role: str, classes: list[str], image_column: str, label_column: str) -> None:
         dataset = load_split(source, role=role)
         check_images(dataset, role=role, image_column=image_column)
-        unknown = role == "validation"
-        self.labels = read_labels(dataset, label_column, classes, role=role, allow_ood=unknown)
-        known, needed = int((self.labels != OUT_OF_DISTRIBUTION).sum()), round(1 / QUANTILE)
-        if unknown and known < needed:
+        measured = role == "validation"
+        self.labels = read_labels(dataset, label_column, classes, role=role, allow_ood=measured)
+        count, needed = int((self.labels != OUT_OF_DISTRIBUTION).sum()), round(1 / QUANTILE)
+        if measured and count < needed:
             raise ValueError(
-                f"--validation {source}: {known} images of the model's classes are too few to say what "
-                f"{1 - QUANTILE:.0%} of them pass; give at least {needed}, or leave it out."
+                f"The {role} split {source} has {count} images of the model's classes. The thresholds need at least "
+                f"{needed}: add images, or leave the split out."
             )
         self.name = Path(source).resolve().name if Path(source).exists() else source
         self._images, self._column, self._role = encoded_images(dataset, image_column), image_column, role
@@ -166,7 +144,7 @@ class _Split:
 
     def batches(self) -> Iterator[list[Image.Image]]:
         """All images, with a progress bar."""
-        with datasets.utils.tqdm(total=len(self), desc=f"Looking at {self._role} images", unit=" images") as progress:
+        with datasets.utils.tqdm(total=len(self), desc=f"Reading {self._role} images", unit=" images") as progress:
             for start in range(0, len(self), BATCH_SIZE):
                 images = [self.image(row) for row in range(start, min(start + BATCH_SIZE, len(self)))]
                 yield images
@@ -174,7 +152,7 @@ class _Split:
 
 
 def _encoded(image: Image.Image, side: int) -> bytes:
-    """WebP of at most `side` pixels, without anything else that the file said of itself, such as where it was taken."""
+    """WebP of at most `side` pixels, without metadata such as the place where the photo was taken."""
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.BICUBIC)
     small.info = {}
@@ -190,56 +168,53 @@ def _write_gallery(out: Path, network: app.Model, split: _Split) -> None:
     with zipfile.ZipFile(out / app.THUMBNAILS_FILE, "w") as thumbnails:
         for images in split.batches():
             for image in images:
-                # By a ZipInfo, so that equal images make equal files: a plain name would carry the time.
+                # ZipInfo has no time stamp: equal images give equal files.
                 thumbnails.writestr(zipfile.ZipInfo(app.thumbnail_name(row)), _encoded(image, THUMBNAIL_SIDE))
                 row += 1
-            features.append(network.describe(images)[1])
+            features.append(network.logits_and_features(images)[1])
     embeddings = F.normalize(torch.cat(features), dim=1).half()
     tensors = {"embeddings": embeddings, "labels": torch.from_numpy(split.labels)}
     save_file(tensors, out / app.EMBEDDINGS_FILE)
 
 
 def _write_examples(folder: Path, split: _Split) -> None:
-    """The first image of some classes, and some of no class."""
+    """The first image of some classes, and some OOD images."""
     folder.mkdir()
-    classes = np.unique(split.labels[split.labels != OUT_OF_DISTRIBUTION])[:EXAMPLES_OF_CLASSES]
+    classes = np.unique(split.labels[split.labels != OUT_OF_DISTRIBUTION])[:EXAMPLES_PER_SPACE]
     rows = [int(np.flatnonzero(split.labels == number)[0]) for number in classes]
-    unknown = np.flatnonzero(split.labels == OUT_OF_DISTRIBUTION)
-    rows += unknown[:: max(1, len(unknown) // EXAMPLES_OF_NONE)][:EXAMPLES_OF_NONE].tolist()  # apart: often sorted
+    ood = np.flatnonzero(split.labels == OUT_OF_DISTRIBUTION)
+    rows += ood[:: max(1, len(ood) // OOD_EXAMPLES)][:OOD_EXAMPLES].tolist()  # neighbours are often of one class
     for number, row in enumerate(rows):
         (folder / f"{number}.webp").write_bytes(_encoded(split.image(row), EXAMPLE_SIDE))
 
 
-# ---------------------------------------------------------------------------------------------------- thresholds, card
-
-
 def _measure(network: app.Model, split: _Split) -> app.Thresholds:
-    logits = torch.cat([network.describe(images)[0] for images in split.batches()])
+    logits = torch.cat([network.logits_and_features(images)[0] for images in split.batches()])
     return thresholds(logits, split.labels, source=split.name)
 
 
 def thresholds(logits: Tensor, labels: np.ndarray, *, source: str) -> app.Thresholds:
-    """The thresholds below which an image may be of no class, and how well they work.
+    """The thresholds for OOD images, and how often images are below them.
 
     Args:
         logits: `[N, C]`.
-        labels: `[N]`, class numbers, and -1 for an image of no class.
-        source: What the images are.
+        labels: `[N]`: class numbers, and -1 for OOD images.
+        source: Name of the images.
     """
-    known = labels != OUT_OF_DISTRIBUTION
-    limits = [float(np.quantile(scores[known].double(), QUANTILE)) for scores in app.confidence_and_energy(logits)]
-    noted = app.may_be_none(logits, confidence=limits[0], energy=limits[1]).numpy()
-    strangers = int((~known).sum())
+    inside = labels != OUT_OF_DISTRIBUTION
+    limits = [float(np.quantile(scores[inside].double(), QUANTILE)) for scores in app.confidence_and_energy(logits)]
+    flagged = app.possibly_ood(logits, confidence=limits[0], energy=limits[1]).numpy()
+    ood_images = int((~inside).sum())
     return app.Thresholds(
         confidence=limits[0],
         energy=limits[1],
         quantile=QUANTILE,
         source=source,
-        images=int(known.sum()),
-        top1=top_k_accuracy(logits[known], labels[known]),
-        noted=float(noted[known].mean()),
-        strangers=strangers,
-        strangers_noted=float(noted[~known].mean()) if strangers else None,
+        images=int(inside.sum()),
+        top1=top_k_accuracy(logits[inside], labels[inside]),
+        flagged=float(flagged[inside].mean()),
+        ood_images=ood_images,
+        ood_flagged=float(flagged[~inside].mean()) if ood_images else None,
     )
 
 
@@ -271,10 +246,10 @@ def _write_card(
 
 
 def _license(card: str | Path) -> dict[str, Any]:
-    """What the model's card says of its license; nothing where there is no such card."""
+    """The license in the metadata of the model's card; empty if there is no card."""
     try:
-        said = ModelCard.load(card, ignore_metadata_errors=True).data
+        found = ModelCard.load(card, ignore_metadata_errors=True).data
     except (OSError, ValueError, HfHubHTTPError):
         return {}
     keys = ("license", "license_name", "license_link")
-    return {key: said[key] for key in keys if said.get(key)}
+    return {key: found[key] for key in keys if found.get(key)}

@@ -1,7 +1,7 @@
-"""A page for one image classifier: drop an image, and see its classes, where the network looked, and what is near it.
+"""A page for one image classifier: its classes for an image, a heat map, and the nearest labeled images.
 
-`python app.py` serves it. All that it reads lies beside it: `space.json`, and as they were given `model/`, `gallery/`
-and `examples/`. One file, longer than most, so that what a Space computes and shows can be read in one place.
+`python app.py` serves it. It reads `space.json`, `model/`, `gallery/` and `examples/` from its own folder. All of the
+page is in this one file, so that everything that a Space computes and shows can be read in one place.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import math
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -33,82 +34,78 @@ SETTINGS_FILE = "space.json"
 MODEL_FOLDER, GALLERY_FOLDER, EXAMPLES_FOLDER = "model", "gallery", "examples"
 EMBEDDINGS_FILE, THUMBNAILS_FILE = f"{GALLERY_FOLDER}/embeddings.safetensors", f"{GALLERY_FOLDER}/images.zip"
 
-MAX_PIXELS = 50_000_000
-"""Larger images are turned down: a small file can hold enough pixels to fill the memory."""
-
-MIN_SIDE = 4
-"""Cells that a heat map has along a side, at least: fewer say nothing of where."""
-
-CONFIDENCE_FLOOR = 0.6
-"""Below it an image may be of no class, where no images of known classes were given to measure thresholds on."""
-
-NEAREST = 6
-"""Labeled images that are shown beside an image."""
-
-SHOWN_SIDE = 448
-"""Pixels that pictures are shown with: of a network for 32 px one would see nothing."""
+MAX_PIXELS = 50_000_000  # of an upload: a small file can hold enough pixels to fill the memory
+MIN_SIDE = 4  # cells along the shorter side of a heat map, at least: fewer do not locate anything
+CONFIDENCE_FLOOR = 0.6  # an image below may be out of distribution, where no thresholds were measured
+NEAREST = 6  # labeled images to show
+SHOWN_SIDE = 448  # longer side of shown images in pixels: the input of many networks is tiny
 
 
-class UnreadableImage(ValueError):
-    """An upload that can't be used; the message is for the visitor."""
+# This file runs without the package: these are copies from ccssl_hf/images.py, which a test keeps equal.
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """An upright RGB image from a file.
+class TooLargeError(ValueError):
+    """The image has more pixels than allowed."""
 
-    Raises:
-        UnreadableImage: It is no image, damaged, or has more than `MAX_PIXELS` pixels.
-    """
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, rotated by its EXIF orientation. 16-bit modes keep their upper 8 bits."""
+    image.load()  # some formats store EXIF data behind the pixels
+    if image.getexif().get(0x0112) is not None:  # the orientation; exif_transpose copies images that have none
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip all values above 255 to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(
+    source: bytes | str | Path, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """Open an encoded image as upright RGB. Raises ValueError, or TooLargeError above `max_pixels`."""
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(
-                    f"This image has {image.width} × {image.height} pixels, which is too large for this page: try one "
-                    f"of at most {MAX_PIXELS // 1_000_000} million pixels."
-                )
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # PIL would clip the 16 bits, and leave a white image
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
-    except UnreadableImage:
-        raise
-    except Exception as error:  # PIL raises nearly anything for a broken file
-        raise UnreadableImage("This file can't be read as an image: try a JPEG, PNG or WebP file.") from error
+        # Not by its path: Pillow would map some TIFF files into memory, and read rotated ones wrongly.
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if max_pixels is None or image.width * image.height <= max_pixels:
+                return upright_rgb(image)
+            problem = f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed"
+    except Image.DecompressionBombError as error:
+        problem = str(error)
+    except Exception as error:  # Pillow raises nearly any type of error for a broken file
+        unknown = isinstance(error, UnidentifiedImageError)  # its message names a path or an object in memory
+        reason = "unknown format" if unknown else f"{type(error).__name__}: {error}"
+        raise ValueError(f"not a readable image ({reason})") from error
+    raise TooLargeError(f"too large ({problem})")
 
 
-# ------------------------------------------------------------------------------------------------ known or none of them
+def open_upload(path: str) -> Image.Image:
+    """Open a visitor's image. Raises ValueError with a message for the visitor."""
+    try:
+        return open_image(path, max_pixels=MAX_PIXELS)
+    except TooLargeError as error:
+        raise ValueError(f"The image is {error}. Try a smaller one.") from error
+    except ValueError as error:
+        raise ValueError("This file can't be read as an image. Try a JPEG, PNG or WebP file.") from error
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Below both an image may be of no known class; with what is known of how well that works.
+    """Below both thresholds an image may be out of distribution (OOD). Measured on labeled images."""
 
-    Attributes:
-        confidence: Of the largest softmax probability.
-        energy: Of the log-sum-exp of the logits.
-        quantile: Share of the images of known classes that lie below each of the two.
-        source: What these images are.
-        images: How many there are.
-        top1: Share of them whose most probable class is right.
-        noted: Share of them that lie below both.
-        strangers: Images of no known class in the same source.
-        strangers_noted: Share of these that lie below both; None where there are none.
-    """
-
-    confidence: float
-    energy: float
-    quantile: float
-    source: str
-    images: int
-    top1: float
-    noted: float
-    strangers: int = 0
-    strangers_noted: float | None = None
+    confidence: float  # of the largest softmax probability
+    energy: float  # of the log-sum-exp of the logits
+    quantile: float  # share of the in-distribution images below each threshold
+    source: str  # name of the labeled images
+    images: int  # number of in-distribution images
+    top1: float  # top-1 accuracy on these
+    flagged: float  # share of these below both thresholds
+    ood_images: int = 0
+    ood_flagged: float | None = None  # share of the OOD images below both thresholds
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`space.json`: the page's title, the model's folder or Hub id with its revision, and the measured thresholds."""
+    """`space.json`: the page's title, the model's folder or Hub id and revision, and the measured thresholds."""
 
     title: str
     model: str
@@ -127,7 +124,7 @@ class Settings:
 
 
 def confidence_and_energy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest softmax probability and the log-sum-exp of logits `[N, C]`, both `[N]`; low for a stranger.
+    """The largest softmax probability and the log-sum-exp of logits `[N, C]`, both `[N]`; low for OOD images.
 
     The second is the (negative) energy of Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020,
     https://arxiv.org/abs/2010.03759.
@@ -135,64 +132,46 @@ def confidence_and_energy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.softmax(dim=1).amax(dim=1), logits.logsumexp(dim=1)
 
 
-def may_be_none(logits: Tensor, *, confidence: float, energy: float) -> Tensor:
-    """Whether both scores of logits `[N, C]` lie below their thresholds, bool `[N]`."""
+def possibly_ood(logits: Tensor, *, confidence: float, energy: float) -> Tensor:
+    """Whether both scores of logits `[N, C]` are below their thresholds, bool `[N]`."""
     confidences, energies = confidence_and_energy(logits)
     return (confidences < confidence) & (energies < energy)
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+def to_map(output: Tensor, *, layout: str, size: tuple[int, int], prefix_tokens: int) -> Tensor:
+    """A layer's output as a map `[N, C, rows, columns]`, from `layout` NCHW, NHWC or tokens `[N, T, C]`.
 
-
-@dataclass(frozen=True)
-class MapReader:
-    """Turns a layer's output into a map `[N, C, rows, columns]`; grad-cam calls it `reshape_transform`.
-
-    Attributes:
-        layout: `NCHW`, `NHWC`, or `tokens` for `[N, T, C]`.
-        height: Of the network's images, in pixels.
-        width: Likewise.
-        prefix_tokens: Class and register tokens before those of patches.
+    `size` is the height and width of the network's input. Class and register tokens come first. Raises ValueError if
+    the output is not a map of the image, or is too coarse.
     """
-
-    layout: str
-    height: int
-    width: int
-    prefix_tokens: int = 0
-
-    def __call__(self, output: Tensor) -> Tensor:
-        """The map. Raises ValueError for a tensor that is none, or too coarse a one."""
-        if output.ndim == 3 and self.layout == "tokens":
-            output = self._unfolded(output)
-        elif output.ndim == 4 and self.layout == "NHWC":
-            output = output.permute(0, 3, 1, 2)
-        elif output.ndim != 4 or self.layout != "NCHW":
-            raise ValueError(f"{tuple(output.shape)} is not {self.layout}.")
-        rows, columns = output.shape[-2:]
-        # A table of attention is no map: it has other proportions than the image.
-        if min(rows, columns) < MIN_SIDE or abs(rows * self.width / self.height - columns) >= 1:
-            raise ValueError(f"{rows} x {columns} is no map of the image.")
-        return output
-
-    def _unfolded(self, tokens: Tensor) -> Tensor:
-        # Some networks add their class token late: in earlier layers every token is a patch.
-        for skipped in (self.prefix_tokens, 0):
-            patches = tokens.shape[1] - skipped
-            rows = max(1, round(math.sqrt(max(patches, 0) * self.height / self.width)))
-            if patches > 0 and patches % rows == 0:
-                return tokens[:, skipped:].unflatten(1, (rows, patches // rows)).permute(0, 3, 1, 2)
-        raise ValueError(f"{tokens.shape[1]} tokens make no rectangle.")
+    if output.ndim == 3 and layout == "tokens":
+        output = _unfold(output, size, prefix_tokens)
+    elif output.ndim == 4 and layout == "NHWC":
+        output = output.permute(0, 3, 1, 2)
+    elif output.ndim != 4 or layout != "NCHW":
+        raise ValueError(f"{tuple(output.shape)} is not {layout}.")
+    rows, columns = output.shape[-2:]
+    # An attention matrix is not a map: its proportions differ from the image's.
+    if min(rows, columns) < MIN_SIDE or abs(rows * size[1] / size[0] - columns) >= 1:
+        raise ValueError(f"{rows} x {columns} is not a map of the image.")
+    return output
 
 
-def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, MapReader] | None:
-    """The last layer whose output is a map that the pooled features depend on, and how to read it.
+def _unfold(tokens: Tensor, size: tuple[int, int], prefix_tokens: int) -> Tensor:
+    # Some networks add their class token late: in earlier layers all tokens are patches.
+    for skipped in (prefix_tokens, 0):
+        patches = tokens.shape[1] - skipped
+        rows = max(1, round(math.sqrt(max(patches, 0) * size[0] / size[1])))
+        if patches > 0 and patches % rows == 0:
+            return tokens[:, skipped:].unflatten(1, (rows, patches // rows)).permute(0, 3, 1, 2)
+    raise ValueError(f"{tokens.shape[1]} tokens do not form a rectangle.")
 
-    It is found by a dry run, so any timm network will do: after the last layer of a vision transformer, say, only the
-    class token matters, and its last map is before its last attention.
 
-    Args:
-        network: A timm classifier in eval mode.
-        size: Height and width of its images in pixels.
+def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+    """Find the last layer whose output is a map that the pooled features depend on, and its `to_map`.
+
+    `network` is a timm classifier in eval mode, `size` the height and width of its input. In a vision transformer, for
+    example, only the class token matters after the last attention, so the last map is the input of that attention.
     """
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, *size, generator=generator).requires_grad_()
@@ -205,17 +184,17 @@ def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, MapReader]
     finally:
         for hook in hooks:
             hook.remove()
-    # Any direction will do: a classifier that has not been trained may be all zeros.
+    # Not the logits: those of an untrained classifier may all be zero.
     score = (pooled * torch.randn(pooled.shape, generator=generator)).sum()
     tokens = isinstance(features, Tensor) and features.ndim == 3
     last = isinstance(features, Tensor) and features.shape[-1] == network.num_features != features.shape[1]
     layout = "tokens" if tokens else "NHWC" if last else "NCHW"
-    reader = MapReader(layout, *size, prefix_tokens=getattr(network, "num_prefix_tokens", 0))
+    reader = partial(to_map, layout=layout, size=size, prefix_tokens=getattr(network, "num_prefix_tokens", 0))
     calls = Counter(module for module, _ in outputs)
     for module, output in reversed(outputs):
         if calls[module] > 1 or not isinstance(output, Tensor) or not output.requires_grad:
             continue
-        if tokens and output.shape[-1] != features.shape[-1]:  # queries, keys and values in one, for instance
+        if tokens and output.shape[-1] != features.shape[-1]:  # such as queries, keys and values in one tensor
             continue
         try:
             [slope] = torch.autograd.grad(score, output, retain_graph=True, allow_unused=True)
@@ -227,48 +206,38 @@ def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, MapReader]
 
 
 class Model:
-    """A published classifier.
-
-    Attributes:
-        labels: The class names, in the order of the logits.
-        network: The timm model.
-        side: Of its images, in pixels; the longer one.
-    """
+    """A published classifier, from a folder or Hub id. No code from there is run."""
 
     def __init__(self, name: str | Path, *, revision: str | None = None) -> None:
-        """Loads a folder or Hub id; no code from there is run."""
         self._processor = AutoImageProcessor.from_pretrained(name, revision=revision)
         model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
         self.labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
         self.network = model.timm_model.eval().requires_grad_(False)
         size = self._processor.data_config["input_size"][-2:]
-        self.side, self._map = max(size), find_map(self.network, size)
-        self._lock = threading.Lock()  # a heat map hangs hooks into the network
+        self.side = max(size)
+        self.feature_map = find_map(self.network, size)  # the source of heat maps; None in some networks
+        self._lock = threading.Lock()  # a heat map adds hooks to the network
 
-    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """The network's input for RGB images, `[N, 3, H, W]`."""
         return self._processor(images=list(images), return_tensors="pt")["pixel_values"]
 
-    @property
-    def has_map(self) -> bool:
-        """Whether `heat` can say anything."""
-        return self._map is not None
-
     @torch.no_grad()
-    def describe(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """The logits `[N, C]` of RGB images, and the pooled features `[N, D]` that they are computed from."""
+    def logits_and_features(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """The logits `[N, C]` and the pooled features `[N, D]` of RGB images."""
         with self._lock:
-            features = self.network.forward_features(self._pixels(images))
+            features = self.network.forward_features(self.pixels(images))
             return self.network.forward_head(features), self.network.forward_head(features, pre_logits=True).flatten(1)
 
-    def seen(self, image: Image.Image) -> Image.Image:
-        """What the network sees of an image: resized and cropped."""
+    def input_image(self, image: Image.Image) -> Image.Image:
+        """The resized and cropped image that the network receives."""
         config = self._processor.data_config
         mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-        pixels = (self._pixels([image])[0] * std + mean).clamp(0, 1).mul(255).round().byte()
+        pixels = (self.pixels([image])[0] * std + mean).clamp(0, 1).mul(255).round().byte()
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
-    def heat(self, image: Image.Image, number: int) -> np.ndarray | None:
-        """Grad-CAM of class `number`: 0 to 1, `[H, W]` as `seen` is; None where the network has no map to read.
+    def heat_map(self, image: Image.Image, number: int) -> np.ndarray | None:
+        """Grad-CAM of class `number`: 0 to 1, `[H, W]` of `input_image`; None where there is no `feature_map`.
 
         Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV
         2017, https://arxiv.org/abs/1610.02391.
@@ -276,39 +245,37 @@ class Model:
         from pytorch_grad_cam import GradCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-        if self._map is None:
+        if self.feature_map is None:
             return None
-        layer, reader = self._map
-        pixels = self._pixels([image]).requires_grad_()  # the weights ask for no gradient
+        layer, reader = self.feature_map
+        pixels = self.pixels([image]).requires_grad_()  # the weights do not require gradients
         with self._lock, GradCAM(model=self.network, target_layers=[layer], reshape_transform=reader) as cam:
             return cam(input_tensor=pixels, targets=[ClassifierOutputTarget(number)])[0]
 
+    def explain(self, image: Image.Image, number: int) -> Image.Image:
+        """The heat map of class `number` over the image; the image alone where there is no heat map."""
+        picture, heat = enlarge(self.input_image(image)), self.heat_map(image, number)
+        if heat is None:
+            return picture
+        warmth = Image.fromarray((255 * heat).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
+        colours = Image.fromarray(matplotlib.colormaps["autumn_r"](np.asarray(warmth), bytes=True)[..., :3])
+        return Image.composite(colours, picture, warmth.point(lambda value: round(0.65 * value)))
 
-def enlarged(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
-    """The image with its longer side `side` pixels long; a tiny one as the squares that it is made of."""
+
+def enlarge(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
+    """Resize the longer side to `side` pixels. A tiny image keeps sharp pixels."""
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC)
 
 
-def overlay(seen: Image.Image, heat: np.ndarray) -> Image.Image:
-    """The heat map `[H, W]` over the image, which shows through the more the less warm it is."""
-    picture = enlarged(seen)
-    warmth = Image.fromarray((255 * heat).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
-    colours = Image.fromarray(matplotlib.colormaps["autumn_r"](np.asarray(warmth), bytes=True)[..., :3])
-    return Image.composite(colours, picture, warmth.point(lambda value: round(0.65 * value)))
-
-
-# -------------------------------------------------------------------------------------------------------------- gallery
-
-
 def thumbnail_name(row: int) -> str:
-    """The name within `THUMBNAILS_FILE` of the image that `row` of the embeddings belongs to."""
+    """The name in `THUMBNAILS_FILE` of the image of embedding `row`."""
     return f"{row}.webp"
 
 
 class Gallery:
-    """Labeled images with their embeddings: unit vectors `[N, D]`, and labels `[N]` as class numbers."""
+    """Labeled images with their embeddings (unit vectors `[N, D]`) and class numbers `[N]`."""
 
     def __init__(self, folder: Path) -> None:
         tensors = load_file(folder / EMBEDDINGS_FILE)
@@ -316,7 +283,7 @@ class Gallery:
         self._images = folder / THUMBNAILS_FILE
 
     def nearest(self, features: Tensor, count: int = NEAREST) -> list[tuple[Image.Image, int, float]]:
-        """The nearest labeled images to pooled features `[D]`, nearest first: image, class number and cosine."""
+        """Image, class number and cosine similarity of the labeled images nearest to features `[D]`, nearest first."""
         cosines = self.embeddings @ F.normalize(features.float(), dim=0)
         best = cosines.topk(min(count, len(cosines)))
         with zipfile.ZipFile(self._images) as images:
@@ -326,32 +293,20 @@ class Gallery:
             ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- page
-
-
 @dataclass(frozen=True)
 class Answer:
-    """What the page shows of one image.
+    """What the page shows for one image."""
 
-    Attributes:
-        stranger: Whether it may be of no class.
-        numbers: By which numbers, in words.
-        confidences: Class name to softmax probability.
-        best: Number of the most probable class.
-        overlay: Its heat map over the image; the image alone where there is none.
-        nearest: Image and caption of each of the nearest labeled images.
-    """
-
-    stranger: bool
-    numbers: str
-    confidences: dict[str, float]
-    best: int
-    overlay: Image.Image
-    nearest: list[tuple[Image.Image, str]]
+    out_of_distribution: bool  # whether it may be
+    reason: str  # the scores and thresholds behind that
+    confidences: dict[str, float]  # class name to softmax probability
+    best: int  # number of the most probable class
+    overlay: Image.Image  # the heat map of that class over the image
+    nearest: list[tuple[Image.Image, str]]  # labeled images with their captions
 
 
 class Space:
-    """The page's model and what was measured of it, from the folder that `app.py` lies in."""
+    """The model, gallery and settings of the folder that `app.py` is in."""
 
     def __init__(self, folder: Path) -> None:
         self.settings = Settings.load(folder)
@@ -361,79 +316,65 @@ class Space:
         self.examples = sorted(str(path) for path in (folder / EXAMPLES_FOLDER).glob("*.*"))
 
     def answer(self, image: Image.Image) -> Answer:
-        """All that the page says of an RGB image."""
-        logits, features = self.model.describe([image])
-        probabilities = logits.softmax(dim=1)[0].tolist()
-        stranger, numbers = self._compared(logits)
+        """Everything that the page shows for an RGB image."""
+        logits, features = self.model.logits_and_features([image])
+        out_of_distribution, reason = self._compare(logits)
         near = [] if self.gallery is None else self.gallery.nearest(features[0])
         labels, best = self.model.labels, int(logits.argmax())
         return Answer(
-            stranger=stranger,
-            numbers=numbers,
-            confidences=dict(zip(labels, probabilities, strict=True)),
+            out_of_distribution=out_of_distribution,
+            reason=reason,
+            confidences=dict(zip(labels, logits.softmax(dim=1)[0].tolist(), strict=True)),
             best=best,
-            overlay=self.explain(image, best),
-            nearest=[(enlarged(near_by, 192), f"{labels[number]} · {cosine:.2f}") for near_by, number, cosine in near],
+            overlay=self.model.explain(image, best),
+            nearest=[
+                (enlarge(thumbnail, 192), f"{labels[number]} · {cosine:.2f}") for thumbnail, number, cosine in near
+            ],
         )
 
-    def explain(self, image: Image.Image, number: int) -> Image.Image:
-        """The heat map of a class over the image."""
-        seen, heat = self.model.seen(image), self.model.heat(image, number)
-        return enlarged(seen) if heat is None else overlay(seen, heat)
-
-    def _compared(self, logits: Tensor) -> tuple[bool, str]:
-        """Whether an image with these logits `[1, C]` may be of no class, and the numbers in words."""
+    def _compare(self, logits: Tensor) -> tuple[bool, str]:
+        """Compare the scores of logits `[1, C]` with the thresholds: the result, and the numbers as text."""
         confidence, energy = (score.item() for score in confidence_and_energy(logits))
         limits = self.settings.thresholds
         if limits is None:
-            stranger = bool(may_be_none(logits, confidence=CONFIDENCE_FLOOR, energy=math.inf))
-            return stranger, f"Confidence {confidence:.2f}, compared with {CONFIDENCE_FLOOR}, a limit set by hand."
-        stranger = bool(may_be_none(logits, confidence=limits.confidence, energy=limits.energy))
+            text = f"Confidence {confidence:.2f}. The threshold is {CONFIDENCE_FLOOR}; it was set by hand."
+            return bool(possibly_ood(logits, confidence=CONFIDENCE_FLOOR, energy=math.inf)), text
         usual = f"{1 - limits.quantile:.0%}"
-        return stranger, (
-            f"Confidence {confidence:.2f} and energy score {energy:.1f}. Of the images of known classes, {usual} have "
-            f"a confidence of at least {limits.confidence:.2f}, and {usual} an energy score of at least "
+        return bool(possibly_ood(logits, confidence=limits.confidence, energy=limits.energy)), (
+            f"Confidence {confidence:.2f}, energy score {energy:.1f}. Of the in-distribution images, {usual} have a "
+            f"confidence of at least {limits.confidence:.2f}, and {usual} an energy score of at least "
             f"{limits.energy:.1f}."
         )
 
     def about(self) -> str:
-        """What the numbers are and what they are not, as Markdown."""
-        count = len(self.model.labels)
+        """What the numbers mean and what they do not mean, as Markdown."""
         limits = self.settings.thresholds
-        if limits is None:
-            note = (
-                f"appears where the confidence is below {CONFIDENCE_FLOOR}. That limit was set by hand and measured on "
-                "nothing."
+        rule = f"if the confidence is below {CONFIDENCE_FLOOR}. This threshold was set by hand and not measured."
+        if limits is not None:
+            rule = (
+                "if both scores are below their thresholds. Each threshold is the value that "
+                f"{1 - limits.quantile:.0%} of {limits.images:,} in-distribution images reach ({limits.source}; top-1 "
+                f"accuracy {limits.top1:.0%}). The note appears for {limits.flagged:.0%} of these images."
             )
-        else:
-            caught = (
-                f"and for {limits.strangers_noted:.0%} of {limits.strangers:,} images of no known class"
-                if limits.strangers_noted is not None
-                else "how many images of no known class it would appear for was not measured"
-            )
-            note = (
-                f"appears where both scores are lower than those of {1 - limits.quantile:.0%} of {limits.images:,} "
-                f"images of known classes ({limits.source}; {limits.top1:.0%} of them are labeled rightly). It appears "
-                f"for {limits.noted:.0%} of these, {caught}."
-            )
+            ood = "Out-of-distribution images were not measured."
+            if limits.ood_flagged is not None:
+                ood = f"It appears for {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images."
+            rule = f"{rule} {ood}"
         lines = [
-            f"**Confidence** is how the network divides 100% among its {count} classes. It has to name one even where "
-            "the picture shows something else, and the number is not the chance that it is right.",
-            "**Energy score** is the log-sum-exp of the network's logits: high where some class speaks up, low where "
-            "none does.",
-            f"**“This may be none of them”** {note} Take it as a hint. A network that has learned from its own guesses "
-            "(pseudo labels) can be as sure of strangers as of what it knows.",
-            "**The heat map** (Grad-CAM) shows which places of the network's last feature map speak for a class, "
-            "stretched over the picture: the redder, the more, and no red at all where none does. It is coarse, and "
-            "says where, not why."
-            if self.model.has_map
-            else "There is no heat map: this network keeps no map of the picture that is fine enough.",
+            f"**Confidence** is the softmax probability. It sums to 100% over the {len(self.model.labels)} classes, "
+            "even if the image shows none of them. It is not the probability that the class is right.",
+            "**Energy score** is the log-sum-exp of the logits. It is low if all logits are low.",
+            f"**“Possibly out of distribution”** appears {rule} It is a hint only: a network that was trained on its "
+            "own pseudo labels can be as confident on out-of-distribution images as on others.",
+            "**The heat map** (Grad-CAM) shows which regions of the network's last feature map increase the score of a "
+            "class. Redder regions increase it more. The map is coarse: it shows where, not why."
+            if self.model.feature_map is not None
+            else "There is no heat map: the feature maps of this network are too coarse.",
         ]
         if self.gallery is not None:
             lines.append(
-                f"**The nearest labeled images** are those of {len(self.gallery.labels):,} whose features have the "
-                "largest cosine similarity with the picture's; 1 is the most there is. They are near in the network's "
-                "eyes, and carry the labels that people gave them."
+                f"**Nearest labeled images** are those of {len(self.gallery.labels):,} labeled images whose features "
+                "have the highest cosine similarity to those of your image (at most 1). People gave them their labels."
             )
         return "\n\n".join(lines)
 
@@ -448,9 +389,7 @@ CSS = """
 #nearest .grid-wrap { min-height: 0; padding-top: 32px; }
 """
 
-
-FONT = ["system-ui", "sans-serif"]
-"""Of the visitor's own: nothing is loaded from elsewhere."""
+FONT = ["system-ui", "sans-serif"]  # the visitor's own: the page loads nothing from other servers
 
 
 def note_html(headline: str, text: str = "", *, warning: bool = False) -> str:
@@ -465,74 +404,70 @@ def build(space: Space) -> Any:
 
     labels = space.model.labels
     some = ", ".join(labels[:20]) + (", …" if len(labels) > 20 else "")
-    tiny = "tiny" if space.model.side <= SHOWN_SIDE // 4 else ""  # its squares are sharper than what is made of them
+    tiny = "tiny" if space.model.side <= SHOWN_SIDE // 4 else ""  # no smoothing of the few pixels of the input
 
     def show(path: str | None) -> dict[Any, Any]:
         hidden = {part: gr.update(visible=False) for part in (classes, details)}
         if path is None:
             return {note: welcome, **hidden}
         try:
-            answer = space.answer(open_image(path))
-        except UnreadableImage as error:
-            return {note: note_html("That did not work.", str(error), warning=True), **hidden}
-        said = "This may be none of them." if answer.stranger else "No sign that it is none of them."
+            image = open_upload(path)
+        except ValueError as error:
+            return {note: note_html("This did not work.", str(error), warning=True), **hidden}
+        answer = space.answer(image)
+        ood = answer.out_of_distribution
+        verdict = "Possibly out of distribution." if ood else "No sign of an out-of-distribution image."
         return {
-            note: note_html(said, answer.numbers, warning=answer.stranger),
-            classes: gr.update(value=answer.confidences, show_heading=not answer.stranger, visible=True),
+            note: note_html(verdict, answer.reason, warning=ood),
+            classes: gr.update(value=answer.confidences, show_heading=not ood, visible=True),
             details: gr.update(visible=True),
             chosen: answer.best,
-            overlay_picture: answer.overlay,
+            overlay: answer.overlay,
             nearest: answer.nearest,
         }
 
     def explain(path: str, number: int) -> Image.Image:
-        return space.explain(open_image(path), number)
+        return space.model.explain(open_upload(path), number)
 
-    welcome = note_html("Drop an image, and see what the network takes it for.")
+    welcome = note_html("Drop an image to classify it.")
     with gr.Blocks(title=space.settings.title, delete_cache=(3600, 3600)) as page:
-        title, about = html.escape(space.settings.title), f"A network that knows {len(labels)} classes: {some}."
+        title, about = html.escape(space.settings.title), f"An image classifier with {len(labels)} classes: {some}."
         gr.HTML(f"<h1>{title}</h1><p>{html.escape(about)}</p>", padding=False)
         with gr.Row():
             with gr.Column(elem_classes=tiny):
                 sources = ["upload", "clipboard"]
                 picture = gr.Image(type="filepath", sources=sources, label="Your image", height=300, elem_id="picture")
-                # As it came: gradio would answer a broken file with an error of its own.
+                # The uploaded file itself: gradio would answer a broken file with its own error.
                 picture.preprocess = lambda payload: None if payload is None else payload.path
                 if space.examples:
-                    gr.Examples(space.examples, picture, label="Or take one of these", elem_id="examples")
+                    gr.Examples(space.examples, picture, label="Examples", elem_id="examples")
             with gr.Column():
                 note = gr.HTML(welcome, padding=False, elem_id="note")
                 classes = gr.Label(num_top_classes=5, label="Confidence", visible=False, elem_id="classes")
         with gr.Row(visible=False) as details:
             with gr.Column():
-                overlay_picture = gr.Image(
-                    label="Where the network looked",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    height=400,
-                    elem_id="overlay",
-                )
+                look = dict(interactive=False, buttons=["fullscreen"], height=400, elem_id="overlay")
+                overlay = gr.Image(label="Heat map", **look)
                 numbered = list(zip(labels, range(len(labels)), strict=True))
-                chosen = gr.Dropdown(numbered, label="Show what speaks for", elem_id="chosen")
+                chosen = gr.Dropdown(numbered, label="Class of the heat map", elem_id="chosen")
             with gr.Column(visible=space.gallery is not None):
-                nearest = gr.Gallery(
-                    label="Nearest labeled images", columns=3, height="auto", buttons=[], elem_id="nearest"
-                )
-        with gr.Accordion("What the numbers are, and what they are not", open=False):
+                look = dict(columns=3, height="auto", buttons=[], elem_id="nearest")
+                nearest = gr.Gallery(label="Nearest labeled images", **look)
+        with gr.Accordion("What these numbers mean", open=False):
             gr.Markdown(space.about())
-        parts = [note, classes, details, chosen, overlay_picture, nearest]
+        parts = [note, classes, details, chosen, overlay, nearest]
         picture.change(show, picture, parts, api_name="classify")
-        chosen.input(explain, [picture, chosen], overlay_picture, api_name="explain")
+        chosen.input(explain, [picture, chosen], overlay, api_name="explain")
     return page
 
 
 if __name__ == "__main__":
     import gradio
 
-    with suppress(ModuleNotFoundError):  # lies here where timm lacks the network, and tells timm of it
+    with suppress(ModuleNotFoundError):  # the file is here where timm lacks the network; it registers it with timm
         importlib.import_module("wide_resnet_cifar")
     space = Space(Path(__file__).parent)
-    space.answer(Image.new("RGB", (64, 64)))  # the first answer loads more libraries: no visitor waits for it
+    space.answer(Image.new("RGB", (64, 64)))  # the first answer loads more libraries; visitors should not wait for it
     build(space).launch(
         theme=gradio.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=FONT),
         css=CSS,

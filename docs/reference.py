@@ -1,8 +1,11 @@
-"""A page of Markdown for each verb, from the commands themselves: `python -m ccssl_hf.cli.pages docs/cli`."""
+"""Generates the reference pages from the code: `python docs/reference.py`.
+
+It writes a page for each command of `ccssl-hf` into docs/cli/, and the table in docs/algorithms.md.
+"""
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -12,36 +15,69 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import typer
 import yaml
 
-from ..recipe import OWN_IMAGES, FolderArguments
-from ..training_args import CCSSLTrainingArguments
-from . import app
-from .flags import first_paragraph, flags_by_class
+from ccssl_hf import CCSSLTrainingArguments
+from ccssl_hf.algorithms import ALGORITHMS
+from ccssl_hf.card.tables import format_table
+from ccssl_hf.cli import app
+from ccssl_hf.cli.flags import first_paragraph, flags_by_class
+from ccssl_hf.recipe import OWN_IMAGES, FolderArguments
 
-# Commands are typed `Any`, and types are read from the functions' annotations: typer has moved both about.
+DOCS = Path(__file__).resolve().parent
+
+# -------------------------------------------------------------------------------------------------- table of algorithms
+
+_SECTION = re.compile(r"(<!-- algorithms.*?-->\n).*?(<!-- /algorithms -->)", re.DOTALL)
+
+
+def algorithms_table() -> str:
+    """A Markdown table with a row for each registered algorithm, without the hyperparameters of CCSSL."""
+    shared = ALGORITHMS["supervised"].hyperparameters_class.table()
+    rows = []
+    for name, algorithm in ALGORITHMS.items():
+        paper, settings = algorithm.paper, algorithm.hyperparameters_class.table()
+        rows.append(
+            {
+                "`algorithm`": f"`{name}`",
+                "paper": f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper else "labels only",
+                "loss terms": ", ".join(f"`{term}`" for term in algorithm.terms),
+                "hyperparameters": ", ".join(f"`{k}` {v.default}" for k, v in settings.items() if k not in shared),
+                "views of an unlabeled image": ", ".join(view.name.lower() for view in algorithm.views) or "none",
+            }
+        )
+    return format_table(rows, list(rows[0]), markdown=True)
+
+
+def with_table(text: str) -> str:
+    """`text` with the current table between its two `algorithms` comments."""
+    return _SECTION.sub(lambda match: f"{match[1]}\n{algorithms_table()}\n\n{match[2]}", text)
+
+
+# ------------------------------------------------------------------------------------------------ pages of the commands
+# Commands are typed `Any`, and types are read from the functions' annotations: both have moved between typer releases.
 
 
 def pages() -> dict[str, str]:
-    """File name to text: `index.md`, and one page for each verb."""
+    """File name to text: `index.md`, and one page for each command."""
     root: Any = typer.main.get_command(app)
     context = root.context_class(root, info_name="ccssl-hf")
-    verbs: dict[str, Any] = {name: root.get_command(context, name) for name in root.list_commands(context)}
+    commands: dict[str, Any] = {name: root.get_command(context, name) for name in root.list_commands(context)}
     panels: dict[str, list[str]] = {}
-    for name, verb in verbs.items():
-        row = f"| [`{name}`]({name}.md) | {_text(verb).splitlines()[0]} |"
-        panels.setdefault(verb.rich_help_panel, []).append(row)
-    index = ["# The `ccssl-hf` command", "One verb for each step between a folder of images and a hosted model."]
+    for name, command in commands.items():
+        row = f"| [`{name}`]({name}.md) | {_text(command).splitlines()[0]} |"
+        panels.setdefault(command.rich_help_panel, []).append(row)
+    index = ["# The `ccssl-hf` command", "One command for each step from a folder of images to a hosted model."]
     for panel, rows in panels.items():
-        index += [f"## {panel}", "\n".join(["| verb | what it does |", "| --- | --- |", *rows])]
+        index += [f"## {panel}", "\n".join(["| command | what it does |", "| --- | --- |", *rows])]
     index.append(
-        "These pages are made of what `ccssl-hf VERB --help` says. `ccssl-hf --install-completion` lets the shell "
-        "complete verbs and flags."
+        "These pages are generated from `ccssl-hf COMMAND --help`. `ccssl-hf --install-completion` enables completion "
+        "of commands and flags in the shell."
     )
-    texts = {"index": index, **{name: list(_page(context, name, verb)) for name, verb in verbs.items()}}
+    texts = {"index": index, **{name: list(_page(context, name, command)) for name, command in commands.items()}}
     return {f"{name}.md": "\n\n".join(paragraphs) + "\n" for name, paragraphs in texts.items()}
 
 
 def _page(parent: Any, name: str, command: Any, level: int = 1) -> Iterator[str]:
-    """The paragraphs of a verb, with those of its own verbs below where it has such."""
+    """The paragraphs of a command, followed by those of its subcommands."""
     context = command.context_class(command, info_name=name, parent=parent)
     yield f"{'#' * level} `{context.command_path}`"
     yield _text(command)
@@ -55,17 +91,17 @@ def _page(parent: Any, name: str, command: Any, level: int = 1) -> Iterator[str]
     usage = [context.command_path, command.options_metavar, *(each.metavar for each in arguments)]
     yield f"```text\n{' '.join(usage)}\n```"
     if arguments:
-        yield _table(("argument", "what it is"), [(f"`{each.metavar}`", each.help) for each in arguments])
+        yield _table(("argument", "description"), [(f"`{each.metavar}`", each.help) for each in arguments])
     options = [each for each in shown if each.param_type_name == "option" and each.name in types]
     if options:
         rows = [(_flag(each, types[each.name]), each.help, _default(each)) for each in options]
-        yield _table(("option", "what it does", "default"), rows)
+        yield _table(("option", "description", "default"), rows)
     if name == "train":
         yield from _flags_of_train(level + 1)
 
 
 def _flags_of_train(level: int) -> Iterator[str]:
-    """The recipe's own flags; those of transformers change with its version, and have pages there."""
+    """The flags that this package defines. Those of transformers differ between its releases, which document them."""
     settings = yaml.safe_load(OWN_IMAGES.read_text(encoding="utf-8"))
     for cls, members in flags_by_class(FolderArguments, CCSSLTrainingArguments).items():
         if cls.__module__.startswith("ccssl_hf."):
@@ -75,13 +111,13 @@ def _flags_of_train(level: int) -> Iterator[str]:
                 (f"`--{each.name}`", each.metadata["help"], _default(each), _code(settings.pop(each.name, None)))
                 for each in members
             ]
-            yield _table(("flag", "what it does", "default", OWN_IMAGES.name), rows)
+            yield _table(("flag", "description", "default", OWN_IMAGES.name), rows)
     yield f"{'#' * level} TrainingArguments"
     theirs = ", ".join(f"`{name}` to {_code(value)}" for name, value in settings.items())
     yield (
-        "Every other field of [`transformers.TrainingArguments`]"
+        "Every field of [`transformers.TrainingArguments`]"
         "(https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments) is a flag, "
-        f"too. Of these, {OWN_IMAGES.name} sets {theirs}."
+        f"too. {OWN_IMAGES.name} sets {theirs}."
     )
 
 
@@ -90,7 +126,7 @@ def _text(command: Any) -> str:
 
 
 def _flag(option: Any, kind: Any) -> str:
-    """`--name VALUE`, from all its spellings and its type."""
+    """`--name VALUE`, from the spellings and the type of an option."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     [kind] = [each for each in kinds if each is not NoneType]
     names = "` / `".join([*option.opts, *option.secondary_opts])
@@ -108,7 +144,7 @@ def _value(kind: Any) -> str:
 
 
 def _default(setting: Any) -> str:
-    """Of an option or a field."""
+    """The default of an option or of a dataclass field."""
     if getattr(setting, "required", False):
         return "required"
     return _code(getattr(setting.default, "value", setting.default))
@@ -126,9 +162,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.md"):
+    for stale in (DOCS / "cli").glob("*.md"):
         stale.unlink()
-    for file_name, text in pages().items():
-        (folder / file_name).write_text(text, encoding="utf-8")
+    for file_name, page in pages().items():
+        (DOCS / "cli" / file_name).write_text(page, encoding="utf-8")
+    algorithms = DOCS / "algorithms.md"
+    algorithms.write_text(with_table(algorithms.read_text(encoding="utf-8")), encoding="utf-8")
