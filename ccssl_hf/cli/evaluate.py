@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import errors_in_one_line
-from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, JsonOut, LabelColumn, Model, NumWorkers
+from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
 
 
 def evaluate(
@@ -17,7 +18,9 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="Name of the split in the results, and the split to load from a Hub dataset.")
     ] = "test",
-    json_out: JsonOut = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write the metrics to this file.")
+    ] = None,
     batch_size: BatchSize = None,
     num_workers: NumWorkers = None,
     device: Device = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,4 +20,3 @@ Device = Annotated[
 ]
 ImageColumn = Annotated[str, typer.Option(help="The image column of parquet files and datasets.")]
 LabelColumn = Annotated[str, typer.Option(help="The label column of parquet files and datasets.")]
-JsonOut = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Also write the metrics to this file.")]
