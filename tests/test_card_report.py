@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[CCSSLTr
 def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_path: Path) -> None:
     result = ccssl_hf("evaluate", run[1], images, "--json", tmp_path / "made" / "out.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert f"47 images, 10 of them of no known class ({OOD_NAME})" in result.stdout
+    assert f"47 images, 10 of them out of distribution ({OOD_NAME})" in result.stdout
     assert f"\nWritten to {tmp_path / 'made' / 'out.json'}.\n" in result.stdout
     written = json.loads((tmp_path / "made" / "out.json").read_text())
     for name in ("top1", "top5", "macro_f1", "ece", "auroc"):
