@@ -23,14 +23,7 @@ def rank() -> int:
 
 @torch.no_grad()
 def all_gather(tensor: Tensor) -> Tensor:
-    """Concatenates the tensors of all processes in the order of ranks, without gradient.
-
-    Args:
-        tensor: `[n, ...]`, with the same shape and dtype on every process.
-
-    Returns:
-        `[world_size * n, ...]`.
-    """
+    """Concatenates the tensors `[n, ...]` of all processes, all of one shape and dtype, in the order of ranks."""
     if world_size() == 1:
         return tensor.detach()
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -39,8 +32,6 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """Forward: `all_gather`. Backward: the sum over processes of the gradients for this process's part."""
-
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return all_gather(tensor)
@@ -76,10 +67,8 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_from_main_process(model: nn.Module) -> None:
     """Copies the parameters and buffers of the main process to every process."""
-    if world_size() == 1:
-        return
-    for tensor in model.state_dict().values():
-        whole = tensor.detach().contiguous()
+    for tensor in model.state_dict().values() if world_size() > 1 else ():
+        whole = tensor.contiguous()
         dist.broadcast(whole, src=0)
         tensor.copy_(whole)
 
@@ -91,8 +80,8 @@ def _batchnorm_buffers(model: nn.Module) -> list[Tensor]:
 
 def read_batchnorm_buffers(model: nn.Module) -> Tensor:
     """Concatenates the running means and variances of all BatchNorms, float32 `[n]`."""
-    buffers = _batchnorm_buffers(model)
-    return torch.cat([buffer.detach().flatten().float() for buffer in buffers]) if buffers else torch.empty(0)
+    buffers = [buffer.flatten().float() for buffer in _batchnorm_buffers(model)]
+    return torch.cat(buffers) if buffers else torch.empty(0)
 
 
 @torch.no_grad()
@@ -103,7 +92,6 @@ def write_batchnorm_buffers(model: nn.Module, values: Tensor) -> None:
         buffer.copy_(value.view_as(buffer))
 
 
-@torch.no_grad()
 def average_batchnorm_buffers(model: nn.Module) -> None:
     """Replaces the running means and variances of all BatchNorms by their mean over processes, in one collective.
 

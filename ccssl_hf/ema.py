@@ -17,11 +17,8 @@ class WeightAverage:
     """Exponential moving average of a model's parameters. BatchNorm buffers are copied from the model, as in FixMatch.
 
     It gives the same bits as timm's `ModelEmaV3`, which iterates over all modules of both models in every step. Here
-    the parameters are listed once, and buffers are copied only when the average is read.
-
-    Args:
-        model: The model, on its training device.
-        decay: Share of the average that each step keeps, in [0, 1).
+    the parameters are listed once, and buffers are copied only when the average is read. `decay` in [0, 1) is the share
+    of the average that each step keeps.
 
     Raises:
         ValueError: Weights are in half precision, which is too coarse for the average to change.
@@ -53,10 +50,9 @@ class WeightAverage:
 
 @contextlib.contextmanager
 def published_weights(model: PreTrainedModel, average: WeightAverage | None) -> Iterator[None]:
-    """Context in which `model` holds the weights to evaluate and save. Afterwards it has its own weights, bit for bit.
+    """Context in which `model` holds the weights to evaluate and save: the average, if given. It restores the own ones.
 
-    These are the averaged weights if `average` is given, with BatchNorm statistics averaged over processes. Every
-    process must enter the block.
+    BatchNorm statistics are averaged over processes. Every process must enter the block.
     """
     own, dtype = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.dtype
     try:

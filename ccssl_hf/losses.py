@@ -14,16 +14,8 @@ from .distributed import all_gather, all_gather_with_gradient, rank
 OwnPairWeight = Literal["one", "squared"]
 """Weight of the pair of views of one image: 1, or the square of the image's confidence."""
 
-_CHUNK_ELEMENTS = 1 << 21
-"""Maximum number of similarities in memory: 8 MiB in float32, which fits CPU caches. 2 x 448 views fit one chunk."""
-
-_LEAST_ROWS = 64
-"""Minimum number of rows in a chunk: matrix products with fewer rows are slower."""
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-_REFERENCE_TEMPERATURE = 0.07
-"""The temperature at which the contrastive loss has scale 1."""
+_CHUNK_ELEMENTS = 1 << 21  # similarities in memory: 8 MiB in float32, which fits CPU caches and 2 x 448 views
+_LEAST_ROWS = 64  # of a chunk: matrix products with fewer rows are slower
 
 
 def upcast(tensor: Tensor) -> Tensor:
@@ -34,10 +26,7 @@ def upcast(tensor: Tensor) -> Tensor:
 def masked_cross_entropy(*, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy times `mask`, averaged over all `N` images, including masked ones: a scalar.
 
-    Args:
-        logits: `[N, C]`.
-        targets: Classes `[N]` or class probabilities `[N, C]`.
-        mask: 0/1 or a weight, `[N]`.
+    `logits` are `[N, C]`, `targets` classes `[N]` or class probabilities `[N, C]`; `mask` is 0/1 or a weight, `[N]`.
     """
     return (F.cross_entropy(logits, targets, reduction="none") * mask).mean()
 
@@ -79,15 +68,22 @@ def class_aware_contrastive_loss(
         own_pair_weight: "one" or "squared".
         gather: Contrast with the images of all processes, each with the same `N`. Each process returns the mean over
             its own images; averaging gradients over processes gives the gradient of one process on the global batch.
-            Has no effect without a process group.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: A shape, a dtype or an option is not as described.
     """
-    _check_contrastive(embeddings, pseudo_labels, confidences, temperature, push_threshold, own_pair_weight)
+    n = embeddings.shape[:1]
+    views = embeddings.ndim == 3 and len(embeddings) > 0 and embeddings.shape[1] == 2 and embeddings.is_floating_point()
+    integers = not pseudo_labels.is_floating_point() and pseudo_labels.dtype != torch.bool
+    floats = confidences.is_floating_point()
+    threshold = push_threshold is None or 0 <= push_threshold <= 1
+    choices = get_args(OwnPairWeight)
+    _require(views, "`embeddings` must be floating point [N, 2, D], N >= 1: stack two views along dim 1", embeddings)
+    _require(integers and pseudo_labels.shape == n, f"`pseudo_labels` must be integers {list(n)}", pseudo_labels)
+    _require(floats and confidences.shape == n, f"`confidences` must be floating point {list(n)}", confidences)
+    _require(temperature > 0, "`temperature` must be above 0", temperature)
+    _require(threshold, "`push_threshold` must be a confidence in [0, 1] or None", push_threshold)
+    _require(own_pair_weight in choices, f"`own_pair_weight` must be one of {choices}", own_pair_weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         anchors, keys, confidences = upcast(embeddings), upcast(embeddings), upcast(confidences.detach())
         first = 0
@@ -97,7 +93,7 @@ def class_aware_contrastive_loss(
             first = rank() * len(anchors)
         attraction = confidences if push_threshold is None else confidences * (confidences >= push_threshold)
         own_pair = torch.ones_like(confidences) if own_pair_weight == "one" else confidences.square()
-        positives, total_weight = weighted_positives(
+        positives, total_weight = _weighted_positives(
             anchors=anchors, keys=keys, labels=pseudo_labels, attraction=attraction, own_pair=own_pair, first=first
         )
         has_positive = total_weight > 0
@@ -108,52 +104,23 @@ def class_aware_contrastive_loss(
             has_positive.to(anchors.dtype).repeat_interleave(2),
             2 * first,
         )
-        return (temperature / _REFERENCE_TEMPERATURE) * (partition - positives.sum() / temperature) / (2 * len(anchors))
+        return (temperature / 0.07) * (partition - positives.sum() / temperature) / (2 * len(anchors))
 
 
-def _check_contrastive(
-    embeddings: Tensor,
-    pseudo_labels: Tensor,
-    confidences: Tensor,
-    temperature: float,
-    push_threshold: float | None,
-    own_pair_weight: str,
-) -> None:
-    def got(tensor: Tensor) -> str:
-        return f"got {tensor.dtype} {list(tensor.shape)}"
-
-    if embeddings.ndim != 3 or embeddings.shape[1] != 2 or not len(embeddings) or not embeddings.is_floating_point():
-        raise ValueError(
-            "`embeddings` must be floating point of shape [N, 2, D] with N >= 1 and two views per image; "
-            f"{got(embeddings)}. Build it with torch.stack([strong, contrastive], dim=1)."
-        )
-    images = embeddings.shape[:1]
-    if pseudo_labels.shape != images or pseudo_labels.dtype not in _INTEGERS:
-        raise ValueError(f"`pseudo_labels` must be integers of shape {list(images)}; {got(pseudo_labels)}.")
-    if confidences.shape != images or not confidences.is_floating_point():
-        raise ValueError(f"`confidences` must be floating point of shape {list(images)}; {got(confidences)}.")
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be above 0, got {temperature}.")
-    if push_threshold is not None and not 0 <= push_threshold <= 1:
-        raise ValueError(f"`push_threshold` must be a confidence in [0, 1] or None, got {push_threshold}.")
-    if own_pair_weight not in get_args(OwnPairWeight):
-        raise ValueError(f"`own_pair_weight` must be one of {get_args(OwnPairWeight)}, got {own_pair_weight!r}.")
+def _require(fits: bool, message: str, got: Any) -> None:
+    if not fits:
+        shown = f"{got.dtype} {list(got.shape)}" if isinstance(got, Tensor) else repr(got)
+        raise ValueError(f"{message}; got {shown}.")
 
 
-def weighted_positives(
+def _weighted_positives(
     *, anchors: Tensor, keys: Tensor, labels: Tensor, attraction: Tensor, own_pair: Tensor, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Returns Σ_j w_ij z_i·z_j, summed over the two views of each anchor, and Σ_j w_ij, the same for both; `[A]` each.
 
     No matrix of pairs is needed: Σ_j w_ij z_i·z_j = a_i z_i·S, where S sums a_j z_j over the class of i without i.
-
-    Args:
-        anchors: `[A, 2, D]`, the images `first` to `first + A` of `keys`.
-        keys: `[N, 2, D]`.
-        labels: `[N]`.
-        attraction: a `[N]`: the confidence, or 0 for an image that attracts no other image.
-        own_pair: Weight `[N]` of the pair of views of one image.
-        first: Index of the first anchor among the keys.
+    Anchors `[A, 2, D]` are the images `first` to `first + A` of the keys `[N, 2, D]`. `attraction` a is the confidence,
+    or 0 for an image that attracts no other image, `own_pair` the weight of the pair of views of one image; `[N]` each.
     """
     group = torch.searchsorted(labels.sort().values, labels)  # class → a number below N, without a device sync
     pull = keys.sum(1) * attraction[:, None]

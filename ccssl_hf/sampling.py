@@ -15,20 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LABELED, UNLABELED = 0, 1
-"""The two streams of images."""
-
-_SHUFFLE = 1 << 8
-"""Offset between stream numbers of shuffles and of augmentations, which are small."""
-
-_AT_ONCE = 1 << 16
-"""Number of draws per chunk when shuffling, which bounds temporaries."""
+LABELED, UNLABELED = 0, 1  # the streams of images
+_SHUFFLE = 1 << 8  # plus the stream: the stream of its shuffles; those of augmentations are small numbers
+_AT_ONCE = 1 << 16  # draws per chunk when shuffling, which bounds temporaries
 
 
 def _signed(value: int) -> int:
     """Converts a 64-bit pattern to the signed integer of torch's int64 arithmetic."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >= 1 << 63 else value
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 _GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -47,16 +41,9 @@ def _key(seed: int, stream: int) -> int:
 
 
 def counter_bits(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
-    """Returns 64 random bits for each (seed, stream, draw, column), the same on every device.
+    """Returns 64 random bits for each (seed, stream, draw, column), int64 `[N, columns]`, the same on every device.
 
-    Args:
-        seed: The run's seed.
-        stream: Number of the purpose; two purposes never share random numbers.
-        draws: int64 `[N]`.
-        columns: Number of random numbers per draw.
-
-    Returns:
-        int64 `[N, columns]`.
+    `stream` numbers the purpose; two purposes never share random numbers. `draws` are int64 `[N]`.
     """
     rows = _mix(draws.to(torch.int64) * _GOLDEN + _key(seed, stream))
     column = torch.arange(1, columns + 1, device=draws.device, dtype=torch.int64) * _GOLDEN
@@ -100,11 +87,11 @@ class _Stream:
 
     def take(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         draws = np.arange(start, start + count, dtype=np.int64)
-        index = np.empty(count, np.int64)
-        epochs = draws // self.num_images if count else draws
+        index = np.empty_like(draws)
+        epochs, places = np.divmod(draws, max(1, self.num_images))
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            index[here] = self._permutation(int(epoch))[draws[here] % self.num_images]
+            index[here] = self._permutation(int(epoch))[places[here]]
         return index, draws
 
 
@@ -113,15 +100,8 @@ class PairedBatchSampler:
 
     Batch `b` starts at draw `b * batch_size` of the labeled stream and `b * mu * batch_size` of the unlabeled stream.
     Process `r` of `W` gets batches `r, W + r, ...` (accelerate's rule), so `W` consecutive batches form the same global
-    batch that one process gets with `W * batch_size`.
-
-    Args:
-        num_labeled: Rows of the labeled split.
-        num_unlabeled: Rows of the unlabeled split; 0 if the algorithm reads none.
-        batch_size: Labeled images per batch, `B`.
-        mu: Unlabeled images per labeled image.
-        num_batches: Length of the run, in batches over all processes.
-        seed: The run's seed.
+    batch that one process gets with `W * batch_size`. `num_batches` is the length of the run over all processes, and
+    `num_unlabeled` is 0 if the algorithm reads no unlabeled images.
     """
 
     drop_last = True  # otherwise accelerate pads the last batches
@@ -131,19 +111,16 @@ class PairedBatchSampler:
     ) -> None:
         self.labeled = _Stream(LABELED, num_labeled, seed)
         self.unlabeled = _Stream(UNLABELED, num_unlabeled, seed)
-        self.num_labeled_per_batch = batch_size
-        self.num_unlabeled_per_batch = mu * batch_size if num_unlabeled else 0
-        self.batch_size = batch_size + self.num_unlabeled_per_batch  # accelerate compares it with len(batch)
         self.num_batches = num_batches
+        self._per_batch = batch_size, mu * batch_size if num_unlabeled else 0
+        self.batch_size = sum(self._per_batch)  # accelerate compares it with len(batch)
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def batch(self, number: int) -> PairedIndices:
-        """Returns batch `number`."""
-        labeled = self.labeled.take(number * self.num_labeled_per_batch, self.num_labeled_per_batch)
-        unlabeled = self.unlabeled.take(number * self.num_unlabeled_per_batch, self.num_unlabeled_per_batch)
-        return PairedIndices(*labeled, *unlabeled)
-
     def __iter__(self) -> Iterator[PairedIndices]:
-        return (self.batch(number) for number in range(self.num_batches))
+        labeled, unlabeled = self._per_batch
+        for number in range(self.num_batches):
+            yield PairedIndices(
+                *self.labeled.take(number * labeled, labeled), *self.unlabeled.take(number * unlabeled, unlabeled)
+            )

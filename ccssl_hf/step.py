@@ -18,17 +18,10 @@ from .transforms import View, ViewSettings, make_view, normalize
 def make_views(
     inputs: Mapping[str, Any], views: Sequence[View], settings: ViewSettings, *, seed: int, cropped: bool
 ) -> list[Tensor]:
-    """Makes the weak view of the labeled images, then each of `views` of the unlabeled images.
+    """Makes the weak view of the labeled images, then each of `views` of the unlabeled images, normalised.
 
-    Args:
-        inputs: A batch of `data.PairedDataset`, on the device that makes the views.
-        views: The views of the unlabeled images, in the order of the batch's crops.
-        settings: The settings of the views.
-        seed: The run's seed.
-        cropped: Whether the batch holds one crop for each view, `[n, views, 3, S, S]`, not whole images `[n, 3, S, S]`.
-
-    Returns:
-        One normalised batch `[n, 3, S, S]` for each view.
+    `inputs` is a batch of `data.PairedDataset` on the device that makes the views. It holds whole images
+    `[n, 3, S, S]`, or if `cropped` one crop for each view, `[n, views, 3, S, S]`, in the order of `views`.
     """
     wanted = [("labeled", LABELED, 0, View.WEAK)]
     if "unlabeled_images" in inputs:
@@ -51,19 +44,14 @@ def forward_views(
     with_embeddings: bool,
     weak_forward: Literal["joint", "separate"] = "joint",
 ) -> SSLBatch:
-    """Runs the network on all views.
+    """Runs the network, possibly wrapped by DDP or `torch.compile`, on the views that `make_views` made of `inputs`.
 
-    Args:
-        network: The model, possibly wrapped by DDP or `torch.compile`.
-        views: From `make_views`.
-        inputs: The batch that the views were made from.
-        with_embeddings: Whether to compute the embeddings.
-        weak_forward: "joint": one forward pass over all views. "separate": the unlabeled weak views in their own pass
-            without gradient; BatchNorm then normalises them separately.
+    `weak_forward` is "joint", one forward pass over all views, or "separate": the unlabeled weak views in their own
+    pass without gradient. BatchNorm then normalises them separately.
     """
 
-    def run(module: nn.Module, chosen: Sequence[Tensor]) -> list[CCSSLOutput]:
-        output = module(pixel_values=torch.cat(list(chosen)), return_embeddings=with_embeddings)
+    def run(module: nn.Module, *chosen: Tensor) -> list[CCSSLOutput]:
+        output = module(pixel_values=torch.cat(chosen), return_embeddings=with_embeddings)
         sizes = [len(view) for view in chosen]
         embeddings = [None] * len(sizes) if output.embeddings is None else output.embeddings.split(sizes)
         heads = {name: head.split(sizes) for name, head in (output.heads or {}).items()}
@@ -73,13 +61,14 @@ def forward_views(
         ]
 
     if len(views) == 1:
-        return SSLBatch(logits_labeled=run(network, views)[0].logits, labels=inputs["labels"])
+        return SSLBatch(logits_labeled=run(network, *views)[0].logits, labels=inputs["labels"])
     if weak_forward == "separate":
         with torch.no_grad():  # without DDP, which expects a backward pass after each forward pass
-            [weak] = run(getattr(network, "module", network), views[1:2])
-        labeled, strong, *contrast = run(network, [views[0], *views[2:]])
+            [weak] = run(getattr(network, "module", network), views[1])
+        labeled, strong, *contrast = run(network, views[0], *views[2:])
     else:
-        labeled, weak, strong, *contrast = run(network, views)
+        labeled, weak, strong, *contrast = run(network, *views)
+    heads = [each.heads or {} for each in (labeled, weak, strong)]
     return SSLBatch(
         logits_labeled=labeled.logits,
         labels=inputs["labels"],
@@ -90,9 +79,5 @@ def forward_views(
         embeddings_strong=strong.embeddings,
         embeddings_contrast=contrast[0].embeddings if contrast else None,
         index=inputs["unlabeled_index"],
-        heads={
-            name: (labeled.heads[name], weak.heads[name], strong.heads[name])  # type: ignore[index]
-            for name in labeled.heads or {}
-        }
-        or None,
+        heads={name: (heads[0][name], heads[1][name], heads[2][name]) for name in heads[0]} or None,
     )

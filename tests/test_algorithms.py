@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ccssl_hf.algorithms import ALGORITHMS, CCSSL_PAPER, SSLBatch, algorithm_hyperparameters, build_algorithm
-from ccssl_hf.algorithms.alignment import DistributionAlignment
+from ccssl_hf.algorithms.state import DistributionAlignment
 from ccssl_hf.losses import class_aware_contrastive_loss
 from ccssl_hf.transforms import View
 

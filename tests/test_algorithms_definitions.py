@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccssl_hf.algorithms import SSLBatch, build_algorithm
-from ccssl_hf.algorithms.memory import MemoryBank
+from ccssl_hf.algorithms.state import MemoryBank
 from ccssl_hf.backbones import build_head, describe_head
 from test_algorithms import SIZES, build, make_batch
 

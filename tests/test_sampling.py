@@ -81,7 +81,7 @@ def test_another_seed_takes_other_images_and_no_unlabeled_split_takes_none() -> 
 
 def test_a_split_smaller_than_a_batch_repeats_in_it() -> None:
     tiny = PairedBatchSampler(num_labeled=3, num_unlabeled=0, batch_size=8, mu=1, num_batches=2, seed=0)
-    batch = tiny.batch(0)
+    batch = next(iter(tiny))
     assert np.bincount(batch.labeled_index, minlength=3).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
     assert batch.labeled_draw.tolist() == list(range(8))
 

@@ -40,52 +40,35 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 }
 
 SIZES = ("num_unlabeled", "embedding_dim", "batch_size", "mu")
-"""Sizes of the run that some constructors take: unlabeled images, dimension of the embeddings, labeled images per batch
-over all processes, unlabeled images per labeled image."""
-
-
-def _algorithm_class(name: str) -> type[Algorithm]:
-    if name not in ALGORITHMS:
-        known = ", ".join(ALGORITHMS)
-        raise ValueError(f"Unknown algorithm {name!r}.{near_misses(name, ALGORITHMS)} Choose one of {known}.")
-    return ALGORITHMS[name]
 
 
 def algorithm_hyperparameters(name: str) -> dict[str, Hyperparameter]:
-    """Returns type, default and help text of each hyperparameter of the algorithm `name`.
-
-    Raises:
-        ValueError: The algorithm is unknown.
-    """
-    return _algorithm_class(name).hyperparameters_class.table()
+    """Returns the hyperparameters of the algorithm `name`. Raises a `ValueError` if it is unknown."""
+    if name not in ALGORITHMS:
+        known = ", ".join(ALGORITHMS)
+        raise ValueError(f"Unknown algorithm {name!r}.{near_misses(name, ALGORITHMS)} Choose one of {known}.")
+    return ALGORITHMS[name].hyperparameters_class.table()
 
 
 def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> Algorithm:
-    """Builds the algorithm `name`. It includes CCSSL if `lambda_contrast` is above 0.
+    """Builds a module without parameters that maps an `SSLBatch` to an `SSLLoss`.
 
-    Args:
-        name: A key of `ALGORITHMS`.
-        num_classes: `C`.
-        **hyperparameters: See `algorithm_hyperparameters`; and the sizes of the run, see `SIZES`. Sizes that the
-            algorithm does not need are ignored.
-
-    Returns:
-        A module without parameters that maps an `SSLBatch` to an `SSLLoss`.
+    `hyperparameters` are those of `algorithm_hyperparameters(name)`; `lambda_contrast` above 0 adds CCSSL. They also
+    hold the sizes of the run that the constructor takes, and may hold the other ones: `num_unlabeled` images,
+    `embedding_dim`, `batch_size` (labeled images per batch, over all processes), `mu` (unlabeled per labeled image).
 
     Raises:
         ValueError: The algorithm or a hyperparameter is unknown, a value is out of range, or a size is missing.
     """
-    algorithm = _algorithm_class(name)
+    accepted, algorithm = algorithm_hyperparameters(name), ALGORITHMS[name]
     sizes = {key: hyperparameters.pop(key) for key in SIZES if key in hyperparameters}
-    accepted = algorithm_hyperparameters(name)
-    for key in hyperparameters:
-        if key not in accepted:
-            raise ValueError(
-                f"{name} has no hyperparameter {key!r}.{near_misses(key, accepted)} It takes {', '.join(accepted)}."
-            )
+    for key in (key for key in hyperparameters if key not in accepted):
+        raise ValueError(
+            f"{name} has no hyperparameter {key!r}.{near_misses(key, accepted)} It takes {', '.join(accepted)}."
+        )
     wanted = {key: each.default for key, each in signature(algorithm).parameters.items() if key in SIZES}
-    missing = [key for key, default in wanted.items() if default is Parameter.empty and sizes.get(key) is None]
+    missing = [f"{key}=..." for key, value in wanted.items() if value is Parameter.empty and sizes.get(key) is None]
     if missing:
-        raise ValueError(f"{name} needs {', '.join(f'{key}=...' for key in missing)} in addition to num_classes.")
+        raise ValueError(f"{name} needs {', '.join(missing)} in addition to num_classes.")
     settings = algorithm.hyperparameters_class(**hyperparameters)
     return algorithm(settings, num_classes=num_classes, **{key: sizes[key] for key in wanted if key in sizes})

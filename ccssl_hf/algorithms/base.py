@@ -7,28 +7,33 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..losses import class_aware_contrastive_loss, upcast
 from ..transforms import View
 from .hyperparameters import Hyperparameters
+from .state import DistributionAlignment
 
 
 class Paper(NamedTuple):
-    """A citation. `name` is the method's name, `key` the BibTeX key, `arxiv` a number such as "2001.07685"."""
+    """A citation: `name` of the method, `authors` as in BibTeX, `arxiv` number such as "2001.07685"."""
 
     name: str
-    key: str
     authors: str
     title: str
     venue: str
     year: int
     arxiv: str
 
+    @property
+    def key(self) -> str:
+        """The BibTeX key, such as sohn2020fixmatch."""
+        return f"{self.authors.partition(',')[0]}{self.year}{self.name}".lower()
+
 
 CCSSL_PAPER = Paper(
     name="CCSSL",
-    key="yang2022ccssl",
     authors="Yang, Fan and Wu, Kai and Zhang, Shuyi and Jiang, Guannan and Liu, Yong and Zheng, Feng and "
     "Zhang, Wei and Wang, Chengjie and Zeng, Long",
     title="Class-Aware Contrastive Semi-Supervised Learning",
@@ -59,11 +64,7 @@ class SSLBatch:
     heads: dict[str, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def read(self, *names: str) -> tuple[Tensor, ...]:
-        """Returns the named fields.
-
-        Raises:
-            ValueError: A field is None.
-        """
+        """Returns the named fields. Raises a `ValueError` if one is None."""
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
             raise ValueError(f"The algorithm reads {', '.join(missing)} of the SSLBatch, which must not be None.")
@@ -111,13 +112,14 @@ class Algorithm(nn.Module):
     Attributes:
         paper: The paper that introduces the algorithm; None for the baseline.
         hyperparameters_class: The type of `settings`.
-        terms: Names of the loss terms that `compute` returns.
+        terms: Names of the loss terms, including `loss_x`.
         views: The views of an unlabeled image that the algorithm reads; () if it reads no unlabeled images. An instance
             with `lambda_contrast` above 0 reads all three.
         needs_embeddings: Whether it reads embeddings.
         needs_index: Whether it reads `SSLBatch.index`.
         heads: Further heads that the model trains: name → function from the number of features to a module.
         settings: The hyperparameters.
+        alignment: Distribution alignment if `settings` has a `distribution_alignment_window`; otherwise the identity.
     """
 
     paper: ClassVar[Paper | None] = None
@@ -133,6 +135,8 @@ class Algorithm(nn.Module):
         self.settings = settings
         self.num_classes = num_classes
         self.heads: dict[str, Callable[[int], nn.Module]] = {}
+        window = getattr(settings, "distribution_alignment_window", None)
+        self.alignment = DistributionAlignment(num_classes, window) if window else nn.Identity()
         if settings.lambda_contrast > 0:
             self.views, self.needs_embeddings = tuple(View), True
 
@@ -142,19 +146,17 @@ class Algorithm(nn.Module):
         return asdict(self.settings)
 
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels | None, dict[str, Tensor]]:
-        """Returns the pseudo labels and the loss terms; None without unlabeled images.
+        """Returns the pseudo labels, None without unlabeled images, and the loss terms besides `loss_x`.
 
-        The loss is the sum of the terms: `loss_x` has weight 1, any other `loss_NAME` the hyperparameter `lambda_NAME`.
-        Floating-point tensors of `batch` are float32 or float64. Running statistics are updated here.
+        The loss is cross-entropy on the labeled images (`loss_x`) plus each `loss_NAME` times the hyperparameter
+        `lambda_NAME`. Floating-point tensors of `batch` are float32 or float64. Running statistics are updated here.
         """
         raise NotImplementedError
 
     def open_set_score(self, logits: Tensor, heads: Mapping[str, Tensor] | None = None) -> Tensor:
         """Scores how likely each image is in-distribution, `[N]`, in [0, 1]. By default this is the confidence.
 
-        Args:
-            logits: `[N, C]`.
-            heads: Outputs of the algorithm's further heads for the same images, by name.
+        `logits` are `[N, C]`; `heads` has the outputs of the algorithm's further heads for the same images.
         """
         return predict(logits).amax(1)
 
@@ -167,18 +169,19 @@ class Algorithm(nn.Module):
         if batch.logits_labeled.shape[1:] != (self.num_classes,):
             got = list(batch.logits_labeled.shape)
             raise ValueError(f"logits_labeled must be [B, num_classes] = [B, {self.num_classes}]; got {got}.")
-        missing = self.heads.keys() - (batch.heads or {}).keys()
+        missing = ", ".join(sorted(self.heads.keys() - (batch.heads or {}).keys()))
         if missing:
             raise ValueError(
-                f"SSLBatch.heads lacks {', '.join(sorted(missing))}: add algorithm.heads to the model, and pass their "
-                "outputs for each view."
+                f"SSLBatch.heads lacks {missing}: add algorithm.heads to the model and pass their outputs."
             )
         views = batch.read("embeddings_strong", "embeddings_contrast") if self.settings.lambda_contrast > 0 else ()
         with torch.autocast(batch.logits_labeled.device.type, enabled=False):
-            pseudo, terms = self.compute(batch.upcast())
+            batch = batch.upcast()
+            loss = F.cross_entropy(batch.logits_labeled, batch.labels)
+            pseudo, others = self.compute(batch)
             if views:
                 assert pseudo is not None, "compute must return pseudo labels"
-                terms["loss_contrast"] = class_aware_contrastive_loss(
+                others["loss_contrast"] = class_aware_contrastive_loss(
                     embeddings=torch.stack(views, dim=1),
                     pseudo_labels=pseudo.labels,
                     confidences=pseudo.confidences,
@@ -187,11 +190,10 @@ class Algorithm(nn.Module):
                     own_pair_weight=self.settings.own_pair_weight,
                     gather=True,
                 )
-            loss = terms["loss_x"]
-            for name, term in terms.items():
-                if name != "loss_x":
-                    loss = loss + getattr(self.settings, f"lambda_{name.removeprefix('loss_')}") * term
-        return SSLLoss(loss, {name: term.detach() for name, term in terms.items()}, *(pseudo or ()))
+            terms = {"loss_x": loss.detach()} | {name: term.detach() for name, term in others.items()}
+            for name, term in others.items():
+                loss = loss + getattr(self.settings, f"lambda_{name.removeprefix('loss_')}") * term
+        return SSLLoss(loss, terms, *(pseudo or ()))
 
 
 def predict(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -200,11 +202,9 @@ def predict(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def pseudo_label(probabilities: Tensor, threshold: float | Tensor) -> PseudoLabels:
-    """Takes the most probable class of each image; the mask is 1 if its probability reaches the threshold.
+    """Takes the most probable class of each row of `[N, C]`; the mask is 1 if its probability reaches the threshold.
 
-    Args:
-        probabilities: `[N, C]`.
-        threshold: One for all classes, or one for each class, `[C]`.
+    The threshold is the same for all classes, or one for each class, `[C]`.
     """
     confidences, labels = probabilities.max(1)
     if isinstance(threshold, Tensor):

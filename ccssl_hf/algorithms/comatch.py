@@ -12,9 +12,8 @@ from ..distributed import all_gather, all_gather_with_gradient, rank
 from ..losses import masked_cross_entropy
 from ..transforms import View
 from . import hyperparameters as hp
-from .alignment import distribution_alignment
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
-from .memory import MemoryBank
+from .state import MemoryBank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,6 @@ class CoMatch(Algorithm):
 
     paper = Paper(
         name="CoMatch",
-        key="li2021comatch",
         authors="Li, Junnan and Xiong, Caiming and Hoi, Steven C. H.",
         title="CoMatch: Semi-supervised Learning with Contrastive Graph Regularization",
         venue="Proceedings of the IEEE/CVF International Conference on Computer Vision",
@@ -79,7 +77,6 @@ class CoMatch(Algorithm):
                 f"memory_batches is {settings.memory_batches}, but {num_unlabeled} unlabeled images make only "
                 f"{batches} batches of {mu * batch_size}: choose at most {batches}, or lower mu or batch_size."
             )
-        self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
         self.memory = MemoryBank(settings.memory_batches * (1 + mu) * batch_size, embedding_dim, num_classes)
 
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
@@ -93,7 +90,6 @@ class CoMatch(Algorithm):
         self.memory.write(labeled, F.one_hot(batch.labels, self.num_classes))
         pseudo = pseudo_label(targets, self.settings.confidence_threshold)
         return pseudo, {
-            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
             "loss_u": masked_cross_entropy(logits=logits_strong, targets=targets, mask=pseudo.mask),
             "loss_graph": self._graph_loss(strong, contrast, targets),
         }

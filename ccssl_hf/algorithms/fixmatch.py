@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import masked_cross_entropy
 from . import hyperparameters as hp
-from .alignment import distribution_alignment
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
@@ -29,7 +27,6 @@ class FixMatch(Algorithm):
 
     paper = Paper(
         name="FixMatch",
-        key="sohn2020fixmatch",
         authors="Sohn, Kihyuk and Berthelot, David and Li, Chun-Liang and Zhang, Zizhao and Carlini, Nicholas and "
         "Cubuk, Ekin D. and Kurakin, Alex and Zhang, Han and Raffel, Colin",
         title="FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence",
@@ -41,15 +38,8 @@ class FixMatch(Algorithm):
     settings: FixMatchHyperparameters
     terms = ("loss_x", "loss_u")
 
-    def __init__(self, settings: FixMatchHyperparameters, *, num_classes: int) -> None:
-        super().__init__(settings, num_classes=num_classes)
-        self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
-
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
         probabilities = self.alignment(predict(logits_weak, self.settings.sharpen_temperature))
         pseudo = pseudo_label(probabilities, self.settings.confidence_threshold)
-        return pseudo, {
-            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
-            "loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask),
-        }
+        return pseudo, {"loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask)}

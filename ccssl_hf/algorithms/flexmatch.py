@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import all_gather
@@ -38,7 +37,6 @@ class FlexMatch(Algorithm):
 
     paper = Paper(
         name="FlexMatch",
-        key="zhang2021flexmatch",
         authors="Zhang, Bowen and Wang, Yidong and Hou, Wenxin and Wu, Hao and Wang, Jindong and Okumura, Manabu and "
         "Shinozaki, Takahiro",
         title="FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling",
@@ -72,10 +70,7 @@ class FlexMatch(Algorithm):
         status = self.class_status
         pseudo = pseudo_label(predict(logits_weak), threshold * status / (2 - status))
         self._update(index, pseudo.labels, pseudo.confidences >= threshold)
-        return pseudo, {
-            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
-            "loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask),
-        }
+        return pseudo, {"loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask)}
 
     @torch.no_grad()
     def _update(self, index: Tensor, pseudo_labels: Tensor, confident: Tensor) -> None:

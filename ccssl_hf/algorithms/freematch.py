@@ -39,7 +39,6 @@ class FreeMatch(Algorithm):
 
     paper = Paper(
         name="FreeMatch",
-        key="wang2023freematch",
         authors="Wang, Yidong and Chen, Hao and Heng, Qiang and Hou, Wenxin and Fan, Yue and Wu, Zhen and "
         "Wang, Jindong and Savvides, Marios and Shinozaki, Takahiro and Raj, Bhiksha and Schiele, Bernt and Xie, Xing",
         title="FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning",
@@ -66,7 +65,6 @@ class FreeMatch(Algorithm):
         self._update(probabilities)
         pseudo = pseudo_label(probabilities, self.global_threshold * self.class_probs / self.class_probs.max())
         return pseudo, {
-            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
             "loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask),
             "loss_fairness": self._fairness_loss(logits_strong, pseudo.mask),
         }

@@ -1,76 +1,69 @@
-"""Help text and range of each hyperparameter, shared by all algorithms; each algorithm sets its own defaults."""
+"""Types of hyperparameters with help text and range. Each algorithm sets its own defaults."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..losses import OwnPairWeight
 
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "": lambda value: True,
+    "above 0": lambda value: value > 0,
+    "at least 0": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+}
 
-@dataclass(frozen=True)
-class Spec:
-    """Help text and range of a hyperparameter; a value must be greater than `above`."""
-
-    help: str
-    minimum: float = -math.inf
-    maximum: float = math.inf
-    above: float = -math.inf
-
-    def range(self) -> str:
-        """Describes the range; empty if every value is allowed."""
-        if self.maximum < math.inf:
-            return f"in [{self.minimum:g}, {self.maximum:g}]"
-        if self.minimum > -math.inf:
-            return f"at least {self.minimum:g}"
-        return f"above {self.above:g}" if self.above > -math.inf else ""
-
-
-def _share(text: str) -> Spec:
-    return Spec(text, minimum=0, maximum=1)
-
-
-LambdaContrast = Annotated[float, Spec("Weight of the class-aware contrastive loss; 0 turns CCSSL off.", minimum=0)]
-ContrastTemperature = Annotated[float, Spec("Temperature of the class-aware contrastive loss.", above=0)]
+# Type, help text and, unless every value is allowed, a key of _RANGES.
+LambdaContrast = Annotated[float, "Weight of the class-aware contrastive loss; 0 turns CCSSL off.", "at least 0"]
+ContrastTemperature = Annotated[float, "Temperature of the class-aware contrastive loss.", "above 0"]
 PushThreshold = Annotated[
     float | None,
-    _share("Minimum confidence for class-wise pairs in the contrastive loss (T_push); None: no threshold."),
+    "Minimum confidence for class-wise pairs in the contrastive loss (T_push); None: no threshold.",
+    "in [0, 1]",
 ]
 OwnPair = Annotated[
-    OwnPairWeight, Spec("Weight of the pair of views of one image: 1 ('one') or its confidence squared ('squared').")
+    OwnPairWeight, "Weight of the pair of views of one image: 1 ('one') or its confidence squared ('squared')."
 ]
-ConfidenceThreshold = Annotated[float, _share("Minimum confidence at which a pseudo label is used.")]
-LambdaU = Annotated[float, Spec("Weight of the loss on unlabeled images.", minimum=0)]
-SharpenTemperature = Annotated[float, Spec("Temperature that sharpens pseudo labels; 1: no sharpening.", above=0)]
+ConfidenceThreshold = Annotated[float, "Minimum confidence at which a pseudo label is used.", "in [0, 1]"]
+LambdaU = Annotated[float, "Weight of the loss on unlabeled images.", "at least 0"]
+SharpenTemperature = Annotated[float, "Temperature that sharpens pseudo labels; 1: no sharpening.", "above 0"]
 AlignmentWindow = Annotated[
-    int | None, Spec("Number of batches for distribution alignment, including the current one; 0: none.", minimum=0)
+    int | None, "Number of batches for distribution alignment, including the current one; 0: none.", "at least 0"
 ]
-GraphTemperature = Annotated[float, Spec("Temperature of the similarities between embeddings.", above=0)]
-GraphThreshold = Annotated[float, _share("Minimum similarity of two pseudo labels for an edge in the graph.")]
-LambdaGraph = Annotated[float, Spec("Weight of the loss on the similarities between embeddings.", minimum=0)]
-MemoryBatches = Annotated[int, Spec("Number of batches whose embeddings the memory bank holds.", minimum=1)]
+GraphTemperature = Annotated[float, "Temperature of the similarities between embeddings.", "above 0"]
+GraphThreshold = Annotated[float, "Minimum similarity of two pseudo labels for an edge in the graph.", "in [0, 1]"]
+LambdaGraph = Annotated[float, "Weight of the loss on the similarities between embeddings.", "at least 0"]
+MemoryBatches = Annotated[int, "Number of batches whose embeddings the memory bank holds.", "at least 1"]
 SmoothingAlpha = Annotated[
-    float, _share("Weight of the classifier in pseudo labels; the rest comes from the memory bank; 1: no smoothing.")
+    float,
+    "Weight of the classifier in pseudo labels; the rest comes from the memory bank; 1: no smoothing.",
+    "in [0, 1]",
 ]
-Momentum = Annotated[float, _share("Momentum of the running pseudo-label statistics (not the optimizer's momentum).")]
-NSigma = Annotated[float, Spec("Divides σ: higher values lower the weight below the mean confidence faster.", above=0)]
-ThresholdWarmup = Annotated[bool, Spec("Lower the thresholds while few unlabeled images have a pseudo label.")]
-UseQuantile = Annotated[bool, Spec("Follow the 0.8 quantile of the confidences in a batch instead of their mean.")]
-ClipThreshold = Annotated[bool, Spec("Limit the global threshold to 0.95.")]
-LambdaFairness = Annotated[float, Spec("Weight of the loss that keeps predictions balanced over classes.", minimum=0)]
-OpenThreshold = Annotated[float, _share("Minimum probability at which an open-set pseudo label is used.")]
-LambdaOneVsAll = Annotated[float, Spec("Weight of the one-vs-all loss on labeled images.", minimum=0)]
-LambdaOpen = Annotated[float, Spec("Weight of the open-set loss on unlabeled images.", minimum=0)]
+Momentum = Annotated[
+    float, "Momentum of the running pseudo-label statistics (not the optimizer's momentum).", "in [0, 1]"
+]
+NSigma = Annotated[float, "Divides σ: higher values lower the weight below the mean confidence faster.", "above 0"]
+ThresholdWarmup = Annotated[bool, "Lower the thresholds while few unlabeled images have a pseudo label."]
+UseQuantile = Annotated[bool, "Follow the 0.8 quantile of the confidences in a batch instead of their mean."]
+ClipThreshold = Annotated[bool, "Limit the global threshold to 0.95."]
+LambdaFairness = Annotated[float, "Weight of the loss that keeps predictions balanced over classes.", "at least 0"]
+OpenThreshold = Annotated[float, "Minimum probability at which an open-set pseudo label is used.", "in [0, 1]"]
+LambdaOneVsAll = Annotated[float, "Weight of the one-vs-all loss on labeled images.", "at least 0"]
+LambdaOpen = Annotated[float, "Weight of the open-set loss on unlabeled images.", "at least 0"]
 
 
 class Hyperparameter(NamedTuple):
-    """Type, default and help text of a hyperparameter of one algorithm."""
+    """Default, type, help text and range of a hyperparameter of one algorithm."""
 
-    type: Any
     default: Any
+    type: Any
     help: str
+    range: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,34 +80,29 @@ class Hyperparameters:
     own_pair_weight: OwnPair = "one"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            kind, spec = get_args(hint)
-            object.__setattr__(self, name, _checked(name, getattr(self, name), kind, spec))
+        for name, wanted in self.table().items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), wanted))
 
     @classmethod
     def table(cls) -> dict[str, Hyperparameter]:
-        """Returns type, default and help text of each hyperparameter by name."""
+        """Returns the hyperparameters by name."""
         hints = get_type_hints(cls, include_extras=True)
-        specs = {field.name: (field.default, *get_args(hints[field.name])) for field in fields(cls)}
-        return {name: Hyperparameter(kind, default, spec.help) for name, (default, kind, spec) in specs.items()}
+        return {field.name: Hyperparameter(field.default, *get_args(hints[field.name])) for field in fields(cls)}
 
 
-def _checked(name: str, value: Any, kind: Any, spec: Spec) -> Any:
-    """Returns `value` converted to `kind`, as an int where a float is expected."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(get_args(kind))}.")
+def _checked(name: str, value: Any, wanted: Hyperparameter) -> Any:
+    """Returns `value`, as a float where an int is given for a float."""
+    kinds = get_args(wanted.type) or (wanted.type,)
+    if get_origin(wanted.type) is Literal:
+        if value not in kinds:
+            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(kinds)}.")
         return value
-    kinds = set(get_args(kind)) or {kind}  # the members of `float | None`, or `float` alone
     if value is None and NoneType in kinds:
         return None
-    number = next(iter(kinds - {NoneType}))
-    if number is bool or isinstance(value, bool):
-        fits = number is bool and isinstance(value, bool)
-    else:
-        fits = isinstance(value, int | float) and math.isfinite(value) and number(value) == value
-    if not fits:
+    number = kinds[0]
+    fits = isinstance(value, int | float) and isinstance(value, bool) == (number is bool)
+    if not (fits and math.isfinite(value) and number(value) == value):
         raise ValueError(f"{name} is {value!r}: give a finite {number.__name__}.")
-    if not (spec.minimum <= value <= spec.maximum and value > spec.above):
-        raise ValueError(f"{name} is {value!r}: choose a value {spec.range()}.")
+    if not _RANGES[wanted.range](value):
+        raise ValueError(f"{name} is {value!r}: choose a value {wanted.range}.")
     return number(value)

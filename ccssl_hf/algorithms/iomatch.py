@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..losses import masked_cross_entropy
 from . import hyperparameters as hp
-from .alignment import distribution_alignment
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
@@ -43,7 +42,6 @@ class IOMatch(Algorithm):
 
     paper = Paper(
         name="IOMatch",
-        key="li2023iomatch",
         authors="Li, Zekun and Qi, Lei and Shi, Yinghuan and Gao, Yang",
         title="IOMatch: Simplifying Open-Set Semi-Supervised Learning with Joint Inliers and Outliers Utilization",
         venue="Proceedings of the IEEE/CVF International Conference on Computer Vision",
@@ -56,7 +54,6 @@ class IOMatch(Algorithm):
 
     def __init__(self, settings: IOMatchHyperparameters, *, num_classes: int) -> None:
         super().__init__(settings, num_classes=num_classes)
-        self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
         self.heads = {
             "one_vs_all": lambda features: _head(features, 2 * num_classes),
             "open": lambda features: _head(features, num_classes + 1),
@@ -83,7 +80,6 @@ class IOMatch(Algorithm):
         pseudo = pseudo_label(probabilities, self.settings.confidence_threshold)
         pseudo = pseudo._replace(mask=pseudo.mask * (ood.squeeze(1) < 0.5))
         return pseudo, {
-            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
             "loss_u": masked_cross_entropy(logits=logits_strong, targets=probabilities, mask=pseudo.mask),
             "loss_one_vs_all": _one_vs_all_loss(labeled_odds, batch.labels),
             "loss_open": masked_cross_entropy(logits=heads["open"][2], targets=open_targets, mask=open_mask),

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..losses import masked_cross_entropy
 from . import hyperparameters as hp
-from .alignment import distribution_alignment
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
-from .memory import MemoryBank
+from .state import MemoryBank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,6 @@ class SimMatch(Algorithm):
 
     paper = Paper(
         name="SimMatch",
-        key="zheng2022simmatch",
         authors="Zheng, Mingkai and You, Shan and Huang, Lang and Wang, Fei and Qian, Chen and Xu, Chang",
         title="SimMatch: Semi-supervised Learning with Similarity Matching",
         venue="Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition",
@@ -62,7 +60,6 @@ class SimMatch(Algorithm):
         self, settings: SimMatchHyperparameters, *, num_classes: int, embedding_dim: int, batch_size: int
     ) -> None:
         super().__init__(settings, num_classes=num_classes)
-        self.alignment = distribution_alignment(num_classes, settings.distribution_alignment_window)
         self.memory = MemoryBank(settings.memory_batches * batch_size, embedding_dim, num_classes)
 
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
@@ -74,7 +71,6 @@ class SimMatch(Algorithm):
         instance_targets, targets = self._targets(probabilities, memory.similarities(weak.detach(), temperature))
         pseudo = pseudo_label(targets, self.settings.confidence_threshold)
         return pseudo, {
-            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
             "loss_u": masked_cross_entropy(logits=logits_strong, targets=targets, mask=pseudo.mask),
             "loss_graph": F.cross_entropy(memory.similarities(strong, temperature), instance_targets),
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import all_gather, all_reduce_mean
@@ -35,7 +34,6 @@ class SoftMatch(Algorithm):
 
     paper = Paper(
         name="SoftMatch",
-        key="chen2023softmatch",
         authors="Chen, Hao and Tao, Ran and Fan, Yue and Wang, Yidong and Wang, Jindong and Schiele, Bernt and "
         "Xie, Xing and Raj, Bhiksha and Savvides, Marios",
         title="SoftMatch: Addressing the Quantity-Quality Trade-off in Semi-supervised Learning",
@@ -61,10 +59,7 @@ class SoftMatch(Algorithm):
         probabilities = predict(logits_weak)
         confidences, labels = probabilities.max(1)
         pseudo = PseudoLabels(labels, confidences, self._weight(self._aligned(probabilities).amax(1)))
-        return pseudo, {
-            "loss_x": F.cross_entropy(batch.logits_labeled, batch.labels),
-            "loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask),
-        }
+        return pseudo, {"loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask)}
 
     @torch.no_grad()
     def _aligned(self, probabilities: Tensor) -> Tensor:

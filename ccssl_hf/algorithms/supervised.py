@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Algorithm, PseudoLabels, SSLBatch, predict
@@ -18,9 +17,8 @@ class Supervised(Algorithm):
     views = ()
 
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels | None, dict[str, Tensor]]:
-        terms = {"loss_x": F.cross_entropy(batch.logits_labeled, batch.labels)}
         if not self.views:
-            return None, terms
+            return None, {}
         (logits_weak,) = batch.read("logits_weak")
         confidences, labels = predict(logits_weak).max(1)
-        return PseudoLabels(labels, confidences), terms
+        return PseudoLabels(labels, confidences), {}

@@ -1,21 +1,43 @@
-"""The memory bank of embeddings, used by several algorithms."""
+"""State that several algorithms keep: distribution alignment and a memory bank of embeddings."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import all_gather
+from ..distributed import all_gather, all_reduce_mean
+
+
+class DistributionAlignment(nn.Module):
+    """Divides class probabilities by their mean over the last `window` batches, including the current one.
+
+    This keeps the predicted classes balanced (ReMixMatch, https://arxiv.org/abs/1911.09785, section 3.1, with a uniform
+    marginal). The mean covers the batches of all processes.
+    """
+
+    queue: Tensor
+    count: Tensor
+
+    def __init__(self, num_classes: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.register_buffer("queue", torch.zeros(window, num_classes))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def forward(self, probabilities: Tensor) -> Tensor:
+        """Adds `[U, C]` to the mean and returns it aligned. Its rows sum to 1 and have no gradient."""
+        batch_mean = all_reduce_mean(probabilities.mean(0)).to(self.queue.dtype)
+        # index_copy_ takes the position from the device; plain indexing would wait for it.
+        self.queue.index_copy_(0, (self.count % self.window)[None], batch_mean[None])
+        self.count += 1
+        mean = self.queue.sum(0) / self.count.clamp(max=self.window)  # rows not yet written are zero
+        aligned = probabilities / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+        return aligned / aligned.sum(1, keepdim=True)
 
 
 class MemoryBank(nn.Module):
-    """A ring buffer of the last `size` embeddings of all processes, with their class probabilities.
-
-    Args:
-        size: Number of rows, `K`.
-        embedding_dim: `D`.
-        num_classes: `C`.
-    """
+    """A ring buffer of the last `size` (`K`) embeddings of all processes, with their class probabilities."""
 
     embeddings: Tensor
     probabilities: Tensor
@@ -47,10 +69,7 @@ class MemoryBank(nn.Module):
         self.written += len(embeddings)
 
     def similarities(self, embeddings: Tensor, temperature: float) -> Tensor:
-        """Returns the logits `[N, K]`: inner products of `[N, D]` with all rows, divided by `temperature`.
-
-        Rows that are not yet written get the lowest finite value.
-        """
+        """Returns inner products with all rows over `temperature`, `[N, K]`; for empty rows, the lowest number."""
         # Clone: the next write must not change tensors that the backward pass still needs.
         similarities = embeddings @ self.embeddings.clone().to(embeddings.dtype).T / temperature
         empty = torch.arange(self.size, device=embeddings.device) >= self.written
