@@ -95,8 +95,7 @@ def write_batchnorm_buffers(model: nn.Module, values: Tensor) -> None:
 def average_batchnorm_buffers(model: nn.Module) -> None:
     """Replaces the running means and variances of all BatchNorms by their mean over processes, in one collective.
 
-    Each process tracks them on its own images. The mean of the variances ignores the differences between the means of
-    the processes, which are small because images are distributed at random.
+    The mean of the variances ignores that the means of the processes differ, slightly: images are assigned at random.
     """
     values = read_batchnorm_buffers(model)
     if world_size() > 1 and len(values):

@@ -18,10 +18,7 @@ class WeightAverage:
 
     It gives the same bits as timm's `ModelEmaV3`, which iterates over all modules of both models in every step. Here
     the parameters are listed once, and buffers are copied only when the average is read. `decay` in [0, 1) is the share
-    of the average that each step keeps.
-
-    Raises:
-        ValueError: Weights are in half precision, which is too coarse for the average to change.
+    of the average that each step keeps. Weights in half precision raise a `ValueError`.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -50,9 +47,10 @@ class WeightAverage:
 
 @contextlib.contextmanager
 def published_weights(model: PreTrainedModel, average: WeightAverage | None) -> Iterator[None]:
-    """Context in which `model` holds the weights to evaluate and save: the average, if given. It restores the own ones.
+    """Context in which `model` holds the weights to evaluate and save: `average` if given, or its own.
 
-    BatchNorm statistics are averaged over processes. Every process must enter the block.
+    BatchNorm statistics are averaged over processes. Every process must enter the block. Afterwards the model has its
+    own weights and statistics, bit for bit.
     """
     own, dtype = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.dtype
     try:

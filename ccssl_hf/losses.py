@@ -11,16 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from .distributed import all_gather, all_gather_with_gradient, rank
 
-OwnPairWeight = Literal["one", "squared"]
-"""Weight of the pair of views of one image: 1, or the square of the image's confidence."""
-
+OwnPairWeight = Literal["one", "squared"]  # of the two views of one image: 1, or the image's confidence squared
 _CHUNK_ELEMENTS = 1 << 21  # similarities in memory: 8 MiB in float32, which fits CPU caches and 2 x 448 views
 _LEAST_ROWS = 64  # of a chunk: matrix products with fewer rows are slower
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """Converts half precision to float32; float32 and float64 stay."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """Converts half precision to float32; other types stay."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 def masked_cross_entropy(*, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -54,18 +52,14 @@ def class_aware_contrastive_loss(
     numbers used `own_pair_weight="squared"`; the authors' current code uses "one".
 
     A view without positives (all weights zero: "squared" with confidence zero) adds 0 to the mean and still counts in
-    it. The loss of a single image is 0.
-
-    Time is O(N² D), memory O(N D). Computed in float32 or float64, also under autocast. Only `embeddings` get a
-    gradient.
+    it. The loss of a single image is 0. Time is O(N² D), memory O(N D). Computed in float32 or float64, also under
+    autocast. Only `embeddings` get a gradient.
 
     Args:
         embeddings: The strong and the contrastive view, `[N, 2, D]`, of unit norm.
         pseudo_labels: Integers `[N]`.
         confidences: In [0, 1], `[N]`.
-        temperature: τ.
         push_threshold: T_push in [0, 1], the minimum confidence of an image that attracts others; None: no threshold.
-        own_pair_weight: "one" or "squared".
         gather: Contrast with the images of all processes, each with the same `N`. Each process returns the mean over
             its own images; averaging gradients over processes gives the gradient of one process on the global batch.
 

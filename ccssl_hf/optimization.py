@@ -25,10 +25,7 @@ def decayed_parameter_names(model: nn.Module) -> list[str]:
 
 
 def cosine_7_16_schedule(optimizer: Optimizer, *, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then cos(7π k / 16K) times the peak learning rate, with K the number of optimizer steps after it.
-
-    See FixMatch (arXiv 2001.07685), section 2.4. The peak is the optimizer's learning rate.
-    """
+    """FixMatch's schedule (arXiv 2001.07685, section 2.4): linear warm-up, then peak · cos(7π k / 16K) for K steps."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -1,8 +1,7 @@
-"""The images of each step, and all random numbers: pure functions of (seed, step), without generator state.
+"""The images of each step, and all random numbers, as pure functions: the same after a resume and on more processes.
 
-A *draw* is the position of an image in the endless sequence of images taken from one stream (labeled or unlabeled) over
-a run. It determines the image and, through `uniform`, its augmentation. A resumed run, or a run on another number of
-processes or workers, therefore sees the same images with the same augmentations.
+A *draw* is the position of an image in the endless sequence of images of one stream, labeled or unlabeled.
+It determines the image and, through `uniform`, its augmentation.
 """
 
 from __future__ import annotations
@@ -19,13 +18,10 @@ LABELED, UNLABELED = 0, 1  # the streams of images
 _SHUFFLE = 1 << 8  # plus the stream: the stream of its shuffles; those of augmentations are small numbers
 _AT_ONCE = 1 << 16  # draws per chunk when shuffling, which bounds temporaries
 
-
-def _signed(value: int) -> int:
-    """Converts a 64-bit pattern to the signed integer of torch's int64 arithmetic."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-_GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# 64-bit patterns as signed integers, for torch's int64 arithmetic, which wraps.
+_GOLDEN, _MIX1, _MIX2 = (
+    np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64).view(np.int64).tolist()
+)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -37,7 +33,7 @@ def _mix(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _key(seed: int, stream: int) -> int:
-    return int(_mix(torch.tensor(_signed(seed * 0x9E3779B97F4A7C15 + stream), dtype=torch.int64) + _GOLDEN))
+    return int(_mix(torch.tensor(seed, dtype=torch.int64) * _GOLDEN + stream + _GOLDEN))
 
 
 def counter_bits(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:

@@ -29,8 +29,7 @@ def make_views(
     out = []
     for split, stream, position, view in wanted:
         images, draws = inputs[f"{split}_images"], torch.from_numpy(inputs[f"{split}_draws"])
-        if cropped:
-            images = images[:, position]
+        images = images[:, position] if cropped else images
         made = make_view(images, view, settings, seed=seed, stream=stream, draws=draws, cropped=cropped)
         out.append(normalize(made, settings, view=view))
     return out
@@ -61,7 +60,7 @@ def forward_views(
         ]
 
     if len(views) == 1:
-        return SSLBatch(logits_labeled=run(network, *views)[0].logits, labels=inputs["labels"])
+        return SSLBatch(run(network, *views)[0].logits, inputs["labels"])
     if weak_forward == "separate":
         with torch.no_grad():  # without DDP, which expects a backward pass after each forward pass
             [weak] = run(getattr(network, "module", network), views[1])

@@ -56,19 +56,17 @@ def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> A
     `hyperparameters` are those of `algorithm_hyperparameters(name)`; `lambda_contrast` above 0 adds CCSSL. They also
     hold the sizes of the run that the constructor takes, and may hold the other ones: `num_unlabeled` images,
     `embedding_dim`, `batch_size` (labeled images per batch, over all processes), `mu` (unlabeled per labeled image).
-
-    Raises:
-        ValueError: The algorithm or a hyperparameter is unknown, a value is out of range, or a size is missing.
+    Raises a `ValueError` if a name is unknown, a value is out of range, or a size is missing.
     """
     accepted, algorithm = algorithm_hyperparameters(name), ALGORITHMS[name]
-    sizes = {key: hyperparameters.pop(key) for key in SIZES if key in hyperparameters}
+    wanted = {key: each.default for key, each in signature(algorithm).parameters.items() if key in SIZES}
+    given = {key: hyperparameters.pop(key, None) for key in SIZES}
+    sizes = {key: value for key, value in given.items() if key in wanted and value is not None}
     for key in (key for key in hyperparameters if key not in accepted):
         raise ValueError(
             f"{name} has no hyperparameter {key!r}.{near_misses(key, accepted)} It takes {', '.join(accepted)}."
         )
-    wanted = {key: each.default for key, each in signature(algorithm).parameters.items() if key in SIZES}
-    missing = [f"{key}=..." for key, value in wanted.items() if value is Parameter.empty and sizes.get(key) is None]
+    missing = [f"{key}=..." for key, value in wanted.items() if value is Parameter.empty and key not in sizes]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)} in addition to num_classes.")
-    settings = algorithm.hyperparameters_class(**hyperparameters)
-    return algorithm(settings, num_classes=num_classes, **{key: sizes[key] for key in wanted if key in sizes})
+    return algorithm(algorithm.hyperparameters_class(**hyperparameters), num_classes=num_classes, **sizes)

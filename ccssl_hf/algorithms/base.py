@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..losses import class_aware_contrastive_loss, upcast
 from ..transforms import View
@@ -72,13 +73,7 @@ class SSLBatch:
 
     def upcast(self) -> SSLBatch:
         """Returns the same batch with half precision converted to float32."""
-
-        def up(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: tuple(map(up, parts)) for name, parts in value.items()}
-            return upcast(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        return SSLBatch(**{name: up(value) for name, value in vars(self).items()})
+        return SSLBatch(**tree_map_only(Tensor, upcast, vars(self)))
 
 
 class PseudoLabels(NamedTuple):
@@ -154,21 +149,17 @@ class Algorithm(nn.Module):
         raise NotImplementedError
 
     def open_set_score(self, logits: Tensor, heads: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Scores how likely each image is in-distribution, `[N]`, in [0, 1]. By default this is the confidence.
-
-        `logits` are `[N, C]`; `heads` has the outputs of the algorithm's further heads for the same images.
-        """
+        """Scores how likely each image is in-distribution, `[N]`, in [0, 1]: by default the confidence."""
         return predict(logits).amax(1)
 
     def forward(self, batch: SSLBatch) -> SSLLoss:
         """Returns the loss of a batch. It updates running statistics: call it once for each training batch.
 
-        Raises:
-            ValueError: The batch lacks a part that the algorithm reads, or has another number of classes.
+        Raises a `ValueError` if the batch lacks a part that the algorithm reads, or has another number of classes.
         """
         if batch.logits_labeled.shape[1:] != (self.num_classes,):
-            got = list(batch.logits_labeled.shape)
-            raise ValueError(f"logits_labeled must be [B, num_classes] = [B, {self.num_classes}]; got {got}.")
+            shape = f"[B, num_classes] = [B, {self.num_classes}]"
+            raise ValueError(f"logits_labeled must be {shape}; got {list(batch.logits_labeled.shape)}.")
         missing = ", ".join(sorted(self.heads.keys() - (batch.heads or {}).keys()))
         if missing:
             raise ValueError(
@@ -190,7 +181,7 @@ class Algorithm(nn.Module):
                     own_pair_weight=self.settings.own_pair_weight,
                     gather=True,
                 )
-            terms = {"loss_x": loss.detach()} | {name: term.detach() for name, term in others.items()}
+            terms = {name: term.detach() for name, term in {"loss_x": loss, **others}.items()}
             for name, term in others.items():
                 loss = loss + getattr(self.settings, f"lambda_{name.removeprefix('loss_')}") * term
         return SSLLoss(loss, terms, *(pseudo or ()))
@@ -207,6 +198,5 @@ def pseudo_label(probabilities: Tensor, threshold: float | Tensor) -> PseudoLabe
     The threshold is the same for all classes, or one for each class, `[C]`.
     """
     confidences, labels = probabilities.max(1)
-    if isinstance(threshold, Tensor):
-        threshold = threshold[labels]
+    threshold = threshold[labels] if isinstance(threshold, Tensor) else threshold
     return PseudoLabels(labels, confidences, (confidences >= threshold).to(confidences.dtype))

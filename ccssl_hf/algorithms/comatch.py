@@ -1,8 +1,4 @@
-"""CoMatch."""
-
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +12,6 @@ from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_labe
 from .state import MemoryBank
 
 
-@dataclass(frozen=True, kw_only=True)
 class CoMatchHyperparameters(hp.Hyperparameters):
     confidence_threshold: hp.ConfidenceThreshold = 0.95
     lambda_u: hp.LambdaU = 1.0
@@ -71,8 +66,7 @@ class CoMatch(Algorithm):
         num_unlabeled: int | None = None,
     ) -> None:
         super().__init__(settings, num_classes=num_classes)
-        batches = None if num_unlabeled is None else num_unlabeled // (mu * batch_size)
-        if batches is not None and settings.memory_batches > batches:
+        if num_unlabeled is not None and settings.memory_batches > (batches := num_unlabeled // (mu * batch_size)):
             raise ValueError(
                 f"memory_batches is {settings.memory_batches}, but {num_unlabeled} unlabeled images make only "
                 f"{batches} batches of {mu * batch_size}: choose at most {batches}, or lower mu or batch_size."
@@ -85,20 +79,17 @@ class CoMatch(Algorithm):
             "embeddings_labeled", "embeddings_weak", "embeddings_strong", "embeddings_contrast"
         )
         aligned = self.alignment(predict(logits_weak))
-        targets = self._smoothed(aligned, weak.detach())
-        self.memory.write(weak, aligned)
-        self.memory.write(labeled, F.one_hot(batch.labels, self.num_classes))
+        memory, alpha = self.memory, self.settings.smoothing_alpha
+        attention = memory.similarities(weak.detach(), self.settings.graph_temperature).softmax(1)
+        smoothed = alpha * aligned + (1 - alpha) * attention @ memory.probabilities.to(attention.dtype)
+        targets = torch.where(memory.written > memory.size, smoothed, aligned)
+        memory.write(weak, aligned)
+        memory.write(labeled, F.one_hot(batch.labels, self.num_classes))
         pseudo = pseudo_label(targets, self.settings.confidence_threshold)
         return pseudo, {
             "loss_u": masked_cross_entropy(logits=logits_strong, targets=targets, mask=pseudo.mask),
             "loss_graph": self._graph_loss(strong, contrast, targets),
         }
-
-    def _smoothed(self, probabilities: Tensor, embeddings: Tensor) -> Tensor:
-        memory, alpha = self.memory, self.settings.smoothing_alpha
-        attention = memory.similarities(embeddings, self.settings.graph_temperature).softmax(1)
-        smoothed = alpha * probabilities + (1 - alpha) * attention @ memory.probabilities.to(attention.dtype)
-        return torch.where(memory.written > memory.size, smoothed, probabilities)
 
     def _graph_loss(self, strong: Tensor, contrast: Tensor, targets: Tensor) -> Tensor:
         settings = self.settings

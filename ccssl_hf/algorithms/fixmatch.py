@@ -1,8 +1,4 @@
-"""FixMatch, with optional distribution alignment."""
-
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,7 +7,6 @@ from . import hyperparameters as hp
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
-@dataclass(frozen=True, kw_only=True)
 class FixMatchHyperparameters(hp.Hyperparameters):
     confidence_threshold: hp.ConfidenceThreshold = 0.95
     lambda_u: hp.LambdaU = 1.0

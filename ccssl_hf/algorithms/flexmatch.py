@@ -1,11 +1,7 @@
-"""FlexMatch."""
-
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import all_gather
 from ..losses import masked_cross_entropy
@@ -13,7 +9,6 @@ from . import hyperparameters as hp
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
-@dataclass(frozen=True, kw_only=True)
 class FlexMatchHyperparameters(hp.Hyperparameters):
     confidence_threshold: hp.ConfidenceThreshold = 0.95
     lambda_u: hp.LambdaU = 1.0
@@ -48,21 +43,19 @@ class FlexMatch(Algorithm):
     settings: FlexMatchHyperparameters
     terms = ("loss_x", "loss_u")
     needs_index = True
-    status: Tensor
-    counts: Tensor
 
     def __init__(self, settings: FlexMatchHyperparameters, *, num_classes: int, num_unlabeled: int) -> None:
         super().__init__(settings, num_classes=num_classes)
         self.unused = num_classes  # status of an image without a confident prediction so far
         dtype = torch.int16 if self.unused <= torch.iinfo(torch.int16).max else torch.int32
-        self.register_buffer("status", torch.full((num_unlabeled,), self.unused, dtype=dtype))
-        self.register_buffer("counts", torch.tensor([0] * num_classes + [num_unlabeled]))  # images of each status
+        self.status = nn.Buffer(torch.full((num_unlabeled,), self.unused, dtype=dtype))
+        self.counts = nn.Buffer(torch.tensor([0] * num_classes + [num_unlabeled]))  # images of each status
 
     @property
     def class_status(self) -> Tensor:
         """The learning status β of each class, `[C]`, in [0, 1]."""
-        counts = self.counts if self.settings.threshold_warmup else self.counts[: self.unused]
-        return self.counts[: self.unused] / counts.max().clamp(min=1)
+        used = self.counts[: self.unused]
+        return used / (self.counts if self.settings.threshold_warmup else used).max().clamp(min=1)
 
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         threshold = self.settings.confidence_threshold
@@ -72,7 +65,6 @@ class FlexMatch(Algorithm):
         self._update(index, pseudo.labels, pseudo.confidences >= threshold)
         return pseudo, {"loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask)}
 
-    @torch.no_grad()
     def _update(self, index: Tensor, pseudo_labels: Tensor, confident: Tensor) -> None:
         """Updates the status of the confident images `[U]` of all processes."""
         index, pseudo_labels, confident = all_gather(torch.stack([index, pseudo_labels, confident.long()], 1)).unbind(1)

@@ -1,12 +1,8 @@
-"""FreeMatch."""
-
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import all_gather, all_gather_with_gradient, all_reduce_mean
 from ..losses import masked_cross_entropy
@@ -14,7 +10,6 @@ from . import hyperparameters as hp
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
-@dataclass(frozen=True, kw_only=True)
 class FreeMatchHyperparameters(hp.Hyperparameters):
     lambda_u: hp.LambdaU = 1.0
     lambda_fairness: hp.LambdaFairness = 0.01
@@ -49,15 +44,12 @@ class FreeMatch(Algorithm):
     hyperparameters_class = FreeMatchHyperparameters
     settings: FreeMatchHyperparameters
     terms = ("loss_x", "loss_u", "loss_fairness")
-    global_threshold: Tensor
-    class_probs: Tensor
-    label_histogram: Tensor
 
     def __init__(self, settings: FreeMatchHyperparameters, *, num_classes: int) -> None:
         super().__init__(settings, num_classes=num_classes)
-        self.register_buffer("global_threshold", torch.tensor(1 / num_classes))
-        self.register_buffer("class_probs", torch.full((num_classes,), 1 / num_classes))
-        self.register_buffer("label_histogram", torch.full((num_classes,), 1 / num_classes))
+        self.global_threshold = nn.Buffer(torch.tensor(1 / num_classes))
+        self.class_probs = nn.Buffer(torch.full((num_classes,), 1 / num_classes))
+        self.label_histogram = nn.Buffer(torch.full((num_classes,), 1 / num_classes))
 
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
@@ -69,20 +61,15 @@ class FreeMatch(Algorithm):
             "loss_fairness": self._fairness_loss(logits_strong, pseudo.mask),
         }
 
-    @torch.no_grad()
     def _update(self, probabilities: Tensor) -> None:
         confidences, pseudo_labels = probabilities.max(1)
         histogram = F.one_hot(pseudo_labels, self.num_classes).to(probabilities.dtype)
-        mean, frequency, confidence = all_reduce_mean(
-            torch.cat([probabilities, histogram, confidences[:, None]], dim=1).mean(0)
-        ).split([self.num_classes, self.num_classes, 1])
+        means = all_reduce_mean(torch.cat([probabilities, histogram, confidences[:, None]], dim=1).mean(0))
+        mean, frequency, confidence = means.split([self.num_classes, self.num_classes, 1])
         if self.settings.use_quantile:
             confidence = all_gather(confidences).quantile(0.8)
-        for statistic, value in (
-            (self.class_probs, mean),
-            (self.label_histogram, frequency),
-            (self.global_threshold, confidence.squeeze()),
-        ):
+        statistics = (self.class_probs, self.label_histogram, self.global_threshold)
+        for statistic, value in zip(statistics, (mean, frequency, confidence.squeeze()), strict=True):
             statistic.lerp_(value.to(statistic.dtype), 1 - self.settings.momentum)
         if self.settings.clip_threshold:
             self.global_threshold.clamp_(max=0.95)

@@ -68,10 +68,9 @@ class Hyperparameter(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """The hyperparameters of CCSSL, which every algorithm has. A subclass adds those of an algorithm.
+    """The hyperparameters of CCSSL, which every algorithm has. A subclass, a dataclass too, adds those of an algorithm.
 
-    Raises:
-        ValueError: A value has the wrong type or is out of range.
+    Raises a `ValueError` if a value has the wrong type or is out of range.
     """
 
     lambda_contrast: LambdaContrast = 0.0
@@ -79,30 +78,26 @@ class Hyperparameters:
     push_threshold: PushThreshold = None
     own_pair_weight: OwnPair = "one"
 
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+
     def __post_init__(self) -> None:
         for name, wanted in self.table().items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), wanted))
+            value, kinds = getattr(self, name), get_args(wanted.type) or (wanted.type,)
+            if get_origin(wanted.type) is Literal:
+                if value not in kinds:
+                    raise ValueError(f"{name} is {value!r}: choose one of {', '.join(kinds)}.")
+            elif value is not None or NoneType not in kinds:
+                number = kinds[0]
+                fits = isinstance(value, int | float) and isinstance(value, bool) == (number is bool)
+                if not (fits and math.isfinite(value) and number(value) == value):
+                    raise ValueError(f"{name} is {value!r}: give a finite {number.__name__}.")
+                if not _RANGES[wanted.range](value):
+                    raise ValueError(f"{name} is {value!r}: choose a value {wanted.range}.")
+                object.__setattr__(self, name, number(value))  # an int where a float is wanted becomes one
 
     @classmethod
     def table(cls) -> dict[str, Hyperparameter]:
         """Returns the hyperparameters by name."""
         hints = get_type_hints(cls, include_extras=True)
         return {field.name: Hyperparameter(field.default, *get_args(hints[field.name])) for field in fields(cls)}
-
-
-def _checked(name: str, value: Any, wanted: Hyperparameter) -> Any:
-    """Returns `value`, as a float where an int is given for a float."""
-    kinds = get_args(wanted.type) or (wanted.type,)
-    if get_origin(wanted.type) is Literal:
-        if value not in kinds:
-            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(kinds)}.")
-        return value
-    if value is None and NoneType in kinds:
-        return None
-    number = kinds[0]
-    fits = isinstance(value, int | float) and isinstance(value, bool) == (number is bool)
-    if not (fits and math.isfinite(value) and number(value) == value):
-        raise ValueError(f"{name} is {value!r}: give a finite {number.__name__}.")
-    if not _RANGES[wanted.range](value):
-        raise ValueError(f"{name} is {value!r}: choose a value {wanted.range}.")
-    return number(value)

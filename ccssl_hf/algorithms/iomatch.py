@@ -1,9 +1,7 @@
-"""IOMatch, for unlabeled images of which many are out-of-distribution."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,6 @@ from . import hyperparameters as hp
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_label
 
 
-@dataclass(frozen=True, kw_only=True)
 class IOMatchHyperparameters(hp.Hyperparameters):
     confidence_threshold: hp.ConfidenceThreshold = 0.95
     open_threshold: hp.OpenThreshold = 0.5
@@ -25,7 +22,7 @@ class IOMatchHyperparameters(hp.Hyperparameters):
 
 
 class IOMatch(Algorithm):
-    """IOMatch (arXiv 2308.13168).
+    """IOMatch (arXiv 2308.13168), for unlabeled images of which many are out-of-distribution.
 
     Head "one_vs_all" `[., 2C]` (C negatives, then C positives) gives the probability o_c that an image belongs to class
     c, by a softmax over each pair. Head "open" `[., C + 1]` has one more class for out-of-distribution images. With
@@ -54,17 +51,10 @@ class IOMatch(Algorithm):
 
     def __init__(self, settings: IOMatchHyperparameters, *, num_classes: int) -> None:
         super().__init__(settings, num_classes=num_classes)
-        self.heads = {
-            "one_vs_all": lambda features: _head(features, 2 * num_classes),
-            "open": lambda features: _head(features, num_classes + 1),
-        }
+        self.heads = {"one_vs_all": partial(_head, 2 * num_classes), "open": partial(_head, num_classes + 1)}
 
     def open_set_score(self, logits: Tensor, heads: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The paper's inlier score Σ_c p_c o_c, `[N]`, without alignment.
-
-        Raises:
-            ValueError: `heads` lacks "one_vs_all".
-        """
+        """The paper's inlier score Σ_c p_c o_c, `[N]`, without alignment. Needs the output of the head "one_vs_all"."""
         if heads is None or "one_vs_all" not in heads:
             raise ValueError("IOMatch computes the score from its head 'one_vs_all': pass the model's heads.")
         return (predict(logits) * self._inlier_odds(heads["one_vs_all"].detach()).sigmoid()).sum(1)
@@ -79,9 +69,12 @@ class IOMatch(Algorithm):
         open_mask = pseudo_label(open_targets, self.settings.open_threshold).mask
         pseudo = pseudo_label(probabilities, self.settings.confidence_threshold)
         pseudo = pseudo._replace(mask=pseudo.mask * (ood.squeeze(1) < 0.5))
+        labels = batch.labels[:, None]
+        positive = F.softplus(-labeled_odds.gather(1, labels))
+        hardest_negative = F.softplus(labeled_odds.scatter(1, labels, -torch.inf)).amax(1)
         return pseudo, {
             "loss_u": masked_cross_entropy(logits=logits_strong, targets=probabilities, mask=pseudo.mask),
-            "loss_one_vs_all": _one_vs_all_loss(labeled_odds, batch.labels),
+            "loss_one_vs_all": positive.mean() + hardest_negative.mean(),
             "loss_open": masked_cross_entropy(logits=heads["open"][2], targets=open_targets, mask=open_mask),
         }
 
@@ -91,11 +84,5 @@ class IOMatch(Algorithm):
         return positive - negative
 
 
-def _head(features: int, outputs: int) -> nn.Sequential:
+def _head(outputs: int, features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, outputs))
-
-
-def _one_vs_all_loss(odds: Tensor, labels: Tensor) -> Tensor:
-    positive = F.softplus(-odds.gather(1, labels[:, None]))
-    hardest_negative = F.softplus(odds.scatter(1, labels[:, None], -torch.inf)).amax(1)
-    return positive.mean() + hardest_negative.mean()

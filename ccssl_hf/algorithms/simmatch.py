@@ -1,8 +1,4 @@
-"""SimMatch."""
-
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +10,6 @@ from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict, pseudo_labe
 from .state import MemoryBank
 
 
-@dataclass(frozen=True, kw_only=True)
 class SimMatchHyperparameters(hp.Hyperparameters):
     confidence_threshold: hp.ConfidenceThreshold = 0.95
     lambda_u: hp.LambdaU = 1.0
@@ -68,18 +63,14 @@ class SimMatch(Algorithm):
         labeled, weak, strong = batch.read("embeddings_labeled", "embeddings_weak", "embeddings_strong")
         memory.write(labeled, F.one_hot(batch.labels, self.num_classes))
         probabilities = self.alignment(predict(logits_weak))
-        instance_targets, targets = self._targets(probabilities, memory.similarities(weak.detach(), temperature))
+        similarities = memory.similarities(weak.detach(), temperature)
+        classes, alpha = memory.probabilities.to(probabilities.dtype), self.settings.smoothing_alpha
+        unfolded = (probabilities @ classes.T).clamp(min=torch.finfo(probabilities.dtype).tiny)
+        # Computed in logarithms: the product could underflow to zero for all k.
+        instance_targets = (similarities + unfolded.log()).softmax(1)
+        targets = alpha * probabilities + (1 - alpha) * (similarities.softmax(1) @ classes)
         pseudo = pseudo_label(targets, self.settings.confidence_threshold)
         return pseudo, {
             "loss_u": masked_cross_entropy(logits=logits_strong, targets=targets, mask=pseudo.mask),
             "loss_graph": F.cross_entropy(memory.similarities(strong, temperature), instance_targets),
         }
-
-    @torch.no_grad()
-    def _targets(self, probabilities: Tensor, similarities: Tensor) -> tuple[Tensor, Tensor]:
-        """Instance targets `[U, K]` and semantic targets `[U, C]`."""
-        labels, alpha = self.memory.probabilities.to(probabilities.dtype), self.settings.smoothing_alpha
-        unfolded = (probabilities @ labels.T).clamp(min=torch.finfo(probabilities.dtype).tiny)
-        aggregated = similarities.softmax(1) @ labels
-        # Computed in logarithms: the product could underflow to zero for all k.
-        return (similarities + unfolded.log()).softmax(1), alpha * probabilities + (1 - alpha) * aggregated

@@ -1,11 +1,7 @@
-"""SoftMatch."""
-
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import all_gather, all_reduce_mean
 from ..losses import masked_cross_entropy
@@ -13,7 +9,6 @@ from . import hyperparameters as hp
 from .base import Algorithm, Paper, PseudoLabels, SSLBatch, predict
 
 
-@dataclass(frozen=True, kw_only=True)
 class SoftMatchHyperparameters(hp.Hyperparameters):
     lambda_u: hp.LambdaU = 1.0
     momentum: hp.Momentum = 0.999
@@ -44,15 +39,12 @@ class SoftMatch(Algorithm):
     hyperparameters_class = SoftMatchHyperparameters
     settings: SoftMatchHyperparameters
     terms = ("loss_x", "loss_u")
-    class_probs: Tensor
-    mean_confidence: Tensor
-    variance_confidence: Tensor
 
     def __init__(self, settings: SoftMatchHyperparameters, *, num_classes: int) -> None:
         super().__init__(settings, num_classes=num_classes)
-        self.register_buffer("class_probs", torch.zeros(num_classes))  # zeros: no batch yet
-        self.register_buffer("mean_confidence", torch.tensor(1 / num_classes))
-        self.register_buffer("variance_confidence", torch.tensor(1.0))
+        self.class_probs = nn.Buffer(torch.zeros(num_classes))  # zeros: no batch yet
+        self.mean_confidence = nn.Buffer(torch.tensor(1 / num_classes))
+        self.variance_confidence = nn.Buffer(torch.tensor(1.0))
 
     def compute(self, batch: SSLBatch) -> tuple[PseudoLabels, dict[str, Tensor]]:
         logits_weak, logits_strong = batch.read("logits_weak", "logits_strong")
@@ -61,7 +53,6 @@ class SoftMatch(Algorithm):
         pseudo = PseudoLabels(labels, confidences, self._weight(self._aligned(probabilities).amax(1)))
         return pseudo, {"loss_u": masked_cross_entropy(logits=logits_strong, targets=pseudo.labels, mask=pseudo.mask)}
 
-    @torch.no_grad()
     def _aligned(self, probabilities: Tensor) -> Tensor:
         mean = all_reduce_mean(probabilities.mean(0)).to(self.class_probs.dtype)
         started = self.class_probs.sum() > 0
@@ -69,7 +60,6 @@ class SoftMatch(Algorithm):
         aligned = probabilities / (self.class_probs + 1e-6)  # as in the authors' code; avoids a division by zero
         return aligned / aligned.sum(1, keepdim=True)
 
-    @torch.no_grad()
     def _weight(self, confidences: Tensor) -> Tensor:
         everyone = all_gather(confidences)
         variance, mean = torch.var_mean(everyone, correction=min(1, len(everyone) - 1))

@@ -15,14 +15,11 @@ class DistributionAlignment(nn.Module):
     marginal). The mean covers the batches of all processes.
     """
 
-    queue: Tensor
-    count: Tensor
-
     def __init__(self, num_classes: int, window: int) -> None:
         super().__init__()
         self.window = window
-        self.register_buffer("queue", torch.zeros(window, num_classes))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.queue = nn.Buffer(torch.zeros(window, num_classes))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def forward(self, probabilities: Tensor) -> Tensor:
@@ -30,7 +27,7 @@ class DistributionAlignment(nn.Module):
         batch_mean = all_reduce_mean(probabilities.mean(0)).to(self.queue.dtype)
         # index_copy_ takes the position from the device; plain indexing would wait for it.
         self.queue.index_copy_(0, (self.count % self.window)[None], batch_mean[None])
-        self.count += 1
+        self.count.add_(1)
         mean = self.queue.sum(0) / self.count.clamp(max=self.window)  # rows not yet written are zero
         aligned = probabilities / mean.clamp(min=torch.finfo(mean.dtype).tiny)
         return aligned / aligned.sum(1, keepdim=True)
@@ -39,24 +36,15 @@ class DistributionAlignment(nn.Module):
 class MemoryBank(nn.Module):
     """A ring buffer of the last `size` (`K`) embeddings of all processes, with their class probabilities."""
 
-    embeddings: Tensor
-    probabilities: Tensor
-    written: Tensor
-
     def __init__(self, size: int, embedding_dim: int, num_classes: int) -> None:
         super().__init__()
         self.size = size
-        self.register_buffer("embeddings", torch.zeros(size, embedding_dim))
-        self.register_buffer("probabilities", torch.zeros(size, num_classes))
-        self.register_buffer("written", torch.zeros((), dtype=torch.int64))  # rows written so far
+        self.embeddings = nn.Buffer(torch.zeros(size, embedding_dim))
+        self.probabilities = nn.Buffer(torch.zeros(size, num_classes))
+        self.written = nn.Buffer(torch.zeros((), dtype=torch.int64))  # rows written so far
 
-    @torch.no_grad()
     def write(self, embeddings: Tensor, probabilities: Tensor) -> None:
-        """Writes `[N, D]` and `[N, C]` of every process over the oldest rows, in the order of ranks.
-
-        Raises:
-            ValueError: The bank has fewer rows than are written.
-        """
+        """Writes `[N, D]` and `[N, C]` of every process over the oldest rows, in the order of ranks."""
         embeddings, probabilities = all_gather(embeddings), all_gather(probabilities)
         if len(embeddings) > self.size:
             raise ValueError(
@@ -66,7 +54,7 @@ class MemoryBank(nn.Module):
         rows = (self.written + torch.arange(len(embeddings), device=embeddings.device)) % self.size
         self.embeddings.index_copy_(0, rows, embeddings.to(self.embeddings.dtype))
         self.probabilities.index_copy_(0, rows, probabilities.to(self.probabilities.dtype))
-        self.written += len(embeddings)
+        self.written.add_(len(embeddings))
 
     def similarities(self, embeddings: Tensor, temperature: float) -> Tensor:
         """Returns inner products with all rows over `temperature`, `[N, K]`; for empty rows, the lowest number."""

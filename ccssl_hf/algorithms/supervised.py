@@ -1,5 +1,3 @@
-"""Supervised training on the labeled images, the baseline."""
-
 from __future__ import annotations
 
 from torch import Tensor
@@ -8,7 +6,7 @@ from .base import Algorithm, PseudoLabels, SSLBatch, predict
 
 
 class Supervised(Algorithm):
-    """Cross-entropy on the labeled images.
+    """The baseline: cross-entropy on the labeled images.
 
     With `lambda_contrast` above 0, pseudo labels come from the weak view and are used in the contrastive loss only.
     """
