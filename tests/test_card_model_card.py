@@ -221,7 +221,7 @@ def test_ccssl_and_the_algorithm_are_cited(algorithm):
 
 def test_an_algorithm_that_is_registered_later_is_cited(monkeypatch):
     class Later(Algorithm):
-        paper = Paper("Later", "doe2027later", "Doe, Jane", "Later: A Title", "A Venue", 2027, "2701.00001")
+        paper = Paper("Later", "Doe, Jane", "Later: A Title", "A Venue", 2027, "2701.00001")
 
     monkeypatch.setitem(ALGORITHMS, "later", Later)
     text = small_card(algorithm="later").text

@@ -162,9 +162,7 @@ class Algorithm(nn.Module):
             raise ValueError(f"logits_labeled must be {shape}; got {list(batch.logits_labeled.shape)}.")
         missing = ", ".join(sorted(self.heads.keys() - (batch.heads or {}).keys()))
         if missing:
-            raise ValueError(
-                f"SSLBatch.heads lacks {missing}: add algorithm.heads to the model and pass their outputs."
-            )
+            raise ValueError(f"SSLBatch.heads lacks {missing}: add algorithm.heads to the model, pass the outputs.")
         views = batch.read("embeddings_strong", "embeddings_contrast") if self.settings.lambda_contrast > 0 else ()
         with torch.autocast(batch.logits_labeled.device.type, enabled=False):
             batch = batch.upcast()
