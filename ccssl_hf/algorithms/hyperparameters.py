@@ -68,7 +68,7 @@ class Hyperparameter(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """The hyperparameters of CCSSL, which every algorithm has. A subclass, a dataclass too, adds those of an algorithm.
+    """The hyperparameters of CCSSL, which every algorithm has. A subclass adds its own, without a decorator.
 
     Raises a `ValueError` if a value has the wrong type or is out of range.
     """
