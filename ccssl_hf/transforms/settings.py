@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from math import inf
 from typing import Any, Literal
 
 MAX_SIDE_HELD = 64
@@ -51,26 +52,16 @@ CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """Settings of the weak, strong and contrastive view.
+    """Settings of the views. `ViewArguments` describes those that are not listed here.
 
     Args:
         image_size: Side of every view in pixels, `S`.
-        mean: Mean of each channel, for values in 0..1.
-        std: Standard deviation of each channel, for values in 0..1.
-        weak_crop: Crop of the weak and the strong view. "pad": pad an image of the output size with 12.5 % of its side
-            by reflection, then crop. "resized": random resized crop.
+        mean, std: Mean and standard deviation of each channel, for values in 0..1.
         crop_scale: Lowest and highest share of the image area for a "resized" crop.
         crop_ratio: Lowest and highest width over height of every resized crop.
-        horizontal_flip: Whether half of the views are mirrored.
-        randaugment_ops: Number of RandAugment ops per strong view.
-        randaugment_magnitude: Magnitudes are drawn from 1 to `randaugment_magnitude - 1`, on RandAugment's scale of 10.
-        cutout_size: Side of the grey square in pixels; 0: no square.
-        contrastive_view: "simclr" (resized crop, colour jitter, grey) or "randaugment" (another strong view).
         contrastive_crop_scale: `crop_scale` of the "simclr" view.
         jitter: Strength of brightness, contrast, saturation (factors in 1 ± strength) and hue (share of the circle).
-        jitter_probability: Share of "simclr" views with colour jitter.
-        grayscale_probability: Share of "simclr" views that are grey.
-        normalize_contrastive: False keeps the contrastive view in 0..1, as in the authors' configs.
+        jitter_probability, grayscale_probability: Share of "simclr" views with colour jitter, and in grey.
 
     Raises:
         ValueError: A value is out of range.
@@ -97,27 +88,26 @@ class ViewSettings:
         for name in ("mean", "std", "crop_scale", "crop_ratio", "contrastive_crop_scale", "jitter"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # YAML gives lists
 
-        def is_scale(scale: tuple[float, ...]) -> bool:
-            return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+        def in_order(pair: tuple[float, ...], most: float) -> bool:
+            return len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
 
-        scales, views = "(lowest, highest) share of the area, in (0, 1]", ("simclr", "randaugment")
+        scales, share = "(lowest, highest) share of the area, in (0, 1]", "between 0 and 1"
         has_jitter = len(self.jitter) == 4 and min(self.jitter) >= 0 and self.jitter[3] <= 0.5
-        is_ratio = len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]
         checks = {
             "image_size": (self.image_size >= 8, "at least 8 pixels"),
             "mean": (len(self.mean) == 3, "three numbers, one for each channel"),
             "std": (len(self.std) == 3 and min(self.std) > 0, "three positive numbers, one for each channel"),
             "weak_crop": (self.weak_crop in ("pad", "resized"), "'pad' or 'resized'"),
-            "crop_scale": (is_scale(self.crop_scale), scales),
-            "crop_ratio": (is_ratio, "(lowest, highest), positive"),
+            "crop_scale": (in_order(self.crop_scale, 1), scales),
+            "crop_ratio": (in_order(self.crop_ratio, inf), "(lowest, highest), positive"),
             "randaugment_ops": (self.randaugment_ops >= 0, "0 or more"),
             "randaugment_magnitude": (2 <= self.randaugment_magnitude <= 11, "between 2 and 11"),
             "cutout_size": (self.cutout_size >= 0, "0 (none) or a side in pixels"),
-            "contrastive_view": (self.contrastive_view in views, "'simclr' or 'randaugment'"),
-            "contrastive_crop_scale": (is_scale(self.contrastive_crop_scale), scales),
+            "contrastive_view": (self.contrastive_view in ("simclr", "randaugment"), "'simclr' or 'randaugment'"),
+            "contrastive_crop_scale": (in_order(self.contrastive_crop_scale, 1), scales),
             "jitter": (has_jitter, "four strengths of at least 0, the last one (hue) at most 0.5"),
-            "jitter_probability": (0 <= self.jitter_probability <= 1, "between 0 and 1"),
-            "grayscale_probability": (0 <= self.grayscale_probability <= 1, "between 0 and 1"),
+            "jitter_probability": (0 <= self.jitter_probability <= 1, share),
+            "grayscale_probability": (0 <= self.grayscale_probability <= 1, share),
         }
         for name, (holds, wanted) in checks.items():
             if not holds:
