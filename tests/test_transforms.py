@@ -19,9 +19,9 @@ from ccssl_hf.transforms import (
     View,
     ViewSettings,
     crop_boxes,
-    ops,
     make_view,
     normalize,
+    ops,
 )
 from ccssl_hf.transforms.settings import Column
 from ccssl_hf.transforms.views import _randaugment_choices
