@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"'{path}' is damaged ({error}): use an earlier checkpoint.") from error
 
 
-def plain_config(model: PreTrainedModel) -> dict[str, Any]:
-    """The content of `config.json`: the keys that transformers' timm wrapper and timm read, and no others."""
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """Writes `config.json`, with the keys that transformers and timm read, and the code of the package's backbones."""
     config = model.config
     content = {
         "architectures": ["TimmWrapperForImageClassification"],
@@ -88,7 +89,8 @@ def plain_config(model: PreTrainedModel) -> dict[str, Any]:
             "AutoModel": "wide_resnet_cifar.WideResNetCifarModel",
             "AutoModelForImageClassification": "wide_resnet_cifar.WideResNetCifarForImageClassification",
         }
-    return content
+        shutil.copyfile(wide_resnet_cifar.__file__, folder / "wide_resnet_cifar.py")
+    save_json(folder / CONFIG_FILE, content)
 
 
 def is_own_backbone(architecture: str) -> bool:

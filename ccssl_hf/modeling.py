@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -20,44 +19,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig
 from transformers.utils import ModelOutput
 
-from . import wide_resnet_cifar
-from .backbones import (
-    build_head,
-    check_backbone,
-    create_backbone,
-    describe_head,
-    feature_width,
-    features_and_logits,
-    projection_head,
-    set_input,
-)
-from .checkpoint import (
-    CONFIG_FILE,
-    HEAD_FILE,
-    WEIGHTS_FILE,
-    find_checkpoint,
-    is_own_backbone,
-    load_tensors,
-    plain_config,
-    save_json,
-    save_tensors,
-)
+from . import backbones
+from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, find_checkpoint, load_tensors, save_tensors, write_config
 from .hub import plan_push, upload
 
 
 class CCSSLConfig(TimmWrapperConfig):
     """Configuration of `CCSSLForImageClassification`: the one that transformers has for timm models, and the heads.
 
-    Args:
-        architecture: timm name of the backbone, without a tag.
-        model_args: Further arguments of `timm.create_model`.
-        pretrained_cfg: Input of the backbone: `input_size`, `mean`, `std`, `crop_pct`, `interpolation` and so on.
-        projection_dim: Size of the embeddings.
-        heads: Layers of each further head, from `backbones.describe_head`.
+    `pretrained_cfg` describes the input (`input_size`, `mean`, `std`, ...), `projection_dim` is the size of the
+    embeddings, and `heads` has the layers of each further head from `backbones.describe_head`.
     """
 
-    # Evaluation gathers only the logits.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["embeddings", "heads"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["embeddings", "heads"]  # evaluation gathers only the logits
 
     pretrained_cfg: dict[str, Any] | None = None
     projection_dim: int = 64
@@ -87,9 +61,7 @@ class CCSSLOutput(ModelOutput):
 
 
 class CCSSLForImageClassification(PreTrainedModel):
-    """A timm backbone with its classifier, a projection head and further heads on the same features.
-
-    Create it with `from_timm` or `from_pretrained`.
+    """A timm backbone with its classifier, a projection head and further heads. Create it with `from_timm`.
 
     Attributes:
         backbone: The timm model.
@@ -108,14 +80,15 @@ class CCSSLForImageClassification(PreTrainedModel):
     def __init__(self, config: CCSSLConfig, backbone: Any = None) -> None:
         super().__init__(config)
         if backbone is None:
-            check_backbone(config.architecture)
+            backbones.check_backbone(config.architecture)
             model_args = config.model_args or {}
             backbone = timm.create_model(config.architecture, num_classes=config.num_labels, **model_args)
-            set_input(backbone, config.pretrained_cfg or backbone.pretrained_cfg)
+            backbones.set_input(backbone, config.pretrained_cfg or backbone.pretrained_cfg)
         self.backbone: Any = backbone
-        self.feature_dim = feature_width(backbone)
-        self.projection = projection_head(backbone, self.feature_dim, config.projection_dim)
-        self.heads = nn.ModuleDict({name: build_head(layers) for name, layers in (config.heads or {}).items()})
+        self.feature_dim = backbones.feature_width(backbone)
+        self.projection = backbones.projection_head(backbone, self.feature_dim, config.projection_dim)
+        heads = (config.heads or {}).items()
+        self.heads = nn.ModuleDict({name: backbones.build_head(layers) for name, layers in heads})
         self.supports_gradient_checkpointing = hasattr(backbone, "set_grad_checkpointing")
         self.post_init()
 
@@ -159,7 +132,7 @@ class CCSSLForImageClassification(PreTrainedModel):
             raise ValueError(f"labels must be distinct and not empty; repeated: {repeated}.")
         if "num_classes" in timm_kwargs:
             raise ValueError("num_classes follows from the labels: leave it out.")
-        backbone, model_args = create_backbone(
+        backbone, model_args = backbones.create_backbone(
             name, num_classes=len(labels), pretrained=pretrained, image_size=image_size, **timm_kwargs
         )
         config = CCSSLConfig(
@@ -181,7 +154,7 @@ class CCSSLForImageClassification(PreTrainedModel):
             ValueError: A head is neither a Linear nor a Sequential of Linear, BatchNorm1d, ReLU and LeakyReLU, or the
                 model has another head of this name.
         """
-        described = {name: describe_head(module) for name, module in heads.items()}
+        described = {name: backbones.describe_head(module) for name, module in heads.items()}
         known = dict(self.config.heads or {})
         for name, layers in described.items():
             if known.get(name, layers) != layers:
@@ -202,7 +175,7 @@ class CCSSLForImageClassification(PreTrainedModel):
 
         `labels` are class numbers `[N]`. With `return_dict=False` returns a tuple of the outputs that are not None.
         """
-        features, logits = features_and_logits(self.backbone, pixel_values)
+        features, logits = backbones.features_and_logits(self.backbone, pixel_values)
         output = CCSSLOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             logits=logits,
@@ -241,9 +214,7 @@ class CCSSLForImageClassification(PreTrainedModel):
         prefix = "backbone."
         backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         save_tensors(folder / WEIGHTS_FILE, backbone)
-        save_json(folder / CONFIG_FILE, plain_config(self))
-        if is_own_backbone(self.config.architecture):
-            shutil.copyfile(wide_resnet_cifar.__file__, folder / "wide_resnet_cifar.py")
+        write_config(self, folder)
         if with_head:
             heads = {key: value for key, value in state.items() if not key.startswith(prefix)}
             shape = {"projection_dim": self.config.projection_dim, "heads": self.config.heads or {}}

@@ -23,8 +23,7 @@ from ccssl_hf.transforms import (
     normalize,
     ops,
 )
-from ccssl_hf.transforms.settings import Column
-from ccssl_hf.transforms.views import _randaugment_choices
+from ccssl_hf.transforms.views import Column, _randaugment_choices
 from conftest import SHARED, needs_shared
 from test_transforms_ops import affine, from_pil, patches, to_pil
 
