@@ -50,11 +50,7 @@ def check_backbone(name: str) -> None:
 def create_backbone(
     name: str, *, num_classes: int, pretrained: bool = False, image_size: int | None = None, **timm_kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Creates a timm model with a new classifier; see `CCSSLForImageClassification.from_timm`.
-
-    Returns:
-        The model, whose `pretrained_cfg` describes its input, and the arguments that create it again.
-    """
+    """Creates a timm model for `from_timm`, and returns it with the arguments that create it again."""
     check_backbone(name)
     cfg = get_pretrained_cfg(name)
     img_size = timm_kwargs.get("img_size")
@@ -103,11 +99,9 @@ def features_and_logits(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def feature_width(backbone: Any) -> int:
-    """Returns the width of the features before the classifier, from a forward pass in eval mode.
+    """Returns the width of the features, and checks by a forward pass that the backbone can be used.
 
-    Raises:
-        ValueError: The backbone does not accept images of its `input_size`, or its classifier is not a single module
-            that maps the features to the logits of the backbone.
+    The backbone must accept images of its `input_size`, and its classifier must be a single module on the features.
     """
     name, size = backbone.pretrained_cfg["architecture"], tuple(backbone.pretrained_cfg["input_size"])
     image = torch.linspace(-1, 1, 2 * math.prod(size)).view(2, *size).to(next(backbone.parameters()))

@@ -57,12 +57,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Loads what `save_tensors` wrote, to the CPU.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file is damaged.
-    """
+    """Loads what `save_tensors` wrote, to the CPU. Raises FileNotFoundError, or ValueError if the file is damaged."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file '{path}': check the folder, or save to it first.")
     try:
@@ -101,10 +96,8 @@ def is_own_backbone(architecture: str) -> bool:
 def find_checkpoint(name: str | Path, *, revision: str | None = None, **hub_kwargs: Any) -> Path:
     """Returns the folder, or downloads the Hub repository `user/name` or `user/name@revision`, without code.
 
-    The further arguments are those of `huggingface_hub.snapshot_download`.
-
-    Raises:
-        FileNotFoundError: There is no such folder, and no such repository that can be read.
+    The further arguments are those of `huggingface_hub.snapshot_download`. Raises FileNotFoundError if there is no such
+    folder, and no such repository that can be read.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -133,8 +126,7 @@ def save_training_state(folder: str | Path, modules: Mapping[str, nn.Module], *,
 def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) -> None:
     """Loads what `save_training_state` wrote. BatchNorm statistics of another number of processes are averaged.
 
-    Raises:
-        ValueError: The checkpoint is incomplete, or of another model or algorithm.
+    Raises ValueError if the checkpoint is incomplete, or of another model or algorithm.
     """
     if not is_complete(folder):
         raise ValueError(
@@ -145,8 +137,7 @@ def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) ->
     state = load_tensors(Path(folder) / TRAINING_STATE)
     statistics = state.pop(_BATCHNORM, None)
     wanted, found = ({name: value.shape for name, value in s.items()} for s in (together.state_dict(), state))
-    other = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if other:
+    if other := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise ValueError(
             f"{folder} is of a run with another model, data set, algorithm or ema_decay ({len(other)} entries differ, "
             f"such as {other[0]!r}): resume with the arguments of that run."

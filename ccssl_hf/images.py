@@ -66,11 +66,7 @@ def open_image(
 
 
 def open_encoded(encoded: Mapping[str, Any] | None) -> Image.Image:
-    """Open an image of a dataset: its `bytes`, or the local file at `path` where they are None.
-
-    Raises:
-        ValueError: The image cannot be read, the row holds none, or `path` is a URL.
-    """
+    """Open an image of a dataset: its `bytes`, or the local file at `path` where they are None. Raises ValueError."""
     source = None if encoded is None else encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
     if source is None:
         raise ValueError("the row holds no image")

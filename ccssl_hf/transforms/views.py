@@ -40,8 +40,8 @@ class View(IntEnum):
 class Column(IntEnum):
     """Columns of a view's random numbers. The numbers are independent, so a view may leave some unused.
 
-    Try `t` of a resized crop uses `CROP_TRIES + 2 * t` (area) and the next column (ratio). RandAugment's op `k` uses
-    `RANDAUGMENT + 4 * k` (which op) and the next three (magnitude, whether it is applied, sign).
+    Try `t` (of ten) of a resized crop uses `CROP_TRIES + 2 * t` (area) and the next column (ratio). RandAugment's op
+    `k` uses `RANDAUGMENT + 4 * k` (which op) and the next three (magnitude, whether it is applied, sign).
     """
 
     FLIP = 0
@@ -62,7 +62,7 @@ class Column(IntEnum):
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """Settings of the views. `ViewArguments` describes those that are not listed here.
+    """Settings of the views. `ccssl_hf.training_args.ViewArguments` describes those that are not listed here.
 
     Args:
         image_size: Side of every view in pixels, `S`.
