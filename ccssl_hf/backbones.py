@@ -1,13 +1,10 @@
-"""timm backbones, and the small heads on top of them.
-
-A backbone is typed `Any`: timm's models share an interface (`forward_features`, `forward_head`, `get_classifier`,
-`pretrained_cfg`), but no common base class.
-"""
+"""timm backbones, typed `Any` because timm's models have no common base class, and the small heads on top of them."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,27 +21,16 @@ from torch import Tensor, nn
 from .transforms import MAX_SIDE_UNCROPPED
 from .wide_resnet_cifar import LEAKY_RELU_SLOPE, WideResNetCifar, init_weights
 
-_RESNET_HIDDEN = 2048
+# Entries of `pretrained_cfg` about the input. Others, about the original weights, would be wrong after training.
 _INPUT_KEYS = (
-    "input_size",
-    "fixed_input_size",
-    "interpolation",
-    "crop_pct",
-    "crop_mode",
-    "mean",
-    "std",
-    "first_conv",
-    "classifier",
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("first_conv", "classifier"),
 )
 _RUNTIME_ARGS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path", "scriptable", "exportable")
 
 
 def check_backbone(name: str) -> None:
-    """Checks that timm or this package has the model `name`.
-
-    Raises:
-        ValueError: The model is unknown; the message suggests similar names.
-    """
+    """Raises ValueError, with similar names, if neither timm nor this package has the model `name`."""
     architecture, _, tag = name.partition(".")
     if "/" in name or ":" in name:
         raise ValueError(
@@ -57,22 +43,14 @@ def check_backbone(name: str) -> None:
         raise ValueError(f"timm {timm.__version__} has no model '{architecture}': {hint}")
     tags = timm.list_models(f"{architecture}.*", include_tags=True)
     if tag and name not in tags:
-        raise ValueError(
-            f"timm {timm.__version__} has no weights '{name}': use one of {', '.join(tags) or architecture}."
-        )
+        known = ", ".join(tags) or architecture
+        raise ValueError(f"timm {timm.__version__} has no weights '{name}': use one of {known}.")
 
 
 def create_backbone(
     name: str, *, num_classes: int, pretrained: bool = False, image_size: int | None = None, **timm_kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Creates a timm model with a new classifier. For the arguments see `CCSSLForImageClassification.from_timm`.
-
-    Returns:
-        The model, whose `pretrained_cfg` describes its input, and the arguments that create it again.
-
-    Raises:
-        ValueError: The name is unknown, the weights cannot be loaded, or an argument cannot be saved as JSON.
-    """
+    """Creates a timm model for `from_timm`, and returns it with the arguments that create it again."""
     check_backbone(name)
     cfg = get_pretrained_cfg(name)
     img_size = timm_kwargs.get("img_size")
@@ -86,7 +64,15 @@ def create_backbone(
         json.dumps(model_args)
     except TypeError as error:
         raise ValueError(f"The arguments are saved as JSON, so pass layers by name: {error}.") from None
-    backbone = _create(name, pretrained, num_classes=num_classes, **timm_kwargs)
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **timm_kwargs)
+    except (OSError, HfHubHTTPError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"The pretrained weights of '{name}' cannot be loaded ({str(error).splitlines()[0]}): check the network "
+            f"and timm.list_pretrained('{name.partition('.')[0]}*'), or use pretrained=False."
+        ) from error
     source = {**backbone.pretrained_cfg, "input_size": (backbone.pretrained_cfg["input_size"][0], *size)}
     if max(size) <= MAX_SIDE_UNCROPPED and "crop_pct" not in (timm_kwargs.get("pretrained_cfg_overlay") or {}):
         source["crop_pct"] = 1.0
@@ -94,24 +80,8 @@ def create_backbone(
     return backbone, model_args
 
 
-def _create(name: str, pretrained: bool, **kwargs: Any) -> Any:
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (OSError, HfHubHTTPError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"The pretrained weights of '{name}' cannot be loaded ({reason}): check the network and "
-            f"timm.list_pretrained('{name.partition('.')[0]}*'), or use pretrained=False."
-        ) from error
-
-
 def set_input(backbone: Any, pretrained_cfg: Mapping[str, Any]) -> None:
-    """Sets the backbone's `pretrained_cfg`, reduced to the entries about its input.
-
-    Entries about the original weights (their address, labels, test size) would be wrong after training.
-    """
+    """Sets the backbone's `pretrained_cfg`, reduced to the entries about its input."""
     architecture = pretrained_cfg.get("architecture") or backbone.pretrained_cfg["architecture"]
     cfg = {"architecture": architecture, "num_classes": backbone.num_classes}
     cfg |= {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg}
@@ -129,15 +99,12 @@ def features_and_logits(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def feature_width(backbone: Any) -> int:
-    """Returns the width of the features before the classifier, from a forward pass in eval mode.
+    """Returns the width of the features, and checks by a forward pass that the backbone can be used.
 
-    Raises:
-        ValueError: The backbone does not accept images of its `input_size`, or its classifier is not a single module
-            that maps the features `[N, width]` to the logits of the backbone.
+    The backbone must accept images of its `input_size`, and its classifier must be a single module on the features.
     """
     name, size = backbone.pretrained_cfg["architecture"], tuple(backbone.pretrained_cfg["input_size"])
-    parameter = next(backbone.parameters())
-    image = torch.linspace(-1, 1, 2 * size[0] * size[1] * size[2]).view(2, *size).to(parameter)
+    image = torch.linspace(-1, 1, 2 * math.prod(size)).view(2, *size).to(next(backbone.parameters()))
     was_training = backbone.training
     backbone.eval()
     try:
@@ -161,14 +128,12 @@ def feature_width(backbone: Any) -> int:
 
 
 def projection_head(backbone: nn.Module, width: int, projection_dim: int) -> nn.Sequential:
-    """Creates the projection head, two linear layers from `[N, width]` to `[N, projection_dim]`, without the norm.
-
-    The hidden layer has `width` units (2048 for ResNets), with ReLU (LeakyReLU for Wide ResNets).
-    """
+    """Two linear layers from `[N, width]` to `[N, projection_dim]`, without the norm of the embeddings."""
     if isinstance(backbone, WideResNetCifar):
-        layers: list[nn.Module] = [nn.Linear(width, width), nn.LeakyReLU(LEAKY_RELU_SLOPE)]
-        return nn.Sequential(*layers, nn.Linear(width, projection_dim)).apply(init_weights)
-    hidden = _RESNET_HIDDEN if isinstance(backbone, (ResNet, ResNetV2)) else width
+        activation = nn.LeakyReLU(LEAKY_RELU_SLOPE)
+        head = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, projection_dim))
+        return head.apply(init_weights)
+    hidden = 2048 if isinstance(backbone, (ResNet, ResNetV2)) else width
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, projection_dim))
 
 
@@ -182,11 +147,7 @@ _LAYERS: dict[type[nn.Module], Callable[[Any], list[Any]]] = {
 
 
 def describe_head(module: nn.Module) -> list[Any]:
-    """Describes a head as JSON for `build_head`: a list of `[layer, *arguments]`.
-
-    Raises:
-        ValueError: The head is not a Sequential of Linear, BatchNorm1d, ReLU and LeakyReLU, or one of these layers.
-    """
+    """Describes a head as JSON for `build_head`: a list of `[layer, *arguments]`. Other layers raise ValueError."""
     described = []
     for layer in module if isinstance(module, nn.Sequential) else [module]:
         kind = next((kind for kind in _LAYERS if isinstance(layer, kind)), None)
@@ -200,7 +161,7 @@ def describe_head(module: nn.Module) -> list[Any]:
 
 
 def build_head(description: list[Any]) -> nn.Sequential:
-    """Builds a new head from the description of `describe_head`."""
+    """Builds a new head from what `describe_head` returned."""
     kinds = {kind.__name__: kind for kind in _LAYERS}
     return nn.Sequential(*(kinds[name](*arguments) for name, *arguments in description))
 

@@ -1,13 +1,11 @@
-"""The published folder, which transformers and timm load by themselves, and safe files for everything else.
-
-AutoModel, AutoModelForImageClassification, AutoImageProcessor, `pipeline` and timm need `config.json` and
-`model.safetensors` (with timm's keys) only. The projection head and further heads are in a separate file.
-"""
+"""Published folders, which transformers and timm load by themselves, and the training state of a checkpoint."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,18 +14,27 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import wide_resnet_cifar
+from .distributed import all_gather, rank, read_batchnorm_buffers, world_size, write_batchnorm_buffers
 from .errors import summary
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 HEAD_FILE = "ccssl_head.safetensors"
 """Projection head and further heads, for continued training and the algorithm's own inference."""
+
+TRAINING_STATE = "training_state.safetensors"
+"""Raw and averaged weights with all heads, and the buffers of the algorithm."""
+
+_BATCHNORM = "batchnorm_of_processes"
+"""Its entry for the BatchNorm statistics of each process, `[processes, n]`."""
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -50,50 +57,35 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Loads what `save_tensors` wrote, to the CPU.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        ValueError: The file is damaged.
-    """
-    return _load(Path(path))[0]
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
+    """Loads what `save_tensors` wrote, to the CPU. Raises FileNotFoundError, or ValueError if the file is damaged."""
+    if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file '{path}': check the folder, or save to it first.")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged ({error}): use an earlier checkpoint.") from error
 
 
-def plain_config(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns the content of `config.json`: the keys that transformers' timm wrapper and timm read, and no others.
-
-    `model_args` is never null (timm fails) and has no `num_classes` (transformers fails). The labels are always there
-    (for a thousand classes transformers would otherwise use ImageNet's).
-    """
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """Writes `config.json`, with the keys that transformers and timm read, and the code of the package's backbones."""
     config = model.config
-    cfg = {key: value for key, value in model.backbone.pretrained_cfg.items() if key != "architecture"}
     content = {
         "architectures": ["TimmWrapperForImageClassification"],
         "model_type": "timm_wrapper",
         "architecture": config.architecture,
         "num_classes": config.num_labels,
         "num_features": model.backbone.num_features,
-        "label_names": config.labels,
-        "model_args": config.model_args or {},
-        "pretrained_cfg": cfg,
+        "label_names": config.labels,  # for a thousand classes transformers would otherwise use ImageNet's
+        "model_args": config.model_args or {},  # not null, which timm does not load
+        "pretrained_cfg": {k: v for k, v in model.backbone.pretrained_cfg.items() if k != "architecture"},
     }
     if is_own_backbone(config.architecture):
-        module = Path(wide_resnet_cifar.__file__).stem
         content["auto_map"] = {
-            "AutoModel": f"{module}.WideResNetCifarModel",
-            "AutoModelForImageClassification": f"{module}.WideResNetCifarForImageClassification",
+            "AutoModel": "wide_resnet_cifar.WideResNetCifarModel",
+            "AutoModelForImageClassification": "wide_resnet_cifar.WideResNetCifarForImageClassification",
         }
-    return content
+        shutil.copyfile(wide_resnet_cifar.__file__, folder / "wide_resnet_cifar.py")
+    save_json(folder / CONFIG_FILE, content)
 
 
 def is_own_backbone(architecture: str) -> bool:
@@ -101,74 +93,11 @@ def is_own_backbone(architecture: str) -> bool:
     return architecture in wide_resnet_cifar.default_cfgs
 
 
-def save_checkpoint(
-    model: PreTrainedModel,
-    folder: str | Path,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    with_head: bool = True,
-) -> None:
-    """Writes a published folder; see `CCSSLForImageClassification.save_pretrained`."""
-    own = model.state_dict()
-    state = own if state_dict is None else state_dict
-    if state.keys() != own.keys():
-        different = sorted(state.keys() ^ own.keys())
-        raise ValueError(
-            f"state_dict must have the keys of model.state_dict(): {len(different)} differ, such as '{different[0]}'."
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = "backbone."
-    backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    save_tensors(folder / WEIGHTS_FILE, backbone)
-    save_json(folder / CONFIG_FILE, plain_config(model))
-    if is_own_backbone(model.config.architecture):
-        source = Path(wide_resnet_cifar.__file__)
-        shutil.copyfile(source, folder / source.name)
-    if with_head:
-        heads = {key: value for key, value in state.items() if not key.startswith(prefix)}
-        shape = {"projection_dim": model.config.projection_dim, "heads": model.config.heads or {}}
-        save_tensors(folder / HEAD_FILE, heads, metadata={"ccssl": json.dumps(shape)})
-    else:
-        (folder / HEAD_FILE).unlink(missing_ok=True)  # a head from an earlier save belongs to other weights
-
-
-def load_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
-    """Loads a folder that `save_checkpoint` wrote, or that timm wrote with `model.safetensors`.
-
-    Returns:
-        The content of `config.json`; the weights under the keys of `CCSSLForImageClassification`; and `projection_dim`
-        and `heads` for `CCSSLConfig`, or None if the folder has no heads.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is damaged.
-    """
-    folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"'{folder}' has no {CONFIG_FILE}: pass a folder that save_pretrained wrote, or a Hub id 'user/name'."
-        )
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config["model_args"] = config.get("model_args") or {}
-    config["model_args"].pop("num_classes", None)  # timm writes it there
-    state = {f"backbone.{key}": value for key, value in load_tensors(folder / WEIGHTS_FILE).items()}
-    if not (folder / HEAD_FILE).is_file():
-        return config, state, None
-    heads, metadata = _load(folder / HEAD_FILE)
-    return config, state | heads, json.loads(metadata["ccssl"])
-
-
 def find_checkpoint(name: str | Path, *, revision: str | None = None, **hub_kwargs: Any) -> Path:
-    """Returns the folder, or downloads the Hub repository (without code) and returns its folder.
+    """Returns the folder, or downloads the Hub repository `user/name` or `user/name@revision`, without code.
 
-    Args:
-        name: A folder, or a Hub id: `user/name` or `user/name@revision`.
-        revision: Branch, tag, commit, or `refs/pr/N` for a pull request; default: main.
-        **hub_kwargs: `token`, `cache_dir`, `local_files_only` of `huggingface_hub.snapshot_download`.
-
-    Raises:
-        FileNotFoundError: There is no such folder, and no such repository that can be read.
+    The further arguments are those of `huggingface_hub.snapshot_download`. Raises FileNotFoundError if there is no such
+    folder, and no such repository that can be read.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -181,3 +110,58 @@ def find_checkpoint(name: str | Path, *, revision: str | None = None, **hub_kwar
             f"'{name}' is neither a local folder nor a readable Hub repository ({summary(error)}): pass a folder that "
             "save_pretrained wrote, or a Hub id 'user/name'. A private repository needs `hf auth login`."
         ) from error
+
+
+def save_training_state(folder: str | Path, modules: Mapping[str, nn.Module], *, write: bool) -> None:
+    """Writes the state of all modules to one file. Every process must call it; the one with `write=True` writes."""
+    together = nn.ModuleDict(modules)
+    state = together.state_dict()
+    statistics = read_batchnorm_buffers(together)
+    if world_size() > 1 and len(statistics):
+        state[_BATCHNORM] = all_gather(statistics[None])
+    if write:
+        save_tensors(Path(folder) / TRAINING_STATE, state)
+
+
+def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) -> None:
+    """Loads what `save_training_state` wrote. BatchNorm statistics of another number of processes are averaged.
+
+    Raises ValueError if the checkpoint is incomplete, or of another model or algorithm.
+    """
+    if not is_complete(folder):
+        raise ValueError(
+            f"{folder} is incomplete (written with save_only_model, or saving was interrupted): give an earlier "
+            "checkpoint-N, or resume_from_checkpoint=True for the last complete one."
+        )
+    together = nn.ModuleDict(modules)
+    state = load_tensors(Path(folder) / TRAINING_STATE)
+    statistics = state.pop(_BATCHNORM, None)
+    wanted, found = ({name: value.shape for name, value in s.items()} for s in (together.state_dict(), state))
+    if other := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        raise ValueError(
+            f"{folder} is of a run with another model, data set, algorithm or ema_decay ({len(other)} entries differ, "
+            f"such as {other[0]!r}): resume with the arguments of that run."
+        )
+    together.load_state_dict(state)
+    if statistics is not None:
+        own = statistics[rank()] if len(statistics) == world_size() else statistics.mean(0)
+        write_batchnorm_buffers(together, own)
+
+
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Whether all files of a checkpoint were written. The Trainer's state is the last one."""
+    try:
+        json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (Path(folder) / TRAINING_STATE).is_file()
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Returns the last complete checkpoint of a run, or None. A killed run may leave an incomplete one after it."""
+    found = [path for path in Path(output_dir).iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if is_complete(path):
+            return str(path)
+        logger.warning("%s is incomplete: resuming from an earlier checkpoint.", path)
+    return None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'this' or 'that'?` for a misspelt name, with the leading space, or an empty string."""
+    """` Did you mean 'this' or 'that'?`, with the leading space, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
@@ -28,10 +28,7 @@ def summary(error: BaseException) -> str:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Turn an error in the user's input into one line on stderr and exit code 2.
-
-    Use it for code before training. An error during training needs its traceback.
-    """
+    """Turns an error in the user's input into one line on stderr and exit code 2. Training itself needs tracebacks."""
     try:
         yield
     except (OSError, TypeError, ValueError) as error:
@@ -42,7 +39,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Name the extra to install if an import in this block fails."""
+    """Names the extra to install if an import in this block fails."""
     try:
         yield
     except ModuleNotFoundError as error:

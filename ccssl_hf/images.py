@@ -1,9 +1,4 @@
-"""Open images, and read the images of a split as uint8 pixels, decoding each image once.
-
-Small images (`decode="memory"`) are decoded into one table of uint8 pixels at the training size. The table is an Arrow
-file in the cache of `datasets`; all processes and workers map the same file into memory. Larger images
-(`decode="stream"`) are decoded once per sample, and the worker cuts the crop of every view from that one decoded image.
-"""
+"""Opens images, and reads the images of a split as uint8 pixels: small ones from memory, larger ones from files."""
 
 from __future__ import annotations
 
@@ -46,12 +41,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 def open_image(
     source: bytes | str | Path, *, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
-    """Open an encoded image as upright RGB.
+    """Open an encoded image (the bytes or the path of a local file) as upright RGB.
 
-    Args:
-        source: The bytes of an image file, or the path of a local file.
-        max_pixels: Refuse larger images before decoding them.
-        formats: Pillow's names of the accepted formats; None accepts all.
+    `formats` are Pillow's names of the accepted formats; None accepts all.
 
     Raises:
         TooLargeError: The image has more than `max_pixels` pixels, or Pillow takes it for a decompression bomb.
@@ -74,11 +66,7 @@ def open_image(
 
 
 def open_encoded(encoded: Mapping[str, Any] | None) -> Image.Image:
-    """Open an image of a dataset: its `bytes`, or the local file at `path` where they are None.
-
-    Raises:
-        ValueError: The image cannot be read, the row holds none, or `path` is a URL.
-    """
+    """Open an image of a dataset: its `bytes`, or the local file at `path` where they are None. Raises ValueError."""
     source = None if encoded is None else encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
     if source is None:
         raise ValueError("the row holds no image")
@@ -103,9 +91,9 @@ def encoded_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format(None)
 
 
-def _pixels(batch: dict[str, list[Any]], rows: list[int], *, column: str, size: int, role: str) -> dict[str, Any]:
+def _pixels(batch: list[Any], rows: list[int], *, size: int, role: str) -> dict[str, list[bytes]]:
     """Resize the shorter side to `size` and crop the central square."""
-    images = (decode_image(encoded, row, role) for row, encoded in zip(rows, batch[column], strict=True))
+    images = (decode_image(encoded, row, role) for encoded, row in zip(batch, rows, strict=True))
     squares = (ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for image in images)
     return {"pixels": [np.asarray(square).transpose(2, 0, 1).tobytes() for square in squares]}
 
@@ -115,61 +103,41 @@ _DECODER = 2
 
 
 class PixelTable:
-    """All images of a split as uint8 `[3, size, size]`, in one memory-mapped file shared by all processes and workers.
+    """All images of a split as uint8 `[3, size, size]`, decoded once to an Arrow file in the cache of `datasets`.
 
-    The file is in the folder `ccssl_hf` of the cache of `datasets`. The next run finds it there.
+    All processes and workers map this file into memory, and the next run finds it there.
     """
 
     def __init__(self, dataset: datasets.Dataset, *, image_column: str, size: int, role: str) -> None:
         self.size = size
         encoded = encoded_images(dataset, image_column)
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf"
-        cache.mkdir(parents=True, exist_ok=True)
+        key = Hasher.hash([encoded._fingerprint, size, PIL.__version__, _DECODER])
+        # Without a file name, `datasets` would keep the pixels of an in-memory dataset in memory.
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf" / f"{key}.arrow"
+        cache.parent.mkdir(parents=True, exist_ok=True)
         rows = max(1, CHUNK_BYTES // (3 * size * size))
         self._dataset = encoded.map(
             _pixels,
+            input_columns=[image_column],
+            with_indices=True,
             batched=True,
             batch_size=rows,
             writer_batch_size=rows,
-            with_indices=True,
-            fn_kwargs={"column": image_column, "size": size, "role": role},
+            fn_kwargs={"size": size, "role": role},
             remove_columns=[image_column],
             features=datasets.Features({"pixels": datasets.Value("binary")}),
-            # Without a name, `datasets` would keep the pixels of an in-memory dataset in memory.
-            cache_file_name=str(
-                cache / f"{Hasher.hash([encoded._fingerprint, size, PIL.__version__, _DECODER])}.arrow"
-            ),
+            cache_file_name=str(cache),
             desc=f"Decoding {role} images to {size} px",
         )
-        self._open()
-
-    def _open(self) -> None:
-        """Map the Arrow buffers as numpy arrays, one per chunk; all rows have the same number of bytes."""
-        shape = (-1, 3, self.size, self.size)
-        self._chunks = []
-        for chunk in self._dataset.data.column("pixels").chunks:
-            offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            data = np.frombuffer(chunk.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
-            self._chunks.append(data.reshape(shape))
-        self._starts = np.cumsum([0] + [len(c) for c in self._chunks])
-
-    def __getstate__(self) -> dict[str, Any]:  # a spawned worker maps the file; it does not copy the pixels
-        return {"size": self.size, "_dataset": self._dataset}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._dataset)
 
     def read(self, index: np.ndarray) -> Tensor:
         """Rows `index`, uint8 `[n, 3, size, size]`."""
-        out = np.empty((len(index), 3, self.size, self.size), np.uint8)
-        chunk = np.searchsorted(self._starts, index, side="right") - 1
-        for i, (c, row) in enumerate(zip(chunk, index - self._starts[chunk], strict=True)):
-            out[i] = self._chunks[c][row]
-        return torch.from_numpy(out)
+        column = self._dataset.data.column("pixels")
+        pixels = bytearray().join(column[row].as_buffer() for row in index.tolist())
+        return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, self.size, self.size)
 
 
 def _rows_of(image: Image.Image) -> np.ndarray:
@@ -199,22 +167,20 @@ class ImageFiles:
         Crops are resized by torch, which takes a third of Pillow's time. Its antialiased bilinear filter differs from
         Pillow's by at most two grey levels (on photographs, 0.1% of the values differ by one).
         """
-        size = self._settings.image_size
-        out = torch.empty((len(index), len(views), 3, size, size), dtype=torch.uint8)
+        size = (self._settings.image_size,) * 2
+        out = torch.empty((len(index), len(views), 3, *size), dtype=torch.uint8)
         for part in (slice(i, i + DECODED_AT_ONCE) for i in range(0, len(index), DECODED_AT_ONCE)):
-            self._read_at_once(index[part].tolist(), torch.from_numpy(draw[part]), views, out[part])
+            rows, draws = index[part].tolist(), torch.from_numpy(draw[part])
+            encoded = self._dataset[rows][self._column]
+            images = [decode_image(item, row, self._role) for item, row in zip(encoded, rows, strict=True)]
+            heights, widths = torch.tensor([[image.height, image.width] for image in images]).unbind(1)
+            known: dict[str, Any] = {"draws": draws, "heights": heights, "widths": widths}
+            pixels = [_rows_of(image) for image in images]
+            for v, view in enumerate(views):
+                boxes = crop_boxes(view, self._settings, seed=self._seed, stream=self._stream, **known).tolist()
+                for crop, image, (top, left, height, width) in zip(out[part, v], pixels, boxes, strict=True):
+                    box = image[None, top : top + height, left : left + width].copy()
+                    cut = torch.from_numpy(box).permute(0, 3, 1, 2)  # channels_last, so torch makes no copy
+                    resized = F.interpolate(cut, size, mode="bilinear", antialias=True)[0, :3]
+                    crop.numpy()[:] = resized.numpy()  # numpy copies to planes in half the time of torch
         return out
-
-    def _read_at_once(self, rows: list[int], draws: Tensor, views: Sequence[View], out: Tensor) -> None:
-        encoded = self._dataset[rows][self._column]
-        images = [decode_image(item, row, self._role) for item, row in zip(encoded, rows, strict=True)]
-        heights, widths = torch.tensor([[image.height, image.width] for image in images]).unbind(1)
-        known: dict[str, Any] = {"draws": draws, "heights": heights, "widths": widths}
-        pixels, size = [_rows_of(image) for image in images], out.shape[-2:]
-        for v, view in enumerate(views):
-            boxes = crop_boxes(view, self._settings, seed=self._seed, stream=self._stream, **known).tolist()
-            for crop, image, (top, left, height, width) in zip(out[:, v], pixels, boxes, strict=True):
-                box = image[None, top : top + height, left : left + width].copy()
-                cut = torch.from_numpy(box).permute(0, 3, 1, 2)  # channels_last, so torch makes no copy
-                resized = F.interpolate(cut, size, mode="bilinear", antialias=True)[0, :3]
-                crop.numpy()[:] = resized.numpy()  # numpy copies to planes in half the time of torch

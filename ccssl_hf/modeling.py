@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TimmWrapperConfig
 from transformers.utils import ModelOutput
 
-from .backbones import (
-    build_head,
-    check_backbone,
-    create_backbone,
-    describe_head,
-    feature_width,
-    features_and_logits,
-    projection_head,
-    set_input,
-)
-from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from .configuration import CCSSLConfig
+from . import backbones
+from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, find_checkpoint, load_tensors, save_tensors, write_config
 from .hub import plan_push, upload
+
+
+class CCSSLConfig(TimmWrapperConfig):
+    """Configuration of `CCSSLForImageClassification`: the one that transformers has for timm models, and the heads.
+
+    `pretrained_cfg` describes the input (`input_size`, `mean`, `std`, ...), `projection_dim` is the size of the
+    embeddings, and `heads` has the layers of each further head from `backbones.describe_head`.
+    """
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["embeddings", "heads"]  # evaluation gathers only the logits
+
+    pretrained_cfg: dict[str, Any] | None = None
+    projection_dim: int = 64
+    heads: dict[str, list[Any]] | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names in the order of the logits."""
+        return [self.id2label[index] for index in range(len(self.id2label))]
 
 
 @dataclass
@@ -49,9 +61,7 @@ class CCSSLOutput(ModelOutput):
 
 
 class CCSSLForImageClassification(PreTrainedModel):
-    """A timm backbone with its classifier, a projection head and further heads on the same features.
-
-    Create it with `from_timm` or `from_pretrained`.
+    """A timm backbone with its classifier, a projection head and further heads. Create it with `from_timm`.
 
     Attributes:
         backbone: The timm model.
@@ -70,14 +80,15 @@ class CCSSLForImageClassification(PreTrainedModel):
     def __init__(self, config: CCSSLConfig, backbone: Any = None) -> None:
         super().__init__(config)
         if backbone is None:
-            check_backbone(config.architecture)
+            backbones.check_backbone(config.architecture)
             model_args = config.model_args or {}
             backbone = timm.create_model(config.architecture, num_classes=config.num_labels, **model_args)
-            set_input(backbone, config.pretrained_cfg or backbone.pretrained_cfg)
+            backbones.set_input(backbone, config.pretrained_cfg or backbone.pretrained_cfg)
         self.backbone: Any = backbone
-        self.feature_dim = feature_width(backbone)
-        self.projection = projection_head(backbone, self.feature_dim, config.projection_dim)
-        self.heads = nn.ModuleDict({name: build_head(layers) for name, layers in (config.heads or {}).items()})
+        self.feature_dim = backbones.feature_width(backbone)
+        self.projection = backbones.projection_head(backbone, self.feature_dim, config.projection_dim)
+        heads = (config.heads or {}).items()
+        self.heads = nn.ModuleDict({name: backbones.build_head(layers) for name, layers in heads})
         self.supports_gradient_checkpointing = hasattr(backbone, "set_grad_checkpointing")
         self.post_init()
 
@@ -104,11 +115,9 @@ class CCSSLForImageClassification(PreTrainedModel):
         Args:
             name: timm name of the backbone, such as "resnet50" or "wide_resnet28_2_cifar", with or without a tag.
             labels: Class names in the order of the label numbers.
-            pretrained: Whether to load timm's weights.
-            projection_dim: Size of the embeddings.
             image_size: Side of the images in pixels; None: the default of the backbone. Images up to 96 px are not
                 cropped at evaluation, unless `pretrained_cfg_overlay` has a `crop_pct`.
-            heads: Further heads on the features, see `add_heads`.
+            heads: See `add_heads`.
             **timm_kwargs: Further arguments of `timm.create_model`, such as `drop_path_rate`, or
                 `pretrained_cfg_overlay={"mean": ..., "std": ..., "crop_pct": ...}` to change the preprocessing.
 
@@ -118,12 +127,12 @@ class CCSSLForImageClassification(PreTrainedModel):
         """
         if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
             raise ValueError("labels must be a list of class names, such as dataset.features['label'].names.")
-        repeated = sorted({label for label in labels if list(labels).count(label) > 1})
+        repeated = sorted(label for label, count in Counter(labels).items() if count > 1)
         if repeated or not labels:
             raise ValueError(f"labels must be distinct and not empty; repeated: {repeated}.")
         if "num_classes" in timm_kwargs:
             raise ValueError("num_classes follows from the labels: leave it out.")
-        backbone, model_args = create_backbone(
+        backbone, model_args = backbones.create_backbone(
             name, num_classes=len(labels), pretrained=pretrained, image_size=image_size, **timm_kwargs
         )
         config = CCSSLConfig(
@@ -139,16 +148,13 @@ class CCSSLForImageClassification(PreTrainedModel):
         return model
 
     def add_heads(self, heads: Mapping[str, nn.Module]) -> None:
-        """Adds the heads of an algorithm. A head that the model already has keeps its weights.
-
-        Args:
-            heads: Name to module on the features `[N, feature_dim]`: a Linear, or a Sequential of Linear, BatchNorm1d,
-                ReLU and LeakyReLU.
+        """Adds heads on the features `[N, feature_dim]`. A head that the model already has keeps its weights.
 
         Raises:
-            ValueError: A module has other layers, or the model has another head of this name.
+            ValueError: A head is neither a Linear nor a Sequential of Linear, BatchNorm1d, ReLU and LeakyReLU, or the
+                model has another head of this name.
         """
-        described = {name: describe_head(module) for name, module in heads.items()}
+        described = {name: backbones.describe_head(module) for name, module in heads.items()}
         known = dict(self.config.heads or {})
         for name, layers in described.items():
             if known.get(name, layers) != layers:
@@ -165,15 +171,11 @@ class CCSSLForImageClassification(PreTrainedModel):
         return_embeddings: bool = False,
         return_dict: bool | None = None,
     ) -> CCSSLOutput | tuple[Any, ...]:
-        """Computes the logits and the outputs of all heads in one pass of the backbone.
+        """Computes the logits and the outputs of all heads for normalised images `[N, 3, H, W]`, in one pass.
 
-        Args:
-            pixel_values: Normalised images `[N, 3, H, W]`.
-            labels: Class numbers `[N]`, for the loss.
-            return_embeddings: Whether to compute the embeddings.
-            return_dict: False: return a tuple of the outputs that are not None.
+        `labels` are class numbers `[N]`. With `return_dict=False` returns a tuple of the outputs that are not None.
         """
-        features, logits = features_and_logits(self.backbone, pixel_values)
+        features, logits = backbones.features_and_logits(self.backbone, pixel_values)
         output = CCSSLOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             logits=logits,
@@ -194,7 +196,6 @@ class CCSSLForImageClassification(PreTrainedModel):
         """Writes a folder that transformers and timm load without this package.
 
         Args:
-            save_directory: Created if it does not exist.
             state_dict: Weights to save instead of the model's own, such as the averaged weights.
             with_head: Whether to write the projection head and further heads (`ccssl_head.safetensors`).
             is_main_process: False: write nothing.
@@ -202,8 +203,24 @@ class CCSSLForImageClassification(PreTrainedModel):
         Raises:
             ValueError: `state_dict` has other keys than the model.
         """
-        if is_main_process:
-            save_checkpoint(self, save_directory, state_dict=state_dict, with_head=with_head)
+        if not is_main_process:
+            return
+        own = self.state_dict()
+        state = own if state_dict is None else state_dict
+        if other := sorted(state.keys() ^ own.keys()):
+            raise ValueError(f"state_dict must have the model's keys: {len(other)} differ, such as '{other[0]}'.")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        prefix = "backbone."
+        backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        save_tensors(folder / WEIGHTS_FILE, backbone)
+        write_config(self, folder)
+        if with_head:
+            heads = {key: value for key, value in state.items() if not key.startswith(prefix)}
+            shape = {"projection_dim": self.config.projection_dim, "heads": self.config.heads or {}}
+            save_tensors(folder / HEAD_FILE, heads, metadata={"ccssl": json.dumps(shape)})
+        else:
+            (folder / HEAD_FILE).unlink(missing_ok=True)  # a head from an earlier save belongs to other weights
 
     @classmethod
     def from_pretrained(
@@ -215,14 +232,9 @@ class CCSSLForImageClassification(PreTrainedModel):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> CCSSLForImageClassification:
-        """Loads a model from a folder or Hub repository, in eval mode, without running code from there.
+        """Loads a folder or Hub repository in eval mode, without running code from there.
 
-        Args:
-            name: A folder that `save_pretrained` wrote, or a Hub id.
-            revision: Branch, tag or commit on the Hub.
-            token: For a private repository.
-            cache_dir: Folder for downloads.
-            local_files_only: Whether to use only files that are already downloaded.
+        Also loads a folder that timm wrote. Without heads in the folder, the model gets a new projection head.
 
         Raises:
             FileNotFoundError: There is no such folder or repository.
@@ -231,18 +243,28 @@ class CCSSLForImageClassification(PreTrainedModel):
         folder = find_checkpoint(
             name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        content, state, head = load_checkpoint(folder)
-        model = cls(CCSSLConfig.from_dict(content, **(head or {})))
-        if head is None:
-            warnings.warn(f"'{name}' has no projection head: a new one is created.", stacklevel=2)
-        expected = {key for key in model.state_dict() if head is not None or key.startswith("backbone.")}
-        if state.keys() != expected:
-            different = sorted(state.keys() ^ expected)
-            raise ValueError(
-                f"The weights in '{name}' do not fit '{model.config.architecture}': {len(different)} keys differ, such "
-                f"as '{different[0]}'. Save the folder again."
+        if not (folder / CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"'{folder}' has no {CONFIG_FILE}: pass a folder that save_pretrained wrote, or a Hub id 'user/name'."
             )
-        model.load_state_dict(state, strict=head is not None)
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content["model_args"] = content.get("model_args") or {}
+        content["model_args"].pop("num_classes", None)  # timm writes it there
+        state = {f"backbone.{key}": value for key, value in load_tensors(folder / WEIGHTS_FILE).items()}
+        if has_head := (folder / HEAD_FILE).is_file():
+            state |= load_tensors(folder / HEAD_FILE)
+            with safe_open(folder / HEAD_FILE, framework="pt") as file:
+                content |= json.loads(file.metadata()["ccssl"])
+        else:
+            warnings.warn(f"'{name}' has no projection head: a new one is created.", stacklevel=2)
+        model = cls(CCSSLConfig.from_dict(content))
+        expected = {key for key in model.state_dict() if has_head or key.startswith("backbone.")}
+        if other := sorted(state.keys() ^ expected):
+            raise ValueError(
+                f"The weights in '{name}' do not fit '{model.config.architecture}': {len(other)} keys differ, such as "
+                f"'{other[0]}'. Save the folder again."
+            )
+        model.load_state_dict(state, strict=has_head)
         return model.eval()
 
     def push_to_hub(

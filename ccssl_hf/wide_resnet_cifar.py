@@ -1,8 +1,6 @@
-"""Wide ResNets for small images, registered with timm. Self-contained: copied into published folders that need it.
+"""Wide ResNets for small images (arXiv 1605.07146) with the details of FixMatch and CCSSL, registered with timm.
 
-The standard networks for benchmarks of semi-supervised learning (Zagoruyko and Komodakis, "Wide Residual Networks",
-BMVC 2016, arXiv 1605.07146, with the details of FixMatch and CCSSL): pre-activation, LeakyReLU 0.1, BatchNorm momentum
-0.001. Importing this file makes `timm.create_model("wide_resnet28_2_cifar")` work.
+Self-contained: this file is copied into published folders that need it.
 """
 
 from __future__ import annotations
@@ -14,9 +12,6 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, r
 from torch import Tensor, nn
 from transformers import TimmWrapperForImageClassification, TimmWrapperModel
 
-BATCH_NORM_MOMENTUM = 0.001
-"""Small, because evaluation uses averaged weights."""
-
 LEAKY_RELU_SLOPE = 0.1
 
 
@@ -24,15 +19,15 @@ class WideBlock(nn.Module):
     """Two 3x3 convolutions, each after BatchNorm and LeakyReLU, and a shortcut.
 
     A block that changes the width or the resolution differs from the paper, as in the code of the published results: in
-    the first stage (`preactivate=True`) the shortcut starts after the first activation, and in later stages neither
-    branch uses `bn1`. The unused `bn1` stays, frozen, so that weights of that code load key by key.
+    the first stage (`preactivate=True`) the shortcut starts after the first activation. In later stages neither branch
+    uses `bn1`, which stays for the keys of that code's weights.
     """
 
     def __init__(self, in_chs: int, out_chs: int, *, stride: int, preactivate: bool, conv_bias: bool = False) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_chs, momentum=BATCH_NORM_MOMENTUM)
+        self.bn1 = nn.BatchNorm2d(in_chs)
         self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=conv_bias)
-        self.bn2 = nn.BatchNorm2d(out_chs, momentum=BATCH_NORM_MOMENTUM)
+        self.bn2 = nn.BatchNorm2d(out_chs)
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=conv_bias)
         self.act = nn.LeakyReLU(LEAKY_RELU_SLOPE, inplace=True)
         changes = stride != 1 or in_chs != out_chs
@@ -58,24 +53,16 @@ def init_weights(module: nn.Module) -> None:
 
 
 class WideResNetCifar(nn.Module):
-    """A Wide ResNet with timm's interface.
-
-    The arguments from `bn_eps` on exist for weights from USB and TorchSSL, whose networks differ in these points.
+    """A Wide ResNet with timm's interface. The arguments from `bn_eps` on exist for weights from USB and TorchSSL.
 
     Args:
         depth: Number of layers with weights on the longest path: `stages * (2 * blocks + 1) + 1`.
         width: Widening factor `k`; stage `s` (from 0) has `16 * k * 2**s` channels.
         stages: Number of stages; each but the first halves the resolution.
-        first_stride: Stride of the first stage.
-        num_classes: Outputs of the classifier; 0: no classifier.
-        in_chans: Channels of the images.
-        global_pool: timm's name of the pooling before the classifier.
-        bn_momentum: BatchNorm momentum. The published 0.001 needs thousands of steps to forget the initial statistics;
-            use 0.1 for a run of hundreds of steps.
-        bn_eps: BatchNorm epsilon.
+        bn_momentum: BatchNorm momentum. 0.001 needs thousands of steps to forget the initial statistics; use 0.1 for a
+            run of hundreds of steps.
         last_bn_eps: Epsilon of the last BatchNorm; None: `bn_eps`.
-        stem_bias: Whether the first convolution has a bias.
-        conv_bias: Whether the convolutions in the blocks have biases.
+        stem_bias, conv_bias: Whether the first convolution, and the convolutions in the blocks, have biases.
         preactivate_all: Whether blocks that change the width use `bn1` in every stage, not only in the first.
     """
 
@@ -88,7 +75,7 @@ class WideResNetCifar(nn.Module):
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = "avg",
-        bn_momentum: float = BATCH_NORM_MOMENTUM,
+        bn_momentum: float = 0.001,
         bn_eps: float = 1e-5,
         last_bn_eps: float | None = None,
         stem_bias: bool = False,
@@ -112,7 +99,7 @@ class WideResNetCifar(nn.Module):
             chs, reduction = out_chs, reduction * stride
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f"stages.{stage}"))
         self.stages = nn.Sequential(*layers)
-        self.bn1 = nn.BatchNorm2d(chs, momentum=BATCH_NORM_MOMENTUM)
+        self.bn1 = nn.BatchNorm2d(chs)
         self.act = nn.LeakyReLU(LEAKY_RELU_SLOPE, inplace=True)
         self.num_features = self.head_hidden_size = chs
         self.global_pool, self.fc = create_classifier(chs, num_classes, pool_type=global_pool)
@@ -145,14 +132,10 @@ class WideResNetCifar(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg() -> dict[str, Any]:
-    """Image size and channel statistics of CIFAR-10; images are not cropped."""
-    cfg: dict[str, Any] = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic")
-    cfg.update(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616), first_conv="conv1", classifier="fc")
-    return cfg
+_CFG = dict(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, interpolation="bicubic", classifier="fc")
+_CFG.update(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616), first_conv="conv1")  # CIFAR-10
 
-
-default_cfgs = generate_default_cfgs({f"wide_resnet{name}_cifar": _cfg() for name in ("10_1", "28_2", "28_8", "37_2")})
+default_cfgs = generate_default_cfgs({f"wide_resnet{name}_cifar": _CFG for name in ("10_1", "28_2", "28_8", "37_2")})
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **shape: int) -> WideResNetCifar:
@@ -176,11 +159,7 @@ def wide_resnet28_8_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNet
 
 
 def wide_resnet37_2_cifar(pretrained: bool = False, **kwargs: Any) -> WideResNetCifar:
-    """Wide ResNet 37-2 (6 million parameters), the standard network for STL-10 (96 px).
-
-    28-2 with a fourth stage and with stride 2 in every stage, so 16 pixels become one feature. TorchSSL's network has
-    the same blocks with `stem_bias`, `conv_bias` and `bn_eps=0.001`.
-    """
+    """Wide ResNet 37-2 (6 million parameters), the standard network for STL-10 (96 px), of stride 2 in every stage."""
     return _create("wide_resnet37_2_cifar", pretrained, kwargs, depth=37, width=2, stages=4, first_stride=2)
 
 

@@ -331,7 +331,7 @@ def test_a_pixel_table_of_many_chunks_survives_pickling_and_stays_on_disk() -> N
     size = 512
     count = 2 * (CHUNK_BYTES // (3 * size * size)) + 3
     table = PixelTable(mixed_sizes(count), image_column="image", size=size, role="labeled")
-    assert len(table._chunks) == 3 and len(table) == count
+    assert table._dataset.data.column("pixels").num_chunks == 3 and len(table) == count
     last = reference(picture(count - 1, 20 + (count - 1) % 5, 18 + (count - 1) % 7), size)
     packed = pickle.dumps(table)
     assert len(packed) < 20_000  # the pixels are 35 MB

@@ -1,15 +1,5 @@
 """Weak, strong and contrastive views, made in batches, with counter-based random numbers and the results of PIL."""
 
-from .settings import MAX_SIDE_HELD, MAX_SIDE_UNCROPPED, Column, View, ViewSettings
-from .views import crop_boxes, make_view, normalize
+from .views import MAX_SIDE_HELD, MAX_SIDE_UNCROPPED, View, ViewSettings, crop_boxes, make_view, normalize
 
-__all__ = [
-    "MAX_SIDE_HELD",
-    "MAX_SIDE_UNCROPPED",
-    "Column",
-    "View",
-    "ViewSettings",
-    "crop_boxes",
-    "make_view",
-    "normalize",
-]
+__all__ = ["MAX_SIDE_HELD", "MAX_SIDE_UNCROPPED", "View", "ViewSettings", "crop_boxes", "make_view", "normalize"]

@@ -1,16 +1,163 @@
-"""Colour operations on a uint8 batch, with separate parameters for each image and the same results as PIL.
+"""Operations on a uint8 batch, with separate parameters for each image and the results of PIL.
 
-Images are uint8 `[N, 3, H, W]` (red, green, blue), parameters `[N]` on any device; the result has the shape of the
-images. Pillow computes with C floats and truncates, or uses tables of 256 grey levels. These functions do the same, so
-their results equal Pillow's byte for byte on every device.
+Images are uint8 `[N, 3, H, W]` (red, green, blue). Pillow computes with C floats and truncates, or uses fixed point or
+tables of 256 grey levels. These functions do the same, so their results equal Pillow's byte for byte on every device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+_PRECISION = 22
+"""Fraction bits of Pillow's resampling coefficients."""
+
+
+def chunks(number: int, values: int, device: torch.device) -> Iterator[slice]:
+    """Slices of `number` images with `values` values each, which bound temporaries and fit a CPU's cache."""
+    step = max(1, (1 << 20 if device.type == "cpu" else 1 << 24) // values)
+    return (slice(begin, begin + step) for begin in range(0, number, step))
+
+
+def apply(images: Tensor, chosen: Tensor, op: Callable[..., Tensor], *parameters: Tensor) -> None:
+    """Replaces the `chosen` images (bool `[N]`) by `op(images, *parameters)`; both and the parameters on the CPU."""
+    indices = chosen.nonzero().flatten()
+    for part in chunks(len(indices), images[:1].numel(), images.device):
+        index = indices[part]
+        there = index.to(images.device, non_blocking=True)
+        changed = op(images.index_select(0, there), *(parameter[index] for parameter in parameters))
+        if images.device.type == "cpu":
+            images.numpy()[index.numpy()] = changed.numpy()  # copies whole rows; index_copy_ copies single bytes
+        else:
+            images.index_copy_(0, there, changed)
+
+
+# Geometry. Parameters are on the CPU: positions are computed there exactly, and only integers go to the images' device.
+
+
+def rotation_matrices(degrees: Tensor, height: int, width: int) -> Tensor:
+    """The matrices of `Image.rotate` for `affine`, float64 `[N, 6]`; zero degrees give the identity."""
+    angle = -torch.deg2rad(degrees.to(torch.float64))
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    x, y = width / 2, height / 2
+    return torch.stack([cos, sin, -x * cos - y * sin + x, -sin, cos, x * sin - y * cos + y], dim=1)
+
+
+def affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """`Image.transform(size, AFFINE, matrix)` with nearest neighbours and black outside.
+
+    The matrices, float64 `[N, 6]`, map output to input pixels: x' = ax + by + c, y' = dx + ey + f.
+    """
+    height, width = images.shape[2:]
+    a, b, c, d, e, f = matrices.to(torch.float64).unbind(1)
+    matrix = torch.stack([a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5])
+    # Pillow uses 16.16 fixed point, from the centre of the first pixel.
+    fixed = (matrix * 65536.0 + 0.5).floor().to(torch.int32).to(images.device, non_blocking=True)[:, :, None, None]
+    x = torch.arange(width, device=images.device, dtype=torch.int32)
+    y = torch.arange(height, device=images.device, dtype=torch.int32)[:, None]
+    column = (fixed[0] * x + (fixed[1] * y + fixed[2])) >> 16
+    row = (fixed[3] * x + (fixed[4] * y + fixed[5])) >> 16
+    # All bits are set if any of the four is negative. Comparisons would be slower on a CPU.
+    outside = (column | row | (width - 1 - column) | (height - 1 - row)) >> 31
+    inside = ~outside
+    source = row.mul_(width).add_(column).bitwise_and_(inside).flatten(1).long()
+    moved = images.flatten(2).gather(2, source[:, None].expand(-1, images.shape[1], -1)).view_as(images)
+    return moved.bitwise_and_(inside.to(torch.uint8)[:, None])
+
+
+def reflect_crop(images: Tensor, top: Tensor, left: Tensor, *, pad: int, mirror: Tensor) -> Tensor:
+    """Pads by `pad` pixels (reflection without repeating the edge), then crops back to the size of the images.
+
+    `top` and `left` (int64 `[N]`) count from the corner of the padded image. Crops with `mirror` (bool `[N]`) are
+    mirrored left to right.
+    """
+    number, channels, height, width = images.shape
+
+    def reflected(start: Tensor, side: int) -> Tensor:
+        index = (start[:, None] - pad + torch.arange(side)).abs()
+        return torch.where(index >= side, 2 * (side - 1) - index, index)
+
+    rows, columns = reflected(top, height), reflected(left, width)
+    columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    rows, columns = (index.to(images.device, non_blocking=True) for index in (rows, columns))
+    first = torch.arange(number * channels, device=images.device).view(number, channels, 1) * height
+    picked = images.reshape(-1, width).index_select(0, (first + rows[:, None]).flatten()).view(images.shape)
+    return picked.gather(3, columns[:, None, None].expand(images.shape))
+
+
+def _taps(start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Positions (int64) and weights (int32, in 2**-22) of the `T` inputs of each output, `[T, N, size]` each."""
+    scale = (length.to(torch.float64) / size)[:, None]
+    support = scale.clamp(min=1.0)
+    centre = (torch.arange(size, device=start.device, dtype=torch.float64) + 0.5) * scale
+    first = (centre - support + 0.5).clamp(min=0).floor()
+    end = torch.minimum((centre + support + 0.5).floor(), length[:, None].to(torch.float64))
+    taps = int((end - first).max())
+    position = first + torch.arange(taps, device=start.device)[:, None, None]
+    weight = (1 - ((position - centre + 0.5) * (1.0 / support)).abs()).clamp(min=0) * (position < end)
+    weight = (weight / weight.cumsum(0)[-1] * (1 << _PRECISION) + 0.5).to(torch.int32)  # summed in tap order
+    return start[:, None] + torch.minimum(position, end - 1).long(), weight
+
+
+def _resample(lines: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of lines: uint8 `[n, L, M]`, taps `[T, n, size]` → uint8 `[n, size, M]`, in int32 like Pillow."""
+    number, length, width = lines.shape
+    index = index + torch.arange(number, device=lines.device)[:, None] * length
+    flat = lines.reshape(-1, width)
+    total = torch.full((index[0].numel(), width), 1 << (_PRECISION - 1), dtype=torch.int32, device=lines.device)
+    for source, share in zip(index.flatten(1), weight.flatten(1), strict=True):
+        total.addcmul_(flat.index_select(0, source).to(torch.int32), share[:, None])
+    return (total >> _PRECISION).to(torch.uint8).view(number, -1, width)
+
+
+def resized_crop(images: Tensor, boxes: Tensor, *, size: int, mirror: Tensor) -> Tensor:
+    """`image.crop(box).resize((size, size), BILINEAR)`: Pillow's antialiased resize, horizontal, then vertical.
+
+    The boxes (top, left, height, width; int64 `[N, 4]`) lie within the images. Crops with `mirror` (bool `[N]`) are
+    mirrored left to right. The result is uint8 `[N, 3, size, size]`.
+    """
+    number, channels, height, _ = images.shape
+    top, left, box_height, box_width = boxes.unbind(1)
+    across, across_weight = _taps(left, box_width, size)
+    across = torch.where(mirror[:, None], across.flip(2), across)
+    across_weight = torch.where(mirror[:, None], across_weight.flip(2), across_weight)
+    down, down_weight = _taps(top, box_height, size)
+    across, across_weight, down, down_weight = (
+        taps.to(images.device, non_blocking=True) for taps in (across, across_weight, down, down_weight)
+    )
+    result = torch.empty((number, channels, size, size), dtype=torch.uint8, device=images.device)
+    for part in chunks(number, channels * size * max(height, size), images.device):
+        columns = images[part].permute(0, 3, 1, 2).flatten(2)  # a line is one column of all channels
+        columns = _resample(columns, across[:, part], across_weight[:, part])
+        rows = columns.view(-1, size, channels, height).permute(0, 3, 2, 1).flatten(2)
+        rows = _resample(rows, down[:, part], down_weight[:, part])
+        result[part] = rows.view(-1, size, channels, size).permute(0, 2, 1, 3)
+    return result
+
+
+def cutout(images: Tensor, top: Tensor, left: Tensor, *, size: int) -> None:
+    """Fills a square of `size` pixels in each image, clipped at the borders, with grey (127), in place."""
+    if images.device.type != "cpu":
+        return _masked_cutout(images, top, left, size)
+    for image, first, start in zip(images.numpy(), top.tolist(), left.tolist(), strict=True):
+        image[:, max(first, 0) : max(first + size, 0), max(start, 0) : max(start + size, 0)] = 127
+
+
+def _masked_cutout(images: Tensor, top: Tensor, left: Tensor, size: int) -> None:
+    """`cutout` for all images at once: on an accelerator, one kernel per image would be slower."""
+
+    def covered(start: Tensor, side: int) -> Tensor:
+        offset = torch.arange(side, device=images.device) - start.to(images.device, non_blocking=True)[:, None]
+        return (offset >= 0) & (offset < size)
+
+    square = covered(top, images.shape[2])[:, None, :, None] & covered(left, images.shape[3])[:, None, None]
+    images.masked_fill_(square, 127)
+
+
+# Colour. Parameters, `[N]`, may be on any device.
 
 
 def _per_image(values: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -18,19 +165,11 @@ def _per_image(values: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(images.device, dtype, non_blocking=True)[:, None, None, None]
 
 
-def _truncate(values: Tensor) -> Tensor:
-    """Floats in 0..255 to uint8, through int16, which is three times as fast on a CPU."""
-    return values.to(torch.int16).to(torch.uint8)
-
-
 def _blend(degenerate: Tensor | None, images: Tensor, factor: Tensor) -> Tensor:
-    """`Image.blend`: degenerate + factor * (images - degenerate), clipped and truncated; None is black.
-
-    `images` are float32 and are overwritten.
-    """
+    """`Image.blend`: degenerate (None: black) + factor * (images - degenerate). Overwrites `images`, float32."""
     factor = _per_image(factor, images, torch.float32)
     blended = images.mul_(factor) if degenerate is None else images.sub_(degenerate).mul_(factor).add_(degenerate)
-    return blended.to(torch.int16).clamp_(0, 255).to(torch.uint8)  # like `_truncate`; clipping int16 is faster
+    return blended.to(torch.int16).clamp_(0, 255).to(torch.uint8)  # int16 is faster on a CPU
 
 
 def _lookup(images: Tensor, table: Tensor) -> Tensor:
@@ -47,7 +186,7 @@ def luma(images: Tensor) -> Tensor:
 
 def grayscale(images: Tensor) -> Tensor:
     """Luma in all three channels."""
-    return _truncate(luma(images.to(torch.float32))).repeat(1, 3, 1, 1)
+    return luma(images.to(torch.float32)).to(torch.int16).to(torch.uint8).repeat(1, 3, 1, 1)
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -119,11 +258,10 @@ def equalize(images: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _hsv_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tables of Pillow's hue and saturation, computed with its mixture of float and double.
+    """Tables of Pillow's hue and saturation, computed with its mixture of float and double, uint8.
 
-    Returns:
-        Hue by sector (the largest channel), difference of the two other channels in cyclic order (+ 256) and chroma,
-        uint8 `[3 * 512 * 256]`; saturation by chroma and value, uint8 `[256 * 256]`.
+    Hue by sector (the largest channel), difference of the two other channels in cyclic order (+ 256) and chroma,
+    `[3 * 512 * 256]`; saturation by chroma and value, `[256 * 256]`.
     """
     value = torch.arange(256, dtype=torch.float32)
     chroma = value.clamp(min=1)
