@@ -28,11 +28,10 @@ from .callbacks import StepMonitor, UpdateAverage, progress_callback
 from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
-from .hub import plan_push, upload
+from .hub import files_of_checkpoint, plan_push, upload, upload_in_background
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
-from .publishing import files_of_checkpoint, upload_in_background
 from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
