@@ -1,4 +1,4 @@
-"""What a run knows of itself: settings, splits, results with provenance, predictions. The card is a function of it."""
+"""What a run knows of itself: settings, splits, results with provenance, predictions. The card is made from it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from . import __version__
 
 Section = Literal["classes", "pseudo labels", "ood"]
 
@@ -75,13 +77,9 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Result:
-    """A measured number with its metric, split and provenance.
+    """A measured number: a fraction in [0, 1] on a split. Without provenance, the run is unknown (a downloaded model).
 
-    Args:
-        metric: A name of `METRICS`, or any other.
-        value: A fraction in [0, 1].
-        split: Name of the split, such as `test`.
-        provenance: The weights; None if the run is unknown, as for a downloaded model without a card.
+    `metric` is a name of `METRICS`, or any other.
     """
 
     metric: str
@@ -89,37 +87,31 @@ class Result:
     split: str
     provenance: Provenance | None = None
 
+    def _described(self) -> tuple[Metric, str]:
+        name, _, threshold = self.metric.partition("@")
+        return METRICS.get(name, Metric(name, name)), threshold
+
     @property
     def name(self) -> str:
         """The metric's name for readers, with its threshold."""
-        name, _, threshold = self.metric.partition("@")
-        words = METRICS[name].words if name in METRICS else name
-        return f"{words} (threshold {threshold})" if threshold else words
+        metric, threshold = self._described()
+        return f"{metric.words} (threshold {threshold})" if threshold else metric.words
 
     @property
     def hub_name(self) -> str:
         """The metric's name in the Hub's metadata, with its threshold."""
-        name, at, threshold = self.metric.partition("@")
-        return (METRICS[name].hub_name if name in METRICS else name) + at + threshold
+        metric, threshold = self._described()
+        return f"{metric.hub_name}@{threshold}" if threshold else metric.hub_name
 
     @property
     def section(self) -> Section:
         """The section of the card that shows it."""
-        name = self.metric.partition("@")[0]
-        return METRICS[name].section if name in METRICS else "classes"
+        return self._described()[0].section
 
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """A model's outputs on a labeled split of `N` images, of `C` classes.
-
-    Args:
-        split: Name of the split.
-        provenance: The weights; None if the run is unknown.
-        logits: float32 `[N, C]`.
-        labels: `[N]`; -1 for an out-of-distribution image.
-        embeddings: `[N, D]`; None if they are not drawn.
-    """
+    """A model's outputs on a labeled split: logits float32 `[N, C]`, labels `[N]` (-1: OOD), embeddings `[N, D]`."""
 
     split: str
     provenance: Provenance | None
@@ -151,25 +143,17 @@ class RunRecord:
 
     Args:
         backbone: timm name of the network.
-        class_names: Names of the classes, in order.
         algorithm: Name in `ccssl_hf.algorithms.ALGORITHMS`; None if nothing is known about the training.
-        hyperparameters: Those of the algorithm and CCSSL, by name. `lambda_contrast` above 0 means CCSSL.
-        optimization: All other settings that affect the weights, by name.
-        views: Settings of the views, by name.
-        splits: The data by name of the split (`labeled`, `unlabeled`, `validation`, `test`).
+        hyperparameters: Those of the algorithm and CCSSL. `lambda_contrast` above 0 means CCSSL.
+        optimization: All other settings that affect the weights.
+        splits: By name (`labeled`, `unlabeled`, `validation`, `test`).
         labeled_per_class: Number of labeled images by class name.
         base_model: Hub id or timm name of the initial weights; None for random weights.
-        steps: Optimizer steps of the run.
         batch_size: Labeled images in each step, over all processes.
         mu: Unlabeled images for each labeled image; None if the algorithm uses none.
-        seed: The run's seed.
-        versions: Library to version, from `library_versions`.
-        device: Kind of device, such as `cuda`.
-        num_processes: Number of training processes.
         run_time: Training time in seconds.
         history: The log, `trainer.state.log_history`.
         provenance: The published weights; None if the run is unknown.
-        results: Measured numbers.
         predictions: Outputs on labeled splits, for the pictures.
     """
 
@@ -197,12 +181,6 @@ class RunRecord:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries that a run depends on."""
-    names = ("ccssl_hf", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    """Versions of the libraries that a run depends on."""
+    names = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub")
+    return {"ccssl_hf": __version__, **{name: metadata.version(name) for name in names}}

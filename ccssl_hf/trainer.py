@@ -6,6 +6,8 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import PushInProgress
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
@@ -37,7 +38,7 @@ from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import MAX_SIDE_HELD, ViewSettings
+from .transforms import MAX_SIDE_HELD
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,6 @@ class CCSSLTrainer(Trainer):
     """
 
     args: CCSSLTrainingArguments
-    push_in_progress: PushInProgress | None = None
 
     def __init__(
         self,
@@ -79,13 +79,20 @@ class CCSSLTrainer(Trainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        _check_types(model, args)
-        self.class_names = model.config.labels
+        if not isinstance(args, CCSSLTrainingArguments):
+            raise TypeError(f"args is a {type(args).__name__}: pass ccssl_hf.CCSSLTrainingArguments.")
+        if not isinstance(model, CCSSLForImageClassification):
+            raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
+        self.args, self.class_names = args, model.config.labels
         self.settings = args.view_settings(model.backbone.pretrained_cfg)
-        self._cropped = _is_streamed(args, self.settings)  # if so, the dataset crops every view separately
-        self.unlabeled_dataset = unlabeled_dataset
-        self._check_data(args, train_dataset, unlabeled_dataset, eval_dataset)
-        self.algorithm = self._build_algorithm(model, args)
+        self.decode = args.decode
+        if args.decode == "auto":
+            self.decode = "stream" if self.settings.image_size > MAX_SIDE_HELD else "memory"
+        if self.decode == "stream" and self.settings.weak_crop == "pad":
+            raise ValueError("weak_crop='pad' needs images at the training size: set weak_crop='resized' to stream.")
+        self.train_dataset, self.unlabeled_dataset, self.eval_dataset = train_dataset, unlabeled_dataset, eval_dataset
+        self._read_data()
+        self.algorithm = self._build_algorithm(model)
         data.check_writable(args.output_dir)
 
         # Freeze parameters that receive no gradient; DDP would wait for them.
@@ -126,6 +133,7 @@ class CCSSLTrainer(Trainer):
         self.dataset_names: dict[str, str] = {}
         self.base_model: str | None = None
         self._best_step: int | None = None
+        self._pushes: list[Future[CommitInfo]] = []  # uploads of checkpoints
         self._loop_output: Any = None  # of the current evaluation
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
@@ -135,22 +143,17 @@ class CCSSLTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------------------------- set-up
 
-    def _check_data(
-        self,
-        args: CCSSLTrainingArguments,
-        labeled: datasets.Dataset,
-        unlabeled: datasets.Dataset | None,
-        evaluation: datasets.Dataset | dict[str, datasets.Dataset] | None,
-    ) -> None:
-        data.check_images(labeled, role="labeled", image_column=args.image_column)
-        self.labels = data.read_labels(labeled, args.label_column, self.class_names, role="labeled", allow_ood=False)
+    def _read_data(self) -> None:
+        """Check all splits, and read the labels of the training splits."""
+        args, unlabeled, evaluation = self.args, self.unlabeled_dataset, self.eval_dataset
         batch = args.per_device_train_batch_size * args.world_size
-        if len(labeled) < batch and not args.repeat_labeled:
+        self.labels, self.hidden_labels = self._read_labels(self.train_dataset, "labeled"), None
+        if len(self.labels) < batch and not args.repeat_labeled:
             raise ValueError(
-                f"{len(labeled)} labeled images are fewer than a batch of {batch}: lower per_device_train_batch_size, "
-                "or set repeat_labeled=True to repeat images within a batch, as the paper does with 40 labels."
+                f"{len(self.labels)} labeled images are fewer than a batch of {batch}: lower "
+                "per_device_train_batch_size, or set repeat_labeled=True to repeat images within a batch, as the paper "
+                "does with 40 labels."
             )
-        self.hidden_labels = None
         if unlabeled is not None:
             data.check_images(unlabeled, role="unlabeled", image_column=args.image_column)
             if len(unlabeled) < args.mu * batch:
@@ -159,34 +162,34 @@ class CCSSLTrainer(Trainer):
                     "per_device_train_batch_size."
                 )
             if args.hidden_label_column is not None:
-                self.hidden_labels = data.read_labels(
-                    unlabeled, args.hidden_label_column, self.class_names, role="unlabeled", allow_ood=True
-                )
-        for name, split in evaluation.items() if isinstance(evaluation, dict) else [("evaluation", evaluation)]:
+                self.hidden_labels = self._read_labels(unlabeled, "unlabeled", args.hidden_label_column)
+        for name, split in (evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}).items():
             if split is not None:
-                self._evaluation_labels(split, name, args)
+                self._read_labels(split, name)
 
-    def _evaluation_labels(self, split: datasets.Dataset, role: str, args: CCSSLTrainingArguments) -> np.ndarray:
-        data.check_images(split, role=role, image_column=args.image_column)
-        return data.read_labels(split, args.label_column, self.class_names, role=role, allow_ood=True)
+    def _read_labels(self, split: datasets.Dataset, role: str, column: str | None = None) -> np.ndarray:
+        data.check_images(split, role=role, image_column=self.args.image_column)
+        column, allow_ood = column or self.args.label_column, role != "labeled"
+        return data.read_labels(split, column, self.class_names, role=role, allow_ood=allow_ood)
 
-    def _build_algorithm(self, model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> Algorithm:
+    def _build_algorithm(self, model: CCSSLForImageClassification) -> Algorithm:
+        args, unlabeled = self.args, self.unlabeled_dataset
         algorithm = build_algorithm(
             args.algorithm,
             num_classes=len(self.class_names),
-            num_unlabeled=len(self.unlabeled_dataset or ()),  # None is an error below
+            num_unlabeled=len(unlabeled or ()),  # None is an error below
             embedding_dim=model.config.projection_dim,
             batch_size=args.per_device_train_batch_size * args.world_size,
             mu=args.mu,
             **args.hyperparameters(),
         )
         model.add_heads({name: make(model.feature_dim) for name, make in algorithm.heads.items()})
-        if algorithm.views and self.unlabeled_dataset is None:
+        if algorithm.views and unlabeled is None:
             raise ValueError(
                 f"Algorithm {args.algorithm!r} with these settings needs unlabeled images: pass unlabeled_dataset, or "
                 "set algorithm='supervised' and lambda_contrast=0."
             )
-        if not algorithm.views and self.unlabeled_dataset is not None:
+        if not algorithm.views and unlabeled is not None:
             logger.warning("Algorithm %r uses no unlabeled images: unlabeled_dataset is ignored.", args.algorithm)
         return algorithm
 
@@ -216,8 +219,8 @@ class CCSSLTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of both splits in one long epoch: the sampler handles the epochs of each split."""
-        args, algorithm = self.args, self.algorithm
-        unlabeled = self.unlabeled_dataset if algorithm.views else None
+        args, views = self.args, self.algorithm.views
+        unlabeled = self.unlabeled_dataset if views else None
         with args.main_process_first(desc="decoding images"):
             dataset = data.PairedDataset(
                 self.train_dataset,
@@ -225,38 +228,36 @@ class CCSSLTrainer(Trainer):
                 unlabeled,
                 hidden_labels=self.hidden_labels,
                 image_column=args.image_column,
-                views=algorithm.views,
+                views=views,
                 settings=self.settings,
                 seed=args.seed,
-                decode="stream" if self._cropped else "memory",
+                decode=self.decode,
             )
         sampler = PairedBatchSampler(
-            num_labeled=len(dataset.labeled),
-            num_unlabeled=0 if dataset.unlabeled is None else len(dataset.unlabeled),
+            num_labeled=len(self.train_dataset),
+            num_unlabeled=len(unlabeled or ()),
             batch_size=args.per_device_train_batch_size,
             mu=args.mu,
             num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed,
         )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]  # torch's stub has lists only
-            collate_fn=_already_a_batch,
-            **self._loading(decodes=self._cropped),
-        )
-        return self.accelerator.prepare(loader)
+        decodes = self.decode == "stream"
+        return self._loader(dataset, decodes=decodes, batch_sampler=sampler, collate_fn=_already_a_batch)
 
-    def _loading(self, *, decodes: bool) -> dict[str, Any]:
-        """Arguments of a DataLoader; `decodes`: whether its dataset decodes images."""
+    def _loader(self, dataset: Any, *, decodes: bool, **settings: Any) -> DataLoader:
+        """`decodes`: whether the dataset decodes images."""
         args, workers = self.args, self.args.dataloader_num_workers
         if workers == -1:
             workers = data.default_workers(args.device) if decodes else 0
-        return {
-            "num_workers": workers,
-            "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
-            "persistent_workers": args.dataloader_persistent_workers and workers > 0,
-            "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
-        }
+        loader = DataLoader(
+            dataset,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            **settings,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         name = eval_dataset if isinstance(eval_dataset, str) else "evaluation"
@@ -264,31 +265,23 @@ class CCSSLTrainer(Trainer):
         split = self.eval_dataset if split is None else split
         if split is None:
             raise ValueError("There is no evaluation split: pass eval_dataset to CCSSLTrainer or to evaluate().")
-        return self._evaluation_dataloader(split, self._evaluation_labels(split, name, self.args), name)
+        return self._evaluation_loader(split, self._read_labels(split, name), name)
 
     def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
-        has_labels = self.args.label_column in test_dataset.column_names
         data.check_images(test_dataset, role="test", image_column=self.args.image_column)
-        labels = self._evaluation_labels(test_dataset, "test", self.args) if has_labels else None
+        has_labels = self.args.label_column in test_dataset.column_names
+        labels = self._read_labels(test_dataset, "test") if has_labels else None
         if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
             labels = None  # the split withholds its labels
-        return self._evaluation_dataloader(test_dataset, labels, "test")
+        return self._evaluation_loader(test_dataset, labels, "test")
 
-    def _evaluation_dataloader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
+    def _evaluation_loader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
+        transform = create_transform(**resolve_data_config(pretrained_cfg=self.model.backbone.pretrained_cfg))
         dataset = data.EvaluationDataset(
-            split,
-            labels,
-            image_column=self.args.image_column,
-            transform=create_transform(**resolve_data_config(pretrained_cfg=self.model.backbone.pretrained_cfg)),
-            role=role,
+            split, labels, image_column=self.args.image_column, transform=transform, role=role
         )
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            generator=torch.Generator(),  # else an evaluation changes the random numbers of dropout in training
-            **self._loading(decodes=True),
-        )
-        return self.accelerator.prepare(loader)
+        own = torch.Generator()  # else an evaluation changes the random numbers of dropout in training
+        return self._loader(dataset, decodes=True, batch_size=self.args.per_device_eval_batch_size, generator=own)
 
     # ------------------------------------------------------------------------------------------------------------- step
 
@@ -300,26 +293,23 @@ class CCSSLTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The algorithm's loss in training; cross-entropy over in-distribution images in evaluation."""
+        algorithm, args = self.algorithm, self.args
         if "labeled_images" in inputs:
-            views = make_views(inputs, self.algorithm.views, self.settings, seed=self.args.seed, cropped=self._cropped)
-            batch = forward_views(
-                model,
-                views,
-                inputs,
-                with_embeddings=self.algorithm.needs_embeddings,
-                weak_forward=self.args.weak_forward,
-            )
-            result = self.algorithm(batch)
+            cropped = self.decode == "stream"
+            views = make_views(inputs, algorithm.views, self.settings, seed=args.seed, cropped=cropped)
+            with_embeddings, weak_forward = algorithm.needs_embeddings, args.weak_forward
+            batch = forward_views(model, views, inputs, with_embeddings=with_embeddings, weak_forward=weak_forward)
+            result = algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
             return result.loss
-        output = model(pixel_values=inputs["pixel_values"])
-        logits = output.logits
-        count = (inputs["labels"] != data.OUT_OF_DISTRIBUTION).sum()
-        loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
-        loss = loss / count.clamp(min=1)  # a batch of OOD images only must not turn the split's mean into NaN
-        outputs = {"logits": logits}
+        output, labels = model(pixel_values=inputs["pixel_values"]), inputs["labels"]
+        logits = output.logits.float()
+        loss = F.cross_entropy(logits, labels, ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
+        # A batch of OOD images only must not turn the split's mean into NaN.
+        loss = loss / (labels != data.OUT_OF_DISTRIBUTION).sum().clamp(min=1)
+        outputs = {"logits": output.logits}
         if self._measures_open_set_score:
-            outputs["open_set_scores"] = self.algorithm.open_set_score(logits.float(), output.heads)
+            outputs["open_set_scores"] = algorithm.open_set_score(logits, output.heads)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -399,7 +389,7 @@ class CCSSLTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start."
+                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint."
                 )
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
@@ -444,7 +434,7 @@ class CCSSLTrainer(Trainer):
             algorithm=args.algorithm,
             hyperparameters=self.algorithm.hyperparameters,
             optimization=args.optimization_settings(),
-            views=self.settings.in_effect(self.algorithm.views) | {"decode": "stream" if self._cropped else "memory"},
+            views=self.settings.in_effect(self.algorithm.views) | {"decode": self.decode},
             splits=self._splits(),
             labeled_per_class=dict(zip(self.class_names, counts, strict=True)),
             base_model=self.base_model,
@@ -458,7 +448,7 @@ class CCSSLTrainer(Trainer):
             run_time=next((entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry), None),
             history=state.log_history,
             provenance=self.provenance,
-            results=[*(result for results in self.results.values() for result in results), *self._logged_results()],
+            results=[*chain.from_iterable(self.results.values()), *self._logged_results()],
             predictions=list(self.predictions.values()),
         )
 
@@ -562,45 +552,44 @@ class CCSSLTrainer(Trainer):
         self.create_model_card(**card)
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        files = plan_push(str(self.args.output_dir), with_head=with_head).files
-        options = self._upload_options(commit_message, token=token, revision=revision)
-        if blocking:
-            return upload(files, str(self.hub_model_id), **options)
-        return run_as_future(upload, files, str(self.hub_model_id), **options)
-
-    def _upload_options(
-        self, message: str | None, *, token: str | None = None, revision: str | None = None
-    ) -> dict[str, Any]:
-        args = self.args
-        where = {"revision": revision or args.hub_revision, "token": token or args.hub_token}
-        return {"message": message, "private": args.hub_private_repo, **where}
+        push = partial(
+            upload,
+            plan_push(str(self.args.output_dir), with_head=with_head).files,
+            str(self.hub_model_id),
+            message=commit_message,
+            private=self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
+        return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint in the background, as `hub_strategy` asks. Upstream also uploads `training_args.bin`."""
-        args, push = self.args, self.push_in_progress
+        args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        if push is not None and push.is_done():
+        if all(job.done() for job in self._pushes):
             self._finish_current_push()
-            push = None
-        if push is not None and not args.hub_always_push:
+        elif not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         job = upload_in_background(
             files_of_checkpoint(Path(checkpoint_folder), HubStrategy(args.hub_strategy)),
             str(self.hub_model_id),
             keep_in=Path(str(args.output_dir)),
-            **self._upload_options(f"Training in progress, step {self.state.global_step}"),
+            message=f"Training in progress, step {self.state.global_step}",
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            token=args.hub_token,
         )
-        self.push_in_progress = PushInProgress([*(push.jobs if push else []), job])
+        self._pushes.append(job)
 
     def _finish_current_push(self) -> None:
         """Wait for uploads of checkpoints. An error is logged: the checkpoint is saved here, and training goes on."""
-        super()._finish_current_push()
-        for job in self.push_in_progress.jobs if self.push_in_progress else []:
+        for job in self._pushes:
             if error := job.exception():
                 logger.warning("A checkpoint was not pushed: %s", error)
-        self.push_in_progress = None
+        self._pushes.clear()
 
 
 def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -611,17 +600,3 @@ def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, floa
 
 def _already_a_batch(batch: Any) -> Any:
     return batch
-
-
-def _check_types(model: Any, args: Any) -> None:
-    if not isinstance(args, CCSSLTrainingArguments):
-        raise TypeError(f"args is a {type(args).__name__}: pass ccssl_hf.CCSSLTrainingArguments.")
-    if not isinstance(model, CCSSLForImageClassification):
-        raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
-
-
-def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
-    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MAX_SIDE_HELD)
-    if streamed and settings.weak_crop == "pad":
-        raise ValueError("weak_crop='pad' needs images at the training size: set weak_crop='resized' to stream.")
-    return streamed
