@@ -39,17 +39,13 @@ from .errors import summary
 from .resume import TRAINING_STATE
 
 CARD_FILE = "README.md"
+# Files of a published model, other than the pictures of its card.
 PLAIN_FILES = (
     *(CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, Path(wide_resnet_cifar.__file__).name, "preprocessor_config.json"),
     *("handler.py", "requirements.txt", "onnx/*.onnx"),
 )
-"""Files of a published model, other than the pictures of its card."""
-
 TRAINING_FILES = (TRAINING_STATE, OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, "rng_state*.pth", TRAINER_STATE_NAME)
-"""Files of the training state, from which a run resumes."""
-
-HEADS, STATE = "heads, for further training", "training state"
-"""Why a file is left out that can be uploaded on request."""
+HEADS, STATE = "heads, for further training", "training state"  # why a file is left out unless asked for
 
 _SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img[^>]*?\ssrc=["']([^"']+)""")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -112,22 +108,11 @@ def _why_not(name: str) -> str:
     return "not part of a published model"
 
 
-def files_of_checkpoint(folder: Path, strategy: HubStrategy) -> dict[str, Path]:
-    """Path in the repository to file: the model of a checkpoint, and its training state as `hub_strategy` asks."""
-    files = plan_push(folder).files
-    if strategy != HubStrategy.EVERY_SAVE:
-        name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
-        state = plan_push(folder, with_head=True, with_training_state=True).files
-        files |= {f"{name}/{path}": file for path, file in state.items()}
-    return files
-
-
 def check_texts(files: Mapping[str, Path]) -> None:
     """Check all text files of a push for tokens and local paths.
 
     Raises:
-        ValueError: A line contains an access token, or a path below the user's home, the working folder, or the folder
-            that is pushed.
+        ValueError: A line contains an access token, or a path in the user's home, the working or the pushed folder.
     """
     private = {Path.home(), Path.cwd(), *(path.absolute().parent for path in files.values())}
     paths = "|".join(re.escape(str(path)) for path in private if len(path.parts) > 1)
@@ -192,13 +177,8 @@ def upload(
 
     Heads in the repository are deleted if the weights change and no heads are uploaded: they would not fit.
 
-    Args:
-        files: Path in the repository to the file here, from `plan_push`.
-        repo_id: `user/name`, or the name alone. It is created if it is missing.
-        message, create_pr: As in `huggingface_hub.HfApi.create_commit`.
-        private: Whether to create a missing repository as private; None for the default of the user or organization.
-        revision: A branch, created from main if it is missing, or `refs/pr/N` for a pull request; default main.
-        token: Default: the token of `hf auth login` or HF_TOKEN.
+    `files` is from `plan_push`. A missing repository is created, `private` or as is the default of its owner.
+    `revision` is a branch, created from main if it is missing, or `refs/pr/N` for a pull request.
 
     Raises:
         ValueError: A text contains a token or local path, the Hub refuses the card, or the repository exists and is
@@ -219,25 +199,28 @@ def upload(
             raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or leave out private.")
         if revision and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        changed = {name: _content(path) if path.name == TRAINER_STATE_NAME else path for name, path in files.items()}
-        added = {name: CommitOperationAdd(name, content) for name, content in changed.items()}
-        stale = _has_stale_heads(api, repo_id, revision, added)
-        operations = [*added.values(), *([CommitOperationDelete(HEAD_FILE)] if stale else [])]
-        message = message or "Upload model"
-        return api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+        contents = {name: _content(path) if path.name == TRAINER_STATE_NAME else path for name, path in files.items()}
+        added = {name: CommitOperationAdd(name, content) for name, content in contents.items()}
+        deleted = [CommitOperationDelete(HEAD_FILE)] if _has_stale_heads(api, repo_id, revision, added) else []
+        return api.create_commit(
+            repo_id,
+            [*added.values(), *deleted],
+            commit_message=message or "Upload model",
+            revision=revision,
+            create_pr=create_pr,
+        )
     except RevisionNotFoundError as error:
         raise ValueError(f"{repo_id} has no revision '{revision}': use a branch or an open pull request.") from error
     except (HfHubHTTPError, OSError, RuntimeError, HTTPError) as error:  # the client raises RuntimeError, too
-        from_hub = isinstance(error, HfHubHTTPError)
-        if from_hub and error.response.status_code in (401, 403):
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise PermissionError(
                 f"The Hub refuses the push to {repo_id} ({summary(error)}): check the name, and whether the account of "
                 "`hf auth whoami` may write there."
             ) from error
-        cause = error if from_hub else error.__cause__ or error
+        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
         raise ConnectionError(
-            f"The push to {repo_id} failed ({summary(cause)}). Nothing was committed, and nothing changed here: push "
-            "again to upload what is missing."
+            f"The push to {repo_id} failed ({summary(cause)}). Nothing was committed: push again to upload what is "
+            "missing."
         ) from cause
 
 
@@ -250,11 +233,17 @@ def _has_stale_heads(api: HfApi, repo_id: str, revision: str | None, added: Mapp
     return HEAD_FILE in there and not same
 
 
-def upload_in_background(
-    files: Mapping[str, Path], repo_id: str, *, keep_in: Path, **options: Any
-) -> Future[CommitInfo]:
-    """`upload` in the background of files that may change meanwhile: links in a folder in `keep_in` hold them."""
-    kept = tempfile.TemporaryDirectory(prefix="_push-", dir=keep_in)
+def upload_checkpoint(folder: Path, repo_id: str, *, strategy: HubStrategy, **options: Any) -> Future[CommitInfo]:
+    """`upload` the model of a checkpoint in the background, and its training state as `hub_strategy` asks.
+
+    Links beside the checkpoint hold the files, because training may delete or overwrite them meanwhile.
+    """
+    files = plan_push(folder).files
+    if strategy != HubStrategy.EVERY_SAVE:
+        name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
+        state = plan_push(folder, with_head=True, with_training_state=True).files
+        files |= {f"{name}/{path}": file for path, file in state.items()}
+    kept = tempfile.TemporaryDirectory(prefix="_push-", dir=folder.parent)
     links = {name: Path(kept.name, name) for name in files}
     for name, link in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,7 @@ from .trainer import CCSSLTrainer
 from .training_args import CONFIGS, CCSSLTrainingArguments, argument
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
-OWN_IMAGES = CONFIGS / "imagefolder.yaml"
-"""The settings of `ccssl-hf train`."""
+OWN_IMAGES = CONFIGS / "imagefolder.yaml"  # the settings of `ccssl-hf train`
 
 
 @dataclass
@@ -67,19 +66,6 @@ def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
     return {role: load_split(source, role=role) for role, source in sources.items() if source is not None}
 
 
-def _build_model(recipe: RecipeArguments, labeled: datasets.Dataset, label_column: str) -> CCSSLForImageClassification:
-    if recipe.model is None:
-        names = read_class_names(labeled, label_column)
-        return CCSSLForImageClassification.from_timm(
-            recipe.backbone, labels=names, pretrained=recipe.pretrained, image_size=recipe.image_size
-        )
-    if recipe.pretrained or recipe.image_size is not None:
-        raise ValueError(
-            f"model {recipe.model!r} has its own weights and image size: leave out pretrained and image_size."
-        )
-    return CCSSLForImageClassification.from_pretrained(recipe.model)
-
-
 def build_trainer(
     recipe: RecipeArguments, args: CCSSLTrainingArguments
 ) -> tuple[CCSSLTrainer, dict[str, datasets.Dataset]]:
@@ -92,17 +78,25 @@ def build_trainer(
     if "validation" not in splits:
         args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
     set_seed(args.seed)  # the trainer does so only after the model has its initial weights
+    source, size = recipe.model, recipe.image_size
+    if source is None:
+        names = read_class_names(splits["labeled"], args.label_column)
+        create = CCSSLForImageClassification.from_timm
+        model = create(recipe.backbone, labels=names, pretrained=recipe.pretrained, image_size=size)
+    elif recipe.pretrained or size is not None:
+        raise ValueError(f"model {source!r} has its own weights and image size: leave out pretrained and image_size.")
+    else:
+        model = CCSSLForImageClassification.from_pretrained(source)
     trainer = CCSSLTrainer(
-        _build_model(recipe, splits["labeled"], args.label_column),
+        model,
         args,
         train_dataset=splits["labeled"],
         unlabeled_dataset=splits.get("unlabeled"),
         eval_dataset=splits.get("validation"),
     )
     trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}  # for the card
-    trainer.base_model = recipe.model
-    if recipe.pretrained:
-        trainer.base_model = get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone
+    pretrained = recipe.pretrained and (get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone)
+    trainer.base_model = pretrained or source
     return trainer, splits
 
 

@@ -47,21 +47,11 @@ PUBLISHED = "published weights"
 
 @dataclass(frozen=True)
 class Provenance:
-    """The weights that a number or a picture belongs to.
+    """The weights that a number or a picture belongs to. Raises a ValueError if a word is none of these."""
 
-    Args:
-        weights: `EMA` or `raw` (in any case).
-        step: Optimizer steps that these weights were trained for.
-        which: `last` or `best`: how the step was chosen.
-        seed: The run's seed.
-
-    Raises:
-        ValueError: `weights` or `which` is something else.
-    """
-
-    weights: str
-    step: int
-    which: str
+    weights: str  # "EMA" or "raw", in any case
+    step: int  # optimizer steps that these weights were trained for
+    which: str  # "last" or "best": how the step was chosen
     seed: int
 
     def __post_init__(self) -> None:
@@ -77,15 +67,12 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Result:
-    """A measured number: a fraction in [0, 1] on a split. Without provenance, the run is unknown (a downloaded model).
+    """A measured number with its metric, split and provenance."""
 
-    `metric` is a name of `METRICS`, or any other.
-    """
-
-    metric: str
-    value: float
+    metric: str  # a name of METRICS, or any other
+    value: float  # in [0, 1]
     split: str
-    provenance: Provenance | None = None
+    provenance: Provenance | None = None  # None: the run is unknown
 
     def _described(self) -> tuple[Metric, str]:
         name, _, threshold = self.metric.partition("@")
@@ -139,43 +126,27 @@ class Split:
 
 @dataclass
 class RunRecord:
-    """What a run knows of itself. The card leaves out what is empty or None.
+    """What a run knows of itself. The card leaves out what is empty or None."""
 
-    Args:
-        backbone: timm name of the network.
-        algorithm: Name in `ccssl_hf.algorithms.ALGORITHMS`; None if nothing is known about the training.
-        hyperparameters: Those of the algorithm and CCSSL. `lambda_contrast` above 0 means CCSSL.
-        optimization: All other settings that affect the weights.
-        splits: By name (`labeled`, `unlabeled`, `validation`, `test`).
-        labeled_per_class: Number of labeled images by class name.
-        base_model: Hub id or timm name of the initial weights; None for random weights.
-        batch_size: Labeled images in each step, over all processes.
-        mu: Unlabeled images for each labeled image; None if the algorithm uses none.
-        run_time: Training time in seconds.
-        history: The log, `trainer.state.log_history`.
-        provenance: The published weights; None if the run is unknown.
-        predictions: Outputs on labeled splits, for the pictures.
-    """
-
-    backbone: str
+    backbone: str  # timm name
     class_names: Sequence[str]
-    algorithm: str | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    optimization: Mapping[str, Any] = field(default_factory=dict)
+    algorithm: str | None = None  # None: nothing is known about the training
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)  # lambda_contrast above 0 means CCSSL
+    optimization: Mapping[str, Any] = field(default_factory=dict)  # all other settings that affect the weights
     views: Mapping[str, Any] = field(default_factory=dict)
-    splits: Mapping[str, Split] = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)  # by name: labeled, unlabeled, validation, test
     labeled_per_class: Mapping[str, int] = field(default_factory=dict)
-    base_model: str | None = None
+    base_model: str | None = None  # Hub id or timm name of the initial weights; None: random weights
     steps: int | None = None
-    batch_size: int | None = None
-    mu: int | None = None
+    batch_size: int | None = None  # labeled images in each step, over all processes
+    mu: int | None = None  # None: the algorithm uses no unlabeled images
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
     num_processes: int = 1
-    run_time: float | None = None
-    history: Sequence[Mapping[str, Any]] = ()
-    provenance: Provenance | None = None
+    run_time: float | None = None  # seconds
+    history: Sequence[Mapping[str, Any]] = ()  # `trainer.state.log_history`
+    provenance: Provenance | None = None  # of the published weights; None: the run is unknown
     results: Sequence[Result] = ()
     predictions: Sequence[SplitPredictions] = ()
 

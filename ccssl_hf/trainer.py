@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -29,7 +29,7 @@ from .callbacks import StepMonitor, UpdateAverage, progress_callback
 from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
-from .hub import files_of_checkpoint, plan_push, upload, upload_in_background
+from .hub import plan_push, upload, upload_checkpoint
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
@@ -50,14 +50,11 @@ class CCSSLTrainer(Trainer):
     Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
 
     Args:
-        model: The model to train.
-        args: The run's arguments.
         train_dataset: Labeled images.
         unlabeled_dataset: Unlabeled images. None is allowed only if the algorithm uses none.
         eval_dataset: Labeled images, or a dictionary of such splits. Images with the label -1, or with a name that is
             not a class of the model, count as out-of-distribution.
-        compute_metrics: As in `transformers.Trainer`; default `classification_metrics`.
-        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `transformers.Trainer`.
+        compute_metrics: Default: `ccssl_hf.metrics.compute_metrics`. This and all others as in `transformers.Trainer`.
 
     Raises:
         TypeError: `model` or `args` has the wrong class.
@@ -65,6 +62,7 @@ class CCSSLTrainer(Trainer):
     """
 
     args: CCSSLTrainingArguments
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -85,9 +83,8 @@ class CCSSLTrainer(Trainer):
             raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
         self.args, self.class_names = args, model.config.labels
         self.settings = args.view_settings(model.backbone.pretrained_cfg)
-        self.decode = args.decode
-        if args.decode == "auto":
-            self.decode = "stream" if self.settings.image_size > MAX_SIDE_HELD else "memory"
+        auto: Literal["stream", "memory"] = "stream" if self.settings.image_size > MAX_SIDE_HELD else "memory"
+        self.decode = auto if args.decode == "auto" else args.decode
         if self.decode == "stream" and self.settings.weak_crop == "pad":
             raise ValueError("weak_crop='pad' needs images at the training size: set weak_crop='resized' to stream.")
         self.train_dataset, self.unlabeled_dataset, self.eval_dataset = train_dataset, unlabeled_dataset, eval_dataset
@@ -100,15 +97,13 @@ class CCSSLTrainer(Trainer):
         for name, head in model.heads.items():
             head.requires_grad_(name in self.algorithm.heads)
         if args.device.type != "cpu":
-            # Not on a CPU: convolutions convert weights anyway, and the fused SGD takes 4x as long on weights that are
-            # not contiguous. There, channels_last images alone are as fast.
+            # On a CPU the fused SGD takes 4x as long on such weights, and channels_last images alone are as fast.
             model.to(memory_format=torch.channels_last)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=_already_a_batch,
             compute_metrics=compute_metrics or default_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -151,8 +146,7 @@ class CCSSLTrainer(Trainer):
         if len(self.labels) < batch and not args.repeat_labeled:
             raise ValueError(
                 f"{len(self.labels)} labeled images are fewer than a batch of {batch}: lower "
-                "per_device_train_batch_size, or set repeat_labeled=True to repeat images within a batch, as the paper "
-                "does with 40 labels."
+                "per_device_train_batch_size, or set repeat_labeled=True to repeat images within a batch."
             )
         if unlabeled is not None:
             data.check_images(unlabeled, role="unlabeled", image_column=args.image_column)
@@ -169,7 +163,7 @@ class CCSSLTrainer(Trainer):
 
     def _read_labels(self, split: datasets.Dataset, role: str, column: str | None = None) -> np.ndarray:
         data.check_images(split, role=role, image_column=self.args.image_column)
-        column, allow_ood = column or self.args.label_column, role != "labeled"
+        column, allow_ood = column or self.args.label_column, split is not self.train_dataset
         return data.read_labels(split, column, self.class_names, role=role, allow_ood=allow_ood)
 
     def _build_algorithm(self, model: CCSSLForImageClassification) -> Algorithm:
@@ -207,11 +201,8 @@ class CCSSLTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.args.schedule == "lr_scheduler_type" or self.lr_scheduler is not None:  # type: ignore[has-type]
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = cosine_7_16_schedule(
-            optimizer or self.optimizer,
-            warmup_steps=self.args.get_warmup_steps(num_training_steps),
-            total_steps=num_training_steps,
-        )
+        steps = {"warmup_steps": self.args.get_warmup_steps(num_training_steps), "total_steps": num_training_steps}
+        self.lr_scheduler = cosine_7_16_schedule(optimizer or self.optimizer, **steps)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -241,8 +232,8 @@ class CCSSLTrainer(Trainer):
             num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed,
         )
-        decodes = self.decode == "stream"
-        return self._loader(dataset, decodes=decodes, batch_sampler=sampler, collate_fn=_already_a_batch)
+        in_loader = self.decode == "stream"
+        return self._loader(dataset, decodes=in_loader, batch_sampler=sampler, collate_fn=_already_a_batch)
 
     def _loader(self, dataset: Any, *, decodes: bool, **settings: Any) -> DataLoader:
         """`decodes`: whether the dataset decodes images."""
@@ -260,9 +251,9 @@ class CCSSLTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        name = eval_dataset if isinstance(eval_dataset, str) else "evaluation"
-        split = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        split = self.eval_dataset if split is None else split
+        name, split = "evaluation", self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(split, str):
+            name, split = split, self.eval_dataset[split]
         if split is None:
             raise ValueError("There is no evaluation split: pass eval_dataset to CCSSLTrainer or to evaluate().")
         return self._evaluation_loader(split, self._read_labels(split, name), name)
@@ -286,19 +277,14 @@ class CCSSLTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------------- step
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The algorithm's loss in training; cross-entropy over in-distribution images in evaluation."""
         algorithm, args = self.algorithm, self.args
         if "labeled_images" in inputs:
-            cropped = self.decode == "stream"
-            views = make_views(inputs, algorithm.views, self.settings, seed=args.seed, cropped=cropped)
-            with_embeddings, weak_forward = algorithm.needs_embeddings, args.weak_forward
-            batch = forward_views(model, views, inputs, with_embeddings=with_embeddings, weak_forward=weak_forward)
+            streamed, with_embeddings = self.decode == "stream", algorithm.needs_embeddings
+            views = make_views(inputs, algorithm.views, self.settings, seed=args.seed, cropped=streamed)
+            batch = forward_views(model, views, inputs, with_embeddings=with_embeddings, weak_forward=args.weak_forward)
             result = algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
             return result.loss
@@ -330,16 +316,14 @@ class CCSSLTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As in `transformers.Trainer`. The card shows the last evaluation of each split."""
-        self._loop_output = None
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        output, self._loop_output = self._loop_output, None
-        if output is None:  # a dictionary of splits: upstream has called evaluate for each
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):  # upstream has called evaluate for each split
             return metrics
         split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
         self.add_results(split, _without_prefix(metrics, metric_key_prefix))
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.evaluated[split] = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        logits, labels = output.predictions, output.label_ids
+        logits, labels = self._loop_output.predictions, self._loop_output.label_ids
         if np.shape(logits) == (np.size(labels), len(self.class_names)):  # the user's preprocessing may change them
             logits = logits.astype(np.float32, copy=False)
             self.predictions[split] = SplitPredictions(split, self.provenance, logits, labels)
@@ -352,11 +336,9 @@ class CCSSLTrainer(Trainer):
         return Provenance(self.args.eval_weights, step, which, self.args.seed)
 
     def add_results(self, split: str, metrics: Mapping[str, float]) -> None:
-        """Add results with the current provenance to the record. `evaluate` calls it.
+        """Record the results of a split with the current provenance, in place of earlier ones. `evaluate` calls it.
 
-        Args:
-            split: Name of the split, such as `test`. Earlier results of this split are replaced.
-            metrics: Values by the names of `ccssl_hf.metrics`, with a threshold if there is one: `precision@0.95`.
+        `metrics` has values by the names of `ccssl_hf.metrics`, with a threshold if there is one: `precision@0.95`.
         """
         self.results[split] = [Result(name, value, split, self.provenance) for name, value in metrics.items()]
 
@@ -379,18 +361,14 @@ class CCSSLTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
         """As in `transformers.Trainer`. With True, the run resumes from the last complete checkpoint."""
         if resume_from_checkpoint in (True, "true", "True"):  # the command line passes text
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            folder = self.args.output_dir
+            resume_from_checkpoint = last_checkpoint(folder)
             if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint."
-                )
+                raise ValueError(f"{folder} has no complete checkpoint: leave out resume_from_checkpoint to start.")
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
         set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
@@ -455,27 +433,25 @@ class CCSSLTrainer(Trainer):
     def _splits(self) -> dict[str, Split]:
         """All splits with names and fingerprints. The fingerprint of a labeled split includes its labels."""
         args, names = self.args, [*self.class_names, ""]  # the last name is for -1
-        splits = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset} | self.evaluated
-        splits.setdefault("validation", self.eval_dataset)
+        splits = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset, "validation": self.eval_dataset}
         found = {}
-        for role, split in splits.items():
+        for role, split in (splits | self.evaluated).items():
             if not isinstance(split, datasets.Dataset):
                 continue
             labels = []
             if role != "unlabeled" and args.label_column in split.column_names:
-                numbers = data.read_labels(split, args.label_column, self.class_names, role=role, allow_ood=True)
-                labels = [names[number] for number in numbers.tolist()]
+                labels = [names[number] for number in self._read_labels(split, role).tolist()]
             name = self.dataset_names.get(role) or data.name_of(split)
             found[role] = Split(name, len(split), data.fingerprint(split, args.image_column, labels))
         return found
 
     def _logged_results(self) -> list[Result]:
         """Mask rate and precision of the last log: of the raw weights, as means over the steps before it."""
-        keys = {"mask_rate": "mask_rate", "pseudo_label_precision": "training_precision"}
         logs = (entry for entry in reversed(self.state.log_history) if "mask_rate" in entry)
         last: dict[str, Any] = next(logs, {})
         provenance = Provenance("raw", last.get("step", 0), "last", self.args.seed)
-        return [Result(metric, last[key], "unlabeled", provenance) for key, metric in keys.items() if key in last]
+        names = {"mask_rate": "mask_rate", "pseudo_label_precision": "training_precision"}
+        return [Result(name, last[key], "unlabeled", provenance) for key, name in names.items() if key in last]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the published model. Upstream also writes `training_args.bin`, which holds the Hub token."""
@@ -502,17 +478,10 @@ class CCSSLTrainer(Trainer):
         limits: str | None = None,
         folder: str | None = None,
     ) -> None:
-        """Write README.md and its pictures. An error is logged, so that a failing card never loses a run.
+        """Write README.md and its pictures to `folder`. An error is logged: a failing card never loses a run.
 
         Results and pictures show the last evaluation of each split. An existing card is overwritten; `ccssl-hf report`
-        keeps text that was added by hand.
-
-        Args:
-            model_name: Hub id, or a title.
-            license: The Hub's identifier, such as `apache-2.0`.
-            tags: Further tags.
-            limits: Known limits of this model, in words.
-            folder: Where to write; default `args.output_dir`.
+        keeps text that was added by hand. `license` is the Hub's identifier, such as `apache-2.0`.
         """
         if not self.is_world_process_zero():
             return
@@ -533,14 +502,9 @@ class CCSSLTrainer(Trainer):
         with_head: bool = False,
         **card: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """Save and upload the published model and its card. Call it in every process.
+        """Save and upload the published model and its card, and with `with_head` all heads. Call it in every process.
 
-        If the upload fails, everything is saved: call it again, or run `ccssl-hf push`.
-
-        Args:
-            commit_message, blocking, token, revision, private: As in `transformers.Trainer`.
-            with_head: Whether to upload the projection head and the algorithm's heads, too.
-            **card: Arguments of `create_model_card`.
+        If the upload fails, everything is saved: call it again. `card` holds arguments of `create_model_card`.
         """
         self.save_model(_internal_call=True)
         if private is not None:
@@ -552,15 +516,11 @@ class CCSSLTrainer(Trainer):
         self.create_model_card(**card)
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        push = partial(
-            upload,
-            plan_push(str(self.args.output_dir), with_head=with_head).files,
-            str(self.hub_model_id),
-            message=commit_message,
-            private=self.args.hub_private_repo,
-            revision=revision or self.args.hub_revision,
-            token=token or self.args.hub_token,
-        )
+        args = self.args
+        where = {"private": args.hub_private_repo, "revision": revision or args.hub_revision}
+        files = plan_push(str(args.output_dir), with_head=with_head).files
+        options = {"message": commit_message, "token": token or args.hub_token, **where}
+        push = partial(upload, files, str(self.hub_model_id), **options)
         return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -573,16 +533,10 @@ class CCSSLTrainer(Trainer):
         elif not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        job = upload_in_background(
-            files_of_checkpoint(Path(checkpoint_folder), HubStrategy(args.hub_strategy)),
-            str(self.hub_model_id),
-            keep_in=Path(str(args.output_dir)),
-            message=f"Training in progress, step {self.state.global_step}",
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-            token=args.hub_token,
-        )
-        self._pushes.append(job)
+        options = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
+        message = f"Training in progress, step {self.state.global_step}"
+        folder, strategy, repo_id = Path(checkpoint_folder), HubStrategy(args.hub_strategy), str(self.hub_model_id)
+        self._pushes.append(upload_checkpoint(folder, repo_id, strategy=strategy, message=message, **options))
 
     def _finish_current_push(self) -> None:
         """Wait for uploads of checkpoints. An error is logged: the checkpoint is saved here, and training goes on."""

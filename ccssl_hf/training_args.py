@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -19,8 +19,7 @@ from .algorithms import ALGORITHMS, algorithm_hyperparameters
 from .errors import near_misses
 from .transforms import MAX_SIDE_HELD, ViewSettings
 
-CONFIGS = Path(__file__).parent / "configs"
-"""Folder of the packaged YAML files, which `from_config` reads by name."""
+CONFIGS = Path(__file__).parent / "configs"  # the packaged YAML files, which `from_config` reads by name
 
 
 def argument(default: Any, text: str) -> Any:
@@ -93,9 +92,7 @@ class ViewArguments:
         return ViewSettings(size, tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"]), **chosen)
 
 
-_LEAST = {"mu": 1, "per_device_train_batch_size": 1, "max_steps": 1, "dataloader_num_workers": -1}
-"""The smallest values of arguments."""
-
+# Arguments of transformers that have no effect here, or would break reproducibility.
 _WITHOUT_EFFECT = {
     "num_train_epochs": "has no effect, because each split has its own epochs: set max_steps alone",
     "auto_find_batch_size": "would change the images of every step: set per_device_train_batch_size",
@@ -103,14 +100,12 @@ _WITHOUT_EFFECT = {
     "data_seed": "would be a second seed, and one seed decides every step: set seed",
     "ignore_data_skip": "would repeat images that the run has already seen: leave it out",
 }
-"""Arguments of transformers that have no effect here, or would break reproducibility."""
-
+# Arguments that the card always shows (of SGD only with SGD).
 _OPTIMIZATION = (
-    *("gradient_accumulation_steps", "optim", "learning_rate", "schedule", "warmup_steps", "weight_decay"),
-    *("max_grad_norm", "ema_decay", "eval_weights", "weak_forward", "repeat_labeled"),
+    *("gradient_accumulation_steps", "optim", "learning_rate", "sgd_momentum", "nesterov", "schedule", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "ema_decay", "eval_weights", "weak_forward", "repeat_labeled"),
 )
-"""Arguments that the card always shows."""
-
+# Starts of the names of arguments that do not affect the weights, or that the record has elsewhere.
 _ELSEWHERE = (
     *("algorithm", "mu", "max_steps", "per_device_train_batch_size", "seed", "decode"),  # in other parts of the record
     *("output_dir", "run_name", "project", "trackio", "report_to", "log", "disable_tqdm", "save", "hub", "push"),
@@ -118,7 +113,6 @@ _ELSEWHERE = (
     *("dataloader", "ddp", "use_cpu", "accelerator_config", "skip_memory", "debug", "resume", "restore", "local_rank"),
     *("label_names", "label_column", "image_column", "hidden_label", "remove_unused", "include_"),
 )
-"""Starts of the names of arguments that do not affect the weights, or that the record has elsewhere."""
 
 
 @dataclass
@@ -186,10 +180,7 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
 
     @classmethod
     def from_config(cls, config: str | Path = "imagefolder", **changes: Any) -> CCSSLTrainingArguments:
-        """Arguments from a YAML file, as the command line reads it, with `changes`.
-
-        `config` is the name of a packaged file in `ccssl_hf/configs`, or the path of a file with one `name: value` per
-        line.
+        """Arguments from a YAML file (a packaged name, or a path), as the command line reads it, with `changes`.
 
         Raises:
             ValueError: The file cannot be read, a name is unknown, or a value has the wrong type.
@@ -197,7 +188,10 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         packaged = CONFIGS / f"{config}.yaml"
         path = packaged if packaged.is_file() else Path(config)
         plain, structured = read_config(path, [f.name for f in fields(cls) if f.init])
-        parsed = vars(StrictParser(cls).parse_args([f"--{name}={word}" for name, word in plain.items()]))
+        try:
+            parsed = vars(StrictParser(cls).parse_args([f"--{name}={word}" for name, word in plain.items()]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         return cls(**{**{name: parsed[name] for name in plain}, **structured, **changes})
 
     def __post_init__(self) -> None:
@@ -214,7 +208,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
 
     def _errors(self) -> Iterator[str]:
         """Values out of range and contradictions, each with its fix."""
-        for name, least in _LEAST.items():
+        least_values = {"mu": 1, "per_device_train_batch_size": 1, "max_steps": 1, "dataloader_num_workers": -1}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 yield f"{name} is {getattr(self, name)}: set it to {least} or more"
         if not 0 <= self.ema_decay < 1:
@@ -227,13 +222,13 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         if self.fsdp or self.deepspeed or launched:
             yield "FSDP and DeepSpeed are not supported yet: launch with plain data parallelism (DDP)"
         for name, reason in _WITHOUT_EFFECT.items():
-            if getattr(self, name) != self._default(name):
+            if getattr(self, name) != getattr(CCSSLTrainingArguments, name):
                 yield f"{name}={getattr(self, name)!r} {reason}"
-        if self.schedule != "lr_scheduler_type" and self.lr_scheduler_type != self._default("lr_scheduler_type"):
-            yield f"lr_scheduler_type has no effect with schedule={self.schedule!r}: set schedule='lr_scheduler_type' instead"
+        if self.schedule != "lr_scheduler_type" and self.lr_scheduler_type != CCSSLTrainingArguments.lr_scheduler_type:
+            yield "lr_scheduler_type has no effect with another schedule: set schedule='lr_scheduler_type' instead"
         if self.optim == "sgd" and self.nesterov and self.sgd_momentum == 0:
             yield "nesterov needs momentum: set sgd_momentum above 0, or nesterov=False"
-        if self.optim != "sgd" and (not self.nesterov or self.sgd_momentum != self._default("sgd_momentum")):
+        if self.optim != "sgd" and (not self.nesterov or self.sgd_momentum != CCSSLTrainingArguments.sgd_momentum):
             yield f"sgd_momentum and nesterov have no effect with optim={self.optim!r}: leave them out"
         if self.load_best_model_at_end and self.save_only_model:
             yield "load_best_model_at_end needs the training state: leave out save_only_model, which does not write it"
@@ -247,38 +242,31 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
             yield "hidden_label_column and image_column name the same column: name a column of labels"
 
     def _check_compiler(self) -> None:
-        """Without a compiler, the first step would fail, after all the decoding."""
-        if not (self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"):
-            return
-        # The compiler of torch._inductor.config.cpp.cxx.
+        """Without the compiler of torch._inductor, the first step would fail, after all the decoding."""
         compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        if shutil.which(shlex.split(compiler)[0]) is None:
+        needed = self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"
+        if needed and shutil.which(shlex.split(compiler)[0]) is None:
             raise ValueError(
                 f"torch_compile needs a C++ compiler on a CPU, and {compiler!r} is not found: install g++, set CXX to "
                 "another compiler, or leave out torch_compile."
             )
 
-    def _default(self, name: str) -> Any:
-        return next(f.default for f in fields(self) if f.name == name)
-
     def hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters that were set, by name, and always `lambda_contrast`."""
-        values = {
-            f.name: value for f in fields(HyperparameterArguments) if (value := getattr(self, f.name)) is not None
-        }
-        return {"lambda_contrast": 0.0 if self.algorithm == "supervised" else 1.0, **values}
+        values = {f.name: getattr(self, f.name) for f in fields(HyperparameterArguments)}
+        chosen = {name: value for name, value in values.items() if value is not None}
+        return {"lambda_contrast": 0.0 if self.algorithm == "supervised" else 1.0, **chosen}
 
     def optimization_settings(self) -> dict[str, Any]:
         """Settings that affect the weights, without hyperparameters and views: the main ones, and all that were set."""
-        names = list(_OPTIMIZATION)
-        position = names.index("learning_rate") + 1
-        names[position:position] = ["sgd_momentum", "nesterov"] if self.optim == "sgd" else []
+        of_sgd = {"sgd_momentum", "nesterov"}
+        names = [name for name in _OPTIMIZATION if self.optim == "sgd" or name not in of_sgd]
         names += ["lr_scheduler_type"] if self.schedule == "lr_scheduler_type" else []
-        elsewhere = {f.name for cls in (HyperparameterArguments, ViewArguments) for f in fields(cls)} | set(names)
+        elsewhere = {f.name for cls in (HyperparameterArguments, ViewArguments) for f in fields(cls)}
         for f in fields(self):
             value = getattr(self, f.name)
             is_set = value != f.default and not (f.default is None and not value)
-            if is_set and f.name not in elsewhere and not f.name.startswith(_ELSEWHERE):
+            if is_set and f.name not in {*elsewhere, *names} and not f.name.startswith(_ELSEWHERE):
                 names.append(f.name)
         return {name: getattr(self, name) for name in names}
 
@@ -287,8 +275,14 @@ class StrictParser(HfArgumentParser):
     """Raises a ValueError instead of printing a usage of 200 flags, and reads `none` where a value is optional."""
 
     def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
-        if settings.get("default") is None and settings.get("type", str) is not str:
-            settings["type"] = _or_none(settings["type"])
+        kind = settings.get("type", str)
+        if settings.get("default") is None and kind is not str:
+
+            def read(text: str) -> Any:
+                return None if text.lower() == "none" else kind(text)
+
+            read.__name__ = getattr(kind, "__name__", "value")  # argparse shows it in errors
+            settings["type"] = read
             if "choices" in settings:
                 settings["choices"] = [*settings["choices"], None]
         return super().add_argument(*flags, **settings)
@@ -297,18 +291,8 @@ class StrictParser(HfArgumentParser):
         raise ValueError(f"{message}.")
 
 
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    read.__name__ = getattr(kind, "__name__", "value")  # argparse shows it in errors
-    return read
-
-
 def read_config(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The settings of a YAML file: plain values as they are written, and lists and dictionaries as such.
-
-    The file has one `name: value` per line, with `known` names; `null` leaves the default.
+    """The settings of a YAML file: plain values as they are written, without `null`, and lists and dictionaries.
 
     Raises:
         ValueError: The file cannot be read, or a name is unknown.
