@@ -56,8 +56,8 @@ class StepMonitor:
             passed = sum(by_class)
             if correct is not None and passed:
                 logs["pseudo_label_precision"] = correct[0] / passed
-            for name, count in zip(self.class_names, by_class, strict=True):
-                logs[f"pseudo_labels/{name}"] = count / (passed or 1.0)
+            shares = [count / (passed or 1.0) for count in by_class]
+            logs |= {f"pseudo_labels/{name}": share for name, share in zip(self.class_names, shares, strict=True)}
         self._steps, self._sums = 0, {}
         return logs
 
@@ -119,9 +119,7 @@ class TimeLimit(TrainerCallback):
     """Saves a checkpoint and ends training at the first logged step after `minutes` of wall time from its creation.
 
     A resumed run equals an uninterrupted one. Only logged steps check the time: they wait for the device anyway.
-
-    Raises:
-        ValueError: `minutes` is not positive.
+    Raises a ValueError if `minutes` is not positive.
     """
 
     def __init__(self, minutes: float) -> None:

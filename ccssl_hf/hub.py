@@ -1,8 +1,4 @@
-"""Uploads to the Hub: an allow-list of files, in one commit, without tokens and local paths.
-
-`training_args.bin` contains the Hub token, logs and metrics contain local paths, and a user may keep anything else
-beside a model.
-"""
+"""Uploads to the Hub: an allow-list of files, in one commit, without tokens and local paths."""
 
 from __future__ import annotations
 
@@ -19,17 +15,9 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import yaml
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    get_token,
-    run_as_future,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, run_as_future
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_token, validate_repo_id
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -39,7 +27,7 @@ from .errors import summary
 from .resume import TRAINING_STATE
 
 CARD_FILE = "README.md"
-# Files of a published model, other than the pictures of its card.
+# Files of a published model, besides the pictures of its card. Others may have the Hub token or local paths.
 PLAIN_FILES = (
     *(CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, Path(wide_resnet_cifar.__file__).name, "preprocessor_config.json"),
     *("handler.py", "requirements.txt", "onnx/*.onnx"),
@@ -62,9 +50,7 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
     """Which files of a run's folder, a checkpoint or a saved model are uploaded. Nothing is uploaded yet.
 
     The heads are the projection head and those of the algorithm; the training state includes folders `checkpoint-N`.
-
-    Raises:
-        FileNotFoundError: The folder has no model.
+    Raises a FileNotFoundError if there is no model.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -109,11 +95,7 @@ def _why_not(name: str) -> str:
 
 
 def check_texts(files: Mapping[str, Path]) -> None:
-    """Check all text files of a push for tokens and local paths.
-
-    Raises:
-        ValueError: A line contains an access token, or a path in the user's home, the working or the pushed folder.
-    """
+    """Raise a ValueError if a text contains a token, or a path in the user's home, the working or the pushed folder."""
     private = {Path.home(), Path.cwd(), *(path.absolute().parent for path in files.values())}
     paths = "|".join(re.escape(str(path)) for path in private if len(path.parts) > 1)
     local = re.compile(rf"(?<![\w.~-])(?:{paths})(?![\w.-])" if paths else r"(?!)")
@@ -145,9 +127,7 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(
-            f"'{repo_id}' is not a Hub id: use USER/REPO with letters, digits, '-', '_' and '.'."
-        ) from error
+        raise ValueError(f"'{repo_id}' is not a Hub id: use USER/REPO of letters, digits, '-', '_' and '.'.") from error
 
 
 def _check_card(card: Path) -> None:
@@ -158,8 +138,7 @@ def _check_card(card: Path) -> None:
         raise  # some of them are ValueErrors, too
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{card.name} has metadata that the Hub refuses ({summary(error)}): correct the lines between the lines of "
-            "---, or call create_model_card."
+            f"{card.name} has metadata that the Hub refuses ({summary(error)}): correct it between the lines of ---."
         ) from error
 
 
@@ -173,12 +152,11 @@ def upload(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Upload files in one commit. If it fails, nothing is committed, and another call uploads only what is missing.
+    """Upload the files of a `plan_push` in one commit, or nothing. Another call uploads only what is missing.
 
-    Heads in the repository are deleted if the weights change and no heads are uploaded: they would not fit.
-
-    `files` is from `plan_push`. A missing repository is created, `private` or as is the default of its owner.
-    `revision` is a branch, created from main if it is missing, or `refs/pr/N` for a pull request.
+    A missing repository is created, `private` or as is the default of its owner. `revision` is a branch, created from
+    main if it is missing, or `refs/pr/N` for a pull request. Heads in the repository are deleted if the weights change
+    and no heads are uploaded: they would not fit.
 
     Raises:
         ValueError: A text contains a token or local path, the Hub refuses the card, or the repository exists and is
@@ -234,17 +212,14 @@ def _has_stale_heads(api: HfApi, repo_id: str, revision: str | None, added: Mapp
 
 
 def upload_checkpoint(folder: Path, repo_id: str, *, strategy: HubStrategy, **options: Any) -> Future[CommitInfo]:
-    """`upload` the model of a checkpoint in the background, and its training state as `hub_strategy` asks.
-
-    Links beside the checkpoint hold the files, because training may delete or overwrite them meanwhile.
-    """
+    """`upload` the model of a checkpoint in the background, and its training state as `hub_strategy` asks."""
     files = plan_push(folder).files
     if strategy != HubStrategy.EVERY_SAVE:
         name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
         state = plan_push(folder, with_head=True, with_training_state=True).files
         files |= {f"{name}/{path}": file for path, file in state.items()}
     kept = tempfile.TemporaryDirectory(prefix="_push-", dir=folder.parent)
-    links = {name: Path(kept.name, name) for name in files}
+    links = {name: Path(kept.name, name) for name in files}  # training may delete the files meanwhile
     for name, link in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -31,7 +31,7 @@ class RecipeArguments:
     test: str | None = argument(None, "Labeled images that are only evaluated at the end.")
     backbone: str = argument("resnet50", "Name of a timm model.")
     pretrained: bool = argument(False, "Start from timm's pretrained weights.")
-    model: str | None = argument(None, "Folder or Hub id of a published model to start from, instead of a backbone.")
+    model: str | None = argument(None, "Published model to start from, instead of a backbone: a folder or Hub id.")
     image_size: int | None = argument(None, "Side of the images in pixels; default: the backbone's.")
 
 
@@ -55,11 +55,7 @@ class FolderArguments(RecipeArguments):
 
 
 def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
-    """The splits of a run, by role.
-
-    Raises:
-        ValueError: There is no labeled split, or a split cannot be read.
-    """
+    """The splits of a run, by role. Raises a ValueError if there is no labeled split, or a split cannot be read."""
     if recipe.labeled is None:
         raise ValueError("There is no labeled split: set labeled to an image folder, parquet files or a Hub data set.")
     sources = {role: getattr(recipe, role) for role in ROLES}
@@ -69,11 +65,7 @@ def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
 def build_trainer(
     recipe: RecipeArguments, args: CCSSLTrainingArguments
 ) -> tuple[CCSSLTrainer, dict[str, datasets.Dataset]]:
-    """Load the data and build the trainer; also returns the splits by role.
-
-    Raises:
-        ValueError: The data, the model or the arguments do not work or do not fit together.
-    """
+    """Load the data and build the trainer; also returns the splits by role. Wrong input raises a ValueError here."""
     splits = load_splits(recipe)
     if "validation" not in splits:
         args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
@@ -101,10 +93,7 @@ def build_trainer(
 
 
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
-    """Train or resume, evaluate on the validation and test splits, save the model with its card, and push if asked to.
-
-    Both arguments are from `build_trainer`. Training resumes from `args.resume_from_checkpoint` if it is set.
-    """
+    """Train, or resume from `args.resume_from_checkpoint`, evaluate on validation and test splits, save and push."""
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_metrics("train", {**result.metrics, "train_steps": result.global_step})
     for role in ("validation", "test"):

@@ -12,6 +12,7 @@ import numpy as np
 from . import __version__
 
 Section = Literal["classes", "pseudo labels", "ood"]
+_PSEUDO: Section = "pseudo labels"
 
 
 class Metric(NamedTuple):
@@ -22,27 +23,21 @@ class Metric(NamedTuple):
     section: Section = "classes"
 
 
+# By the names of `ccssl_hf.metrics`. A name may carry the confidence threshold, as in `precision@0.95`.
 METRICS = {
     "top1": Metric("accuracy", "Top-1 accuracy"),
     "top5": Metric("top_5_accuracy", "Top-5 accuracy"),
     "macro_f1": Metric("f1", "Macro F1"),
     "ece": Metric("expected_calibration_error", "Expected calibration error (lower is better)"),
-    "precision": Metric("pseudo_label_precision", "Pseudo-label precision", "pseudo labels"),
-    "coverage": Metric("pseudo_label_coverage", "Pseudo-label coverage", "pseudo labels"),
-    "ood_share_passed": Metric(
-        "pseudo_label_ood_share_passed", "Share of OOD images above the threshold", "pseudo labels"
-    ),
-    "mask_rate": Metric("mask_rate", "Mask rate (training)", "pseudo labels"),
-    "training_precision": Metric(
-        "pseudo_label_training_precision", "Pseudo-label precision (training)", "pseudo labels"
-    ),
+    "precision": Metric("pseudo_label_precision", "Pseudo-label precision", _PSEUDO),
+    "coverage": Metric("pseudo_label_coverage", "Pseudo-label coverage", _PSEUDO),
+    "ood_share_passed": Metric("pseudo_label_ood_share_passed", "Share of OOD images above the threshold", _PSEUDO),
+    "mask_rate": Metric("mask_rate", "Mask rate (training)", _PSEUDO),
+    "training_precision": Metric("pseudo_label_training_precision", "Pseudo-label precision (training)", _PSEUDO),
     "auroc": Metric("roc_auc", "OOD AUROC (confidence)", "ood"),
     "auroc_open_set": Metric("roc_auc_open_set", "OOD AUROC (open-set score)", "ood"),
 }
-"""By the names of `ccssl_hf.metrics`. A name may carry the confidence threshold, as in `precision@0.95`."""
-
-PUBLISHED = "published weights"
-"""Stands for the provenance of weights whose run is unknown."""
+PUBLISHED = "published weights"  # the provenance of weights whose run is unknown
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,10 @@ class Provenance:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.weights.lower() not in ("ema", "raw"):
-            raise ValueError(f"Provenance.weights is {self.weights!r}: use 'EMA' or 'raw'.")
-        if self.which not in ("last", "best"):
-            raise ValueError(f"Provenance.which is {self.which!r}: use 'last' or 'best'.")
-        object.__setattr__(self, "weights", {"ema": "EMA", "raw": "raw"}[self.weights.lower()])
+        weights = {"ema": "EMA", "raw": "raw"}.get(self.weights.lower())
+        if weights is None or self.which not in ("last", "best"):
+            raise ValueError(f"Provenance {self.weights!r}, {self.which!r}: use 'EMA' or 'raw', and 'last' or 'best'.")
+        object.__setattr__(self, "weights", weights)
 
     def __str__(self) -> str:
         return f"{self.weights} weights, {self.which} step {self.step}, seed {self.seed}"

@@ -57,8 +57,7 @@ class CCSSLTrainer(Trainer):
         compute_metrics: Default: `ccssl_hf.metrics.compute_metrics`. This and all others as in `transformers.Trainer`.
 
     Raises:
-        TypeError: `model` or `args` has the wrong class.
-        ValueError: The data do not fit the arguments. Raised before any work is done.
+        TypeError, ValueError: An argument has the wrong class, or the data do not fit the arguments.
     """
 
     args: CCSSLTrainingArguments
@@ -110,10 +109,9 @@ class CCSSLTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if args.n_gpu > 1:
+        if args.n_gpu > 1:  # DataParallel would split the pairs of a batch
             raise ValueError(
-                f"One process sees {args.n_gpu} GPUs, and DataParallel would split the pairs of a batch: use "
-                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+                f"One process sees {args.n_gpu} GPUs: use `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of one batch
         self.algorithm.to(args.device)
@@ -129,14 +127,11 @@ class CCSSLTrainer(Trainer):
         self.base_model: str | None = None
         self._best_step: int | None = None
         self._pushes: list[Future[CommitInfo]] = []  # uploads of checkpoints
-        self._loop_output: Any = None  # of the current evaluation
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(progress_callback())
-
-    # ----------------------------------------------------------------------------------------------------------- set-up
 
     def _read_data(self) -> None:
         """Check all splits, and read the labels of the training splits."""
@@ -206,8 +201,6 @@ class CCSSLTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # ------------------------------------------------------------------------------------------------------------- data
-
     def get_train_dataloader(self) -> DataLoader:
         """Batches of both splits in one long epoch: the sampler handles the epochs of each split."""
         args, views = self.args, self.algorithm.views
@@ -233,7 +226,7 @@ class CCSSLTrainer(Trainer):
             seed=args.seed,
         )
         in_loader = self.decode == "stream"
-        return self._loader(dataset, decodes=in_loader, batch_sampler=sampler, collate_fn=_already_a_batch)
+        return self._loader(dataset, decodes=in_loader, batch_sampler=sampler, collate_fn=dict)
 
     def _loader(self, dataset: Any, *, decodes: bool, **settings: Any) -> DataLoader:
         """`decodes`: whether the dataset decodes images."""
@@ -268,13 +261,10 @@ class CCSSLTrainer(Trainer):
 
     def _evaluation_loader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
         transform = create_transform(**resolve_data_config(pretrained_cfg=self.model.backbone.pretrained_cfg))
-        dataset = data.EvaluationDataset(
-            split, labels, image_column=self.args.image_column, transform=transform, role=role
-        )
+        column = self.args.image_column
+        dataset = data.EvaluationDataset(split, labels, image_column=column, transform=transform, role=role)
         own = torch.Generator()  # else an evaluation changes the random numbers of dropout in training
         return self._loader(dataset, decodes=True, batch_size=self.args.per_device_eval_batch_size, generator=own)
-
-    # ------------------------------------------------------------------------------------------------------------- step
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -305,8 +295,6 @@ class CCSSLTrainer(Trainer):
         if "loss" in logs and "learning_rate" in logs:
             logs = {**logs, **self.monitor.drain()}
         super().log(logs, start_time)
-
-    # ------------------------------------------------------------------------------------------------------- evaluation
 
     def _published_weights(self) -> Any:
         """A context in which `self.model` holds the weights that are evaluated and saved."""
@@ -355,10 +343,8 @@ class CCSSLTrainer(Trainer):
         self.model.train(training)  # upstream leaves the model in eval mode
         if self._measures_open_set_score and isinstance(output.predictions, tuple):  # scores are for metrics
             output = output._replace(predictions=output.predictions[0])
-        self._loop_output = output
+        self._loop_output = output  # for evaluate
         return output
-
-    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -399,8 +385,6 @@ class CCSSLTrainer(Trainer):
             prefix = "eval" if split == "validation" else f"eval_{split}"
             self.add_results(split, _without_prefix({k: v for entry in logged for k, v in entry.items()}, prefix))
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
-
-    # ------------------------------------------------------------------------------------------------------- publishing
 
     def run_record(self) -> RunRecord:
         """What the run knows of itself at this moment: the card is written from it."""
@@ -507,20 +491,17 @@ class CCSSLTrainer(Trainer):
         If the upload fails, everything is saved: call it again. `card` holds arguments of `create_model_card`.
         """
         self.save_model(_internal_call=True)
-        if private is not None:
-            self.args.hub_private_repo = private
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token)
+            self.init_hf_repo(token=token, private=private)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**card)
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        args = self.args
-        where = {"private": args.hub_private_repo, "revision": revision or args.hub_revision}
-        files = plan_push(str(args.output_dir), with_head=with_head).files
-        options = {"message": commit_message, "token": token or args.hub_token, **where}
-        push = partial(upload, files, str(self.hub_model_id), **options)
+        files, args = plan_push(str(self.args.output_dir), with_head=with_head).files, self.args
+        options: dict[str, Any] = {"private": args.hub_private_repo if private is None else private}
+        options |= {"revision": revision or args.hub_revision, "token": token or args.hub_token}
+        push = partial(upload, files, str(self.hub_model_id), message=commit_message, **options)
         return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -550,7 +531,3 @@ def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, floa
     """The metrics of an evaluation that a card shows, without their prefix."""
     names = [name for name, metric in METRICS.items() if metric.section != "pseudo labels"]
     return {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
-
-
-def _already_a_batch(batch: Any) -> Any:
-    return batch

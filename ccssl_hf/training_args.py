@@ -79,9 +79,7 @@ class ViewArguments:
     contrastive_view: Literal["simclr", "randaugment"] = argument(
         "simclr", "simclr: resized crop, colour jitter and random grayscale. randaugment: a second strong view."
     )
-    normalize_contrastive: bool = argument(
-        True, "Normalize the contrastive view. The authors' CCSSL configs do not normalize it."
-    )
+    normalize_contrastive: bool = argument(True, "Normalize the contrastive view. The authors' CCSSL configs do not.")
 
     def view_settings(self, pretrained_cfg: Mapping[str, Any]) -> ViewSettings:
         """The views of a run, with the input size, mean and standard deviation of timm's `pretrained_cfg`."""
@@ -120,10 +118,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     """Arguments of `CCSSLTrainer`. Defaults are those of the paper for CIFAR-10 (arXiv 2203.02261, section 4).
 
     Hyperparameters of the algorithm are None by default, which means the algorithm's default. Batch sizes count labeled
-    images; each step also uses `mu` times as many unlabeled images.
-
-    Raises:
-        ValueError: Two arguments contradict each other, a value is out of range, or a launcher is not supported.
+    images; each step also uses `mu` times as many unlabeled images. Raises a ValueError if arguments contradict each
+    other, a value is out of range, or a launcher is not supported.
     """
 
     # Arguments of transformers, with the paper's values.
@@ -133,9 +129,7 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     weight_decay: float = argument(1e-3, "Weight decay. It does not apply to norms and biases.")
     optim: str = argument("sgd", "Optimizer. sgd uses sgd_momentum and nesterov.")
     max_grad_norm: float = argument(0.0, "Clip the gradient to this norm. 0: no clipping.")
-    logging_nan_inf_filter: bool = argument(
-        False, "Leave NaN and infinite losses out of the logged mean, which hides them."
-    )
+    logging_nan_inf_filter: bool = argument(False, "Hide NaN and infinite losses: leave them out of the logged mean.")
 
     algorithm: str = argument("fixmatch", "Pseudo-labeling algorithm. supervised uses labeled images only.")
     mu: int = argument(7, "Unlabeled images for each labeled image in a step.")
@@ -147,26 +141,18 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         "gradient for the weak views, which is faster; BatchNorm then normalizes them separately.",
     )
     ema_decay: float = argument(0.999, "Decay of the averaged weights (EMA) in each step. 0: no averaging.")
-    eval_weights: Literal["ema", "raw"] = argument(
-        "ema", "Weights that are evaluated and published: averaged (ema) or raw."
-    )
+    eval_weights: Literal["ema", "raw"] = argument("ema", "Evaluated and published weights: averaged (ema) or raw.")
     sgd_momentum: float = argument(0.9, "Momentum of SGD.")
     nesterov: bool = argument(True, "Use Nesterov momentum in SGD.")
     schedule: Literal["cosine_7_16", "lr_scheduler_type"] = argument(
-        "cosine_7_16",
-        "Learning rate schedule. cosine_7_16: FixMatch's cosine, from 1 to cos(7/16 pi). "
-        "lr_scheduler_type: the schedule that lr_scheduler_type names.",
+        "cosine_7_16", "Learning rate: FixMatch's cosine from 1 to cos(7/16 pi), or as lr_scheduler_type says."
     )
 
     # Data
     image_column: str = argument("image", "Column of the images in every split.")
     label_column: str = argument("label", "Column of the labels.")
-    hidden_label_column: str | None = argument(
-        None, "Column with the true classes of the unlabeled images, which are logged and not trained on."
-    )
-    repeat_labeled: bool = argument(
-        False, "Allow fewer labeled images than a batch. Images then repeat within a batch, with different views."
-    )
+    hidden_label_column: str | None = argument(None, "Column of the unlabeled images' true classes, only logged.")
+    repeat_labeled: bool = argument(False, "If labeled images are fewer than a batch, repeat them, with other views.")
     decode: Literal["auto", "memory", "stream"] = argument(
         "auto",
         "memory: decode every image once, to the training size. stream: decode an image each time it is "
@@ -182,8 +168,7 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     def from_config(cls, config: str | Path = "imagefolder", **changes: Any) -> CCSSLTrainingArguments:
         """Arguments from a YAML file (a packaged name, or a path), as the command line reads it, with `changes`.
 
-        Raises:
-            ValueError: The file cannot be read, a name is unknown, or a value has the wrong type.
+        Raises a ValueError if the file cannot be read, a name is unknown, or a value has the wrong type.
         """
         packaged = CONFIGS / f"{config}.yaml"
         path = packaged if packaged.is_file() else Path(config)
@@ -294,8 +279,7 @@ class StrictParser(HfArgumentParser):
 def read_config(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
     """The settings of a YAML file: plain values as they are written, without `null`, and lists and dictionaries.
 
-    Raises:
-        ValueError: The file cannot be read, or a name is unknown.
+    Raises a ValueError if the file cannot be read, or a name is not in `known`.
     """
     try:
         text = path.read_text(encoding="utf-8")

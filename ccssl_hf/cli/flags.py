@@ -68,10 +68,8 @@ def parse_recipe(
 ) -> tuple[Any, ...]:
     """Fill dataclasses from a YAML file and the command line. A flag overrides the file; `--name none` unsets a value.
 
-    `config` is read if `--config` names no file. `arguments`, `description` and `prog` are as in `argparse`.
-
-    Raises:
-        ValueError: The file cannot be read, a key or flag is unknown, or a value has the wrong type.
+    `config` is read if `--config` names no file. `arguments`, `description` and `prog` are as in `argparse`. Raises a
+    ValueError if the file cannot be read, a key or flag is unknown, or a value has the wrong type.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default=config, help="YAML file with defaults for all flags")
