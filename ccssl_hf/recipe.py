@@ -70,15 +70,17 @@ def build_trainer(
     if "validation" not in splits:
         args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
     set_seed(args.seed)  # the trainer does so only after the model has its initial weights
-    source, size = recipe.model, recipe.image_size
-    if source is None:
+    if recipe.model is None:
         names = read_class_names(splits["labeled"], args.label_column)
-        create = CCSSLForImageClassification.from_timm
-        model = create(recipe.backbone, labels=names, pretrained=recipe.pretrained, image_size=size)
-    elif recipe.pretrained or size is not None:
-        raise ValueError(f"model {source!r} has its own weights and image size: leave out pretrained and image_size.")
+        model = CCSSLForImageClassification.from_timm(
+            recipe.backbone, labels=names, pretrained=recipe.pretrained, image_size=recipe.image_size
+        )
+    elif recipe.pretrained or recipe.image_size is not None:
+        raise ValueError(
+            f"model {recipe.model!r} has its own weights and image size: leave out pretrained and image_size."
+        )
     else:
-        model = CCSSLForImageClassification.from_pretrained(source)
+        model = CCSSLForImageClassification.from_pretrained(recipe.model)
     trainer = CCSSLTrainer(
         model,
         args,
@@ -88,7 +90,7 @@ def build_trainer(
     )
     trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}  # for the card
     pretrained = recipe.pretrained and (get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone)
-    trainer.base_model = pretrained or source
+    trainer.base_model = pretrained or recipe.model
     return trainer, splits
 
 

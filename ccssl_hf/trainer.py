@@ -47,7 +47,8 @@ class CCSSLTrainer(Trainer):
     """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
 
     Training, evaluation, callbacks, resuming, DDP through accelerate and pushes work as in `transformers.Trainer`.
-    Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
+    Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`). A TypeError or ValueError is
+    raised before any work is done if an argument has the wrong class, or the data do not fit the arguments.
 
     Args:
         train_dataset: Labeled images.
@@ -55,9 +56,6 @@ class CCSSLTrainer(Trainer):
         eval_dataset: Labeled images, or a dictionary of such splits. Images with the label -1, or with a name that is
             not a class of the model, count as out-of-distribution.
         compute_metrics: Default: `ccssl_hf.metrics.compute_metrics`. This and all others as in `transformers.Trainer`.
-
-    Raises:
-        TypeError, ValueError: An argument has the wrong class, or the data do not fit the arguments.
     """
 
     args: CCSSLTrainingArguments
@@ -225,8 +223,7 @@ class CCSSLTrainer(Trainer):
             num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed,
         )
-        in_loader = self.decode == "stream"
-        return self._loader(dataset, decodes=in_loader, batch_sampler=sampler, collate_fn=dict)
+        return self._loader(dataset, decodes=self.decode == "stream", batch_sampler=sampler, collate_fn=dict)
 
     def _loader(self, dataset: Any, *, decodes: bool, **settings: Any) -> DataLoader:
         """`decodes`: whether the dataset decodes images."""

@@ -183,7 +183,13 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         for error in self._errors():
             raise ValueError(f"{error}.")
         super().__post_init__()
-        self._check_compiler()
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch's
+        needs_compiler = self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"
+        if needs_compiler and shutil.which(shlex.split(compiler)[0]) is None:  # the first step would fail
+            raise ValueError(
+                f"torch_compile needs a C++ compiler on a CPU, and {compiler!r} is not found: install g++, set CXX to "
+                "another compiler, or leave out torch_compile."
+            )
         self.remove_unused_columns = False  # forward does not take the image column, and it must not be dropped
         self.label_names = ["labels"]
         self.ddp_find_unused_parameters = False  # one forward reaches every parameter that is trained
@@ -225,16 +231,6 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
                 yield f"{name} is part of CCSSL: set lambda_contrast above 0, or {name} to none"
         if self.hidden_label_column == self.image_column:
             yield "hidden_label_column and image_column name the same column: name a column of labels"
-
-    def _check_compiler(self) -> None:
-        """Without the compiler of torch._inductor, the first step would fail, after all the decoding."""
-        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        needed = self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"
-        if needed and shutil.which(shlex.split(compiler)[0]) is None:
-            raise ValueError(
-                f"torch_compile needs a C++ compiler on a CPU, and {compiler!r} is not found: install g++, set CXX to "
-                "another compiler, or leave out torch_compile."
-            )
 
     def hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters that were set, by name, and always `lambda_contrast`."""

@@ -18,15 +18,13 @@ from ..training_args import StrictParser, read_config
 def flags_by_class(*types: type) -> dict[type, list[dataclasses.Field[Any]]]:
     """The fields of dataclasses that are flags, by the class that defines each; a subclass comes before its bases."""
 
-    def owner(cls: type, name: str) -> type:
-        return next(each for each in cls.__mro__ if name in inspect.get_annotations(each))
-
-    return {
-        cls: [f for f in dataclasses.fields(t) if f.init and owner(t, f.name) is cls]
-        for t in types
-        for cls in t.__mro__
-        if dataclasses.is_dataclass(cls)
-    }
+    found: dict[type, list[dataclasses.Field[Any]]] = {}
+    for t in types:
+        left = {f.name: f for f in dataclasses.fields(t) if f.init}
+        for cls in filter(dataclasses.is_dataclass, t.__mro__):
+            own = inspect.get_annotations(cls)
+            found[cls] = [left.pop(name) for name in list(left) if name in own]
+    return found
 
 
 def first_paragraph(cls: type) -> str:

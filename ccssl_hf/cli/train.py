@@ -31,7 +31,7 @@ def train(context: typer.Context) -> None:
         from ..training_args import CCSSLTrainingArguments
         from .flags import parse_recipe
 
-        types = (recipe.FolderArguments, CCSSLTrainingArguments)
         call: dict[str, Any] = {"arguments": context.args, "description": getdoc(train), "prog": context.command_path}
-        trainer, splits = recipe.build_trainer(*parse_recipe(*types, config=recipe.OWN_IMAGES, **call))
+        parsed = parse_recipe(recipe.FolderArguments, CCSSLTrainingArguments, config=recipe.OWN_IMAGES, **call)
+        trainer, splits = recipe.build_trainer(*parsed)
     recipe.train(trainer, splits)
