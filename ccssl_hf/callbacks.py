@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -22,62 +21,44 @@ logger = logging.getLogger(__name__)
 
 
 class StepMonitor:
-    """Sums what each step reports, on the device, and reads the sums back once per log.
-
-    Args:
-        class_names: Names of the classes, for the histogram of pseudo labels.
-    """
+    """Sums what each step reports, on the device, and reads the sums back once per log."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = list(class_names)
-        self._reset()
-
-    def _reset(self) -> None:
         self._steps = 0
         self._sums: dict[str, Tensor] = {}
-        self._histogram: Tensor | None = None
-
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach().double() if value.device.type != "mps" else value.detach().float()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def add(self, result: SSLLoss, hidden_labels: Tensor | None) -> None:
         """Count one step. An image passes the threshold where its mask is above 0."""
         self._steps += 1
-        for name, term in result.terms.items():
-            self._add(name, term)
-        if result.mask is None or result.pseudo_labels is None:
-            return
-        passed = result.mask.detach() > 0
-        self._add("mask_rate", result.mask.mean())
-        self._add("_passed", passed.sum())
-        if self._histogram is None:
-            self._histogram = torch.zeros(len(self.class_names), device=passed.device)
-        self._histogram.index_add_(0, result.pseudo_labels, passed.to(self._histogram.dtype))
-        if hidden_labels is not None:
-            self._add("_correct", (passed & (result.pseudo_labels == hidden_labels)).sum())
+        values = dict(result.terms)
+        if result.mask is not None and result.pseudo_labels is not None:
+            passed = result.mask.detach() > 0
+            by_class = torch.zeros(len(self.class_names), device=passed.device)
+            values["mask_rate"] = result.mask.mean()
+            values["_passed"] = by_class.index_add_(0, result.pseudo_labels, passed.to(by_class.dtype))
+            if hidden_labels is not None:
+                values["_correct"] = (passed & (result.pseudo_labels == hidden_labels)).sum()
+        for name, value in values.items():
+            value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def drain(self) -> dict[str, float]:
         """Return the means since the last call, over all processes, and start again from zero."""
         if not self._steps:
             return {}
-        values = torch.stack([value.reshape(()) for value in self._sums.values()])
-        if self._histogram is not None:
-            values = torch.cat([values, self._histogram.to(values.dtype)])
-        processes = 1
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(values)
-            processes = dist.get_world_size()
-        numbers = values.tolist()
-        sums = dict(zip(self._sums, numbers, strict=False))
-        passed, correct = sums.pop("_passed", 0.0), sums.pop("_correct", None)
-        logs = {name: total / (self._steps * processes) for name, total in sums.items()}
-        if correct is not None and passed:
-            logs["pseudo_label_precision"] = correct / passed
-        if self._histogram is not None:
-            for name, count in zip(self.class_names, numbers[len(self._sums) :], strict=True):
-                logs[f"pseudo_labels/{name}"] = count / max(passed, 1.0)
-        self._reset()
+        flat = [value.reshape(-1) for value in self._sums.values()]
+        parts = all_reduce_mean(torch.cat(flat)).cpu().split([len(value) for value in flat])
+        sums = {name: part.tolist() for name, part in zip(self._sums, parts, strict=True)}
+        by_class, correct = sums.pop("_passed", None), sums.pop("_correct", None)
+        logs = {name: total / self._steps for name, [total] in sums.items()}
+        if by_class is not None:
+            passed = sum(by_class)
+            if correct is not None and passed:
+                logs["pseudo_label_precision"] = correct[0] / passed
+            shares = [count / (passed or 1.0) for count in by_class]
+            logs |= {f"pseudo_labels/{name}": share for name, share in zip(self.class_names, shares, strict=True)}
+        self._steps, self._sums = 0, {}
         return logs
 
 
@@ -93,12 +74,10 @@ class ProgressBar(ProgressCallback):
             super().on_prediction_step(*args, eval_dataloader=eval_dataloader, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        for name in ("loss", "mask_rate", "eval_top1"):
-            if name in logs:
-                self._shown[name.removeprefix("eval_")] = f"{logs[name]:.3f}"
-        self.training_bar.set_postfix(self._shown)
+        if self.training_bar is not None and logs:  # the main process alone has a bar
+            names = [name for name in ("loss", "mask_rate", "eval_top1") if name in logs]
+            self._shown |= {name.removeprefix("eval_"): f"{logs[name]:.3f}" for name in names}
+            self.training_bar.set_postfix(self._shown)
 
 
 def progress_callback() -> TrainerCallback:
@@ -112,17 +91,16 @@ def progress_callback() -> TrainerCallback:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if args.eval_strategy == "no" and "loss" in logs:  # otherwise each evaluation adds a row
-                row = {"Step": state.global_step, "Training Loss": logs["loss"], "Mask Rate": logs.get("mask_rate")}
-                self.training_tracker.write_line({name: value for name, value in row.items() if value is not None})
+                rate = {"Mask Rate": logs["mask_rate"]} if "mask_rate" in logs else {}
+                self.training_tracker.write_line({"Step": state.global_step, "Training Loss": logs["loss"], **rate})
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-            shown = dict(metrics or {})  # a copy: transformers removes entries, and Trainer.evaluate returns `metrics`
-            if self.training_tracker is not None:
-                logged = [logs["mask_rate"] for logs in state.log_history if "mask_rate" in logs]
-                shown = {**({"eval_mask_rate": logged[-1]} if logged else {}), **shown}
-            elif self.prediction_bar is not None:
+            rates = [logs["mask_rate"] for logs in state.log_history if "mask_rate" in logs]
+            rate = {"eval_mask_rate": rates[-1]} if rates and self.training_tracker is not None else {}
+            if self.training_tracker is None and self.prediction_bar is not None:
                 self.prediction_bar.close()  # transformers leaves it above the table
-            super().on_evaluate(args, state, control, metrics=shown, **kwargs)
+            # A new dictionary: transformers removes entries, and Trainer.evaluate returns `metrics`.
+            super().on_evaluate(args, state, control, metrics={**rate, **(metrics or {})}, **kwargs)
 
     return NotebookProgress()
 
@@ -138,15 +116,10 @@ class UpdateAverage(TrainerCallback):
 
 
 class TimeLimit(TrainerCallback):
-    """Saves a checkpoint and ends training at the first logged step after a time limit.
+    """Saves a checkpoint and ends training at the first logged step after `minutes` of wall time from its creation.
 
     A resumed run equals an uninterrupted one. Only logged steps check the time: they wait for the device anyway.
-
-    Args:
-        minutes: Time limit in minutes of wall time, counted from the creation of this callback.
-
-    Raises:
-        ValueError: `minutes` is not positive.
+    Raises a ValueError if `minutes` is not positive.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -160,9 +133,5 @@ class TimeLimit(TrainerCallback):
         late = torch.tensor(float(time.monotonic() >= self._end), device=args.device)
         if all_reduce_mean(late).item() > 0:  # the clocks of processes differ, but all must stop at the same step
             control.should_save = control.should_training_stop = True
-            logger.warning(
-                "Stopped after %d of %d steps by time_limit (%g minutes): use resume_from_checkpoint to continue.",
-                state.global_step,
-                state.max_steps,
-                self.minutes,
-            )
+            warning = "Stopped after %d of %d steps by time_limit (%g minutes): use resume_from_checkpoint to continue."
+            logger.warning(warning, state.global_step, state.max_steps, self.minutes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -13,11 +13,10 @@ from transformers import set_seed
 from .data import load_split, read_class_names
 from .modeling import CCSSLForImageClassification
 from .trainer import CCSSLTrainer
-from .training_args import CONFIGS, CCSSLTrainingArguments
+from .training_args import CONFIGS, CCSSLTrainingArguments, argument
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
-OWN_IMAGES = CONFIGS / "imagefolder.yaml"
-"""The settings of `ccssl-hf train`."""
+OWN_IMAGES = CONFIGS / "imagefolder.yaml"  # the settings of `ccssl-hf train`
 
 
 @dataclass
@@ -26,20 +25,14 @@ class RecipeArguments:
     any way), parquet files (a folder, a file or a glob), or a data set on the Hub (`user/name` or `user/name:split`).
     """
 
-    labeled: str | None = field(default=None, metadata={"help": "Labeled training images."})
-    unlabeled: str | None = field(
-        default=None, metadata={"help": "Unlabeled training images. Some may be out-of-distribution (OOD)."}
-    )
-    validation: str | None = field(default=None, metadata={"help": "Labeled images for evaluation during training."})
-    test: str | None = field(default=None, metadata={"help": "Labeled images that are only evaluated at the end."})
-    backbone: str = field(default="resnet50", metadata={"help": "Name of a timm model."})
-    pretrained: bool = field(default=False, metadata={"help": "Start from timm's pretrained weights."})
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a published model to start from, instead of a backbone."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the images in pixels; default: the backbone's."}
-    )
+    labeled: str | None = argument(None, "Labeled training images.")
+    unlabeled: str | None = argument(None, "Unlabeled training images. Some may be out-of-distribution (OOD).")
+    validation: str | None = argument(None, "Labeled images for evaluation during training.")
+    test: str | None = argument(None, "Labeled images that are only evaluated at the end.")
+    backbone: str = argument("resnet50", "Name of a timm model.")
+    pretrained: bool = argument(False, "Start from timm's pretrained weights.")
+    model: str | None = argument(None, "Published model to start from, instead of a backbone: a folder or Hub id.")
+    image_size: int | None = argument(None, "Side of the images in pixels; default: the backbone's.")
 
 
 @dataclass
@@ -48,9 +41,7 @@ class FolderArguments(RecipeArguments):
     and `test/<class>/*`. A split that is given by its own argument replaces the one in this folder.
     """
 
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with labeled/, unlabeled/, validation/ and test/."}
-    )
+    data_dir: str | None = argument(None, "Folder with labeled/, unlabeled/, validation/ and test/.")
 
     def __post_init__(self) -> None:
         if self.data_dir is None:
@@ -64,11 +55,7 @@ class FolderArguments(RecipeArguments):
 
 
 def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
-    """The splits of a run, by role.
-
-    Raises:
-        ValueError: There is no labeled split, or a split cannot be read.
-    """
+    """The splits of a run, by role. Raises a ValueError if there is no labeled split, or a split cannot be read."""
     if recipe.labeled is None:
         raise ValueError("There is no labeled split: set labeled to an image folder, parquet files or a Hub data set.")
     sources = {role: getattr(recipe, role) for role in ROLES}
@@ -78,61 +65,37 @@ def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
 def build_trainer(
     recipe: RecipeArguments, args: CCSSLTrainingArguments
 ) -> tuple[CCSSLTrainer, dict[str, datasets.Dataset]]:
-    """Load the data and build model and trainer. Wrong input raises here, before training.
-
-    Args:
-        recipe: The data and the model. Without a validation split, training does not evaluate.
-        args: Arguments of the trainer.
-
-    Returns:
-        The trainer, and the splits by role.
-
-    Raises:
-        ValueError: The data, the model or the arguments do not work or do not fit together.
-    """
+    """Load the data and build the trainer; also returns the splits by role. Wrong input raises a ValueError here."""
     splits = load_splits(recipe)
     if "validation" not in splits:
         args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
     set_seed(args.seed)  # the trainer does so only after the model has its initial weights
+    if recipe.model is None:
+        names = read_class_names(splits["labeled"], args.label_column)
+        model = CCSSLForImageClassification.from_timm(
+            recipe.backbone, labels=names, pretrained=recipe.pretrained, image_size=recipe.image_size
+        )
+    elif recipe.pretrained or recipe.image_size is not None:
+        raise ValueError(
+            f"model {recipe.model!r} has its own weights and image size: leave out pretrained and image_size."
+        )
+    else:
+        model = CCSSLForImageClassification.from_pretrained(recipe.model)
     trainer = CCSSLTrainer(
-        _build_model(recipe, splits["labeled"], args),
+        model,
         args,
         train_dataset=splits["labeled"],
         unlabeled_dataset=splits.get("unlabeled"),
         eval_dataset=splits.get("validation"),
     )
     trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}  # for the card
-    if recipe.pretrained:
-        trainer.base_model = get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone
-    elif recipe.model is not None:
-        trainer.base_model = recipe.model
+    pretrained = recipe.pretrained and (get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone)
+    trainer.base_model = pretrained or recipe.model
     return trainer, splits
 
 
-def _build_model(
-    recipe: RecipeArguments, labeled: datasets.Dataset, args: CCSSLTrainingArguments
-) -> CCSSLForImageClassification:
-    if recipe.model is None:
-        return CCSSLForImageClassification.from_timm(
-            recipe.backbone,
-            labels=read_class_names(labeled, args.label_column),
-            pretrained=recipe.pretrained,
-            image_size=recipe.image_size,
-        )
-    if recipe.pretrained or recipe.image_size is not None:
-        raise ValueError(
-            f"model {recipe.model!r} has its own weights and image size: leave out pretrained and image_size."
-        )
-    return CCSSLForImageClassification.from_pretrained(recipe.model)
-
-
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
-    """Train or resume, evaluate on the validation and test splits, save the model with its card, and push if asked to.
-
-    Args:
-        trainer: From `build_trainer`. Training resumes from `args.resume_from_checkpoint` if it is set.
-        splits: From `build_trainer`.
-    """
+    """Train, or resume from `args.resume_from_checkpoint`, evaluate on validation and test splits, save and push."""
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_metrics("train", {**result.metrics, "train_steps": result.global_step})
     for role in ("validation", "test"):

@@ -1,4 +1,4 @@
-"""What a run knows of itself: settings, splits, results with provenance, predictions. The card is a function of it."""
+"""What a run knows of itself: settings, splits, results with provenance, predictions. The card is made from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from . import __version__
+
 Section = Literal["classes", "pseudo labels", "ood"]
+_PSEUDO: Section = "pseudo labels"
 
 
 class Metric(NamedTuple):
@@ -20,54 +23,37 @@ class Metric(NamedTuple):
     section: Section = "classes"
 
 
+# By the names of `ccssl_hf.metrics`. A name may carry the confidence threshold, as in `precision@0.95`.
 METRICS = {
     "top1": Metric("accuracy", "Top-1 accuracy"),
     "top5": Metric("top_5_accuracy", "Top-5 accuracy"),
     "macro_f1": Metric("f1", "Macro F1"),
     "ece": Metric("expected_calibration_error", "Expected calibration error (lower is better)"),
-    "precision": Metric("pseudo_label_precision", "Pseudo-label precision", "pseudo labels"),
-    "coverage": Metric("pseudo_label_coverage", "Pseudo-label coverage", "pseudo labels"),
-    "ood_share_passed": Metric(
-        "pseudo_label_ood_share_passed", "Share of OOD images above the threshold", "pseudo labels"
-    ),
-    "mask_rate": Metric("mask_rate", "Mask rate (training)", "pseudo labels"),
-    "training_precision": Metric(
-        "pseudo_label_training_precision", "Pseudo-label precision (training)", "pseudo labels"
-    ),
+    "precision": Metric("pseudo_label_precision", "Pseudo-label precision", _PSEUDO),
+    "coverage": Metric("pseudo_label_coverage", "Pseudo-label coverage", _PSEUDO),
+    "ood_share_passed": Metric("pseudo_label_ood_share_passed", "Share of OOD images above the threshold", _PSEUDO),
+    "mask_rate": Metric("mask_rate", "Mask rate (training)", _PSEUDO),
+    "training_precision": Metric("pseudo_label_training_precision", "Pseudo-label precision (training)", _PSEUDO),
     "auroc": Metric("roc_auc", "OOD AUROC (confidence)", "ood"),
     "auroc_open_set": Metric("roc_auc_open_set", "OOD AUROC (open-set score)", "ood"),
 }
-"""By the names of `ccssl_hf.metrics`. A name may carry the confidence threshold, as in `precision@0.95`."""
-
-PUBLISHED = "published weights"
-"""Stands for the provenance of weights whose run is unknown."""
+PUBLISHED = "published weights"  # the provenance of weights whose run is unknown
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The weights that a number or a picture belongs to.
+    """The weights that a number or a picture belongs to. Raises a ValueError if a word is none of these."""
 
-    Args:
-        weights: `EMA` or `raw` (in any case).
-        step: Optimizer steps that these weights were trained for.
-        which: `last` or `best`: how the step was chosen.
-        seed: The run's seed.
-
-    Raises:
-        ValueError: `weights` or `which` is something else.
-    """
-
-    weights: str
-    step: int
-    which: str
+    weights: str  # "EMA" or "raw", in any case
+    step: int  # optimizer steps that these weights were trained for
+    which: str  # "last" or "best": how the step was chosen
     seed: int
 
     def __post_init__(self) -> None:
-        if self.weights.lower() not in ("ema", "raw"):
-            raise ValueError(f"Provenance.weights is {self.weights!r}: use 'EMA' or 'raw'.")
-        if self.which not in ("last", "best"):
-            raise ValueError(f"Provenance.which is {self.which!r}: use 'last' or 'best'.")
-        object.__setattr__(self, "weights", {"ema": "EMA", "raw": "raw"}[self.weights.lower()])
+        weights = {"ema": "EMA", "raw": "raw"}.get(self.weights.lower())
+        if weights is None or self.which not in ("last", "best"):
+            raise ValueError(f"Provenance {self.weights!r}, {self.which!r}: use 'EMA' or 'raw', and 'last' or 'best'.")
+        object.__setattr__(self, "weights", weights)
 
     def __str__(self) -> str:
         return f"{self.weights} weights, {self.which} step {self.step}, seed {self.seed}"
@@ -75,51 +61,38 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Result:
-    """A measured number with its metric, split and provenance.
+    """A measured number with its metric, split and provenance."""
 
-    Args:
-        metric: A name of `METRICS`, or any other.
-        value: A fraction in [0, 1].
-        split: Name of the split, such as `test`.
-        provenance: The weights; None if the run is unknown, as for a downloaded model without a card.
-    """
-
-    metric: str
-    value: float
+    metric: str  # a name of METRICS, or any other
+    value: float  # in [0, 1]
     split: str
-    provenance: Provenance | None = None
+    provenance: Provenance | None = None  # None: the run is unknown
+
+    def _described(self) -> tuple[Metric, str]:
+        name, _, threshold = self.metric.partition("@")
+        return METRICS.get(name, Metric(name, name)), threshold
 
     @property
     def name(self) -> str:
         """The metric's name for readers, with its threshold."""
-        name, _, threshold = self.metric.partition("@")
-        words = METRICS[name].words if name in METRICS else name
-        return f"{words} (threshold {threshold})" if threshold else words
+        metric, threshold = self._described()
+        return f"{metric.words} (threshold {threshold})" if threshold else metric.words
 
     @property
     def hub_name(self) -> str:
         """The metric's name in the Hub's metadata, with its threshold."""
-        name, at, threshold = self.metric.partition("@")
-        return (METRICS[name].hub_name if name in METRICS else name) + at + threshold
+        metric, threshold = self._described()
+        return f"{metric.hub_name}@{threshold}" if threshold else metric.hub_name
 
     @property
     def section(self) -> Section:
         """The section of the card that shows it."""
-        name = self.metric.partition("@")[0]
-        return METRICS[name].section if name in METRICS else "classes"
+        return self._described()[0].section
 
 
 @dataclass(frozen=True)
 class SplitPredictions:
-    """A model's outputs on a labeled split of `N` images, of `C` classes.
-
-    Args:
-        split: Name of the split.
-        provenance: The weights; None if the run is unknown.
-        logits: float32 `[N, C]`.
-        labels: `[N]`; -1 for an out-of-distribution image.
-        embeddings: `[N, D]`; None if they are not drawn.
-    """
+    """A model's outputs on a labeled split: logits float32 `[N, C]`, labels `[N]` (-1: OOD), embeddings `[N, D]`."""
 
     split: str
     provenance: Provenance | None
@@ -147,62 +120,32 @@ class Split:
 
 @dataclass
 class RunRecord:
-    """What a run knows of itself. The card leaves out what is empty or None.
+    """What a run knows of itself. The card leaves out what is empty or None."""
 
-    Args:
-        backbone: timm name of the network.
-        class_names: Names of the classes, in order.
-        algorithm: Name in `ccssl_hf.algorithms.ALGORITHMS`; None if nothing is known about the training.
-        hyperparameters: Those of the algorithm and CCSSL, by name. `lambda_contrast` above 0 means CCSSL.
-        optimization: All other settings that affect the weights, by name.
-        views: Settings of the views, by name.
-        splits: The data by name of the split (`labeled`, `unlabeled`, `validation`, `test`).
-        labeled_per_class: Number of labeled images by class name.
-        base_model: Hub id or timm name of the initial weights; None for random weights.
-        steps: Optimizer steps of the run.
-        batch_size: Labeled images in each step, over all processes.
-        mu: Unlabeled images for each labeled image; None if the algorithm uses none.
-        seed: The run's seed.
-        versions: Library to version, from `library_versions`.
-        device: Kind of device, such as `cuda`.
-        num_processes: Number of training processes.
-        run_time: Training time in seconds.
-        history: The log, `trainer.state.log_history`.
-        provenance: The published weights; None if the run is unknown.
-        results: Measured numbers.
-        predictions: Outputs on labeled splits, for the pictures.
-    """
-
-    backbone: str
+    backbone: str  # timm name
     class_names: Sequence[str]
-    algorithm: str | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    optimization: Mapping[str, Any] = field(default_factory=dict)
+    algorithm: str | None = None  # None: nothing is known about the training
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)  # lambda_contrast above 0 means CCSSL
+    optimization: Mapping[str, Any] = field(default_factory=dict)  # all other settings that affect the weights
     views: Mapping[str, Any] = field(default_factory=dict)
-    splits: Mapping[str, Split] = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)  # by name: labeled, unlabeled, validation, test
     labeled_per_class: Mapping[str, int] = field(default_factory=dict)
-    base_model: str | None = None
+    base_model: str | None = None  # Hub id or timm name of the initial weights; None: random weights
     steps: int | None = None
-    batch_size: int | None = None
-    mu: int | None = None
+    batch_size: int | None = None  # labeled images in each step, over all processes
+    mu: int | None = None  # None: the algorithm uses no unlabeled images
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
     num_processes: int = 1
-    run_time: float | None = None
-    history: Sequence[Mapping[str, Any]] = ()
-    provenance: Provenance | None = None
+    run_time: float | None = None  # seconds
+    history: Sequence[Mapping[str, Any]] = ()  # `trainer.state.log_history`
+    provenance: Provenance | None = None  # of the published weights; None: the run is unknown
     results: Sequence[Result] = ()
     predictions: Sequence[SplitPredictions] = ()
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries that a run depends on."""
-    names = ("ccssl_hf", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    """Versions of the libraries that a run depends on."""
+    names = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub")
+    return {"ccssl_hf": __version__, **{name: metadata.version(name) for name in names}}

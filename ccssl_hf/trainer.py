@@ -6,8 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -20,7 +22,6 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import PushInProgress
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
@@ -29,16 +30,15 @@ from .card import write_card
 from .checkpoint import last_checkpoint, load_training_state, save_training_state
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
-from .hub import plan_push, upload
+from .hub import plan_push, upload, upload_checkpoint
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
-from .publishing import files_of_checkpoint, upload_in_background
 from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
-from .transforms import MAX_SIDE_HELD, ViewSettings
+from .transforms import MAX_SIDE_HELD
 
 logger = logging.getLogger(__name__)
 
@@ -47,25 +47,19 @@ class CCSSLTrainer(Trainer):
     """Trains a `CCSSLForImageClassification` on a labeled and an unlabeled split.
 
     Training, evaluation, callbacks, resuming, DDP through accelerate and pushes work as in `transformers.Trainer`.
-    Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`).
+    Evaluation, saving and publishing use the averaged weights (see `args.eval_weights`). A TypeError or ValueError is
+    raised before any work is done if an argument has the wrong class, or the data do not fit the arguments.
 
     Args:
-        model: The model to train.
-        args: The run's arguments.
         train_dataset: Labeled images.
         unlabeled_dataset: Unlabeled images. None is allowed only if the algorithm uses none.
         eval_dataset: Labeled images, or a dictionary of such splits. Images with the label -1, or with a name that is
             not a class of the model, count as out-of-distribution.
-        compute_metrics: As in `transformers.Trainer`; default `classification_metrics`.
-        callbacks, optimizers, optimizer_cls_and_kwargs, preprocess_logits_for_metrics: As in `transformers.Trainer`.
-
-    Raises:
-        TypeError: `model` or `args` has the wrong class.
-        ValueError: The data do not fit the arguments. Raised before any work is done.
+        compute_metrics: Default: `ccssl_hf.metrics.compute_metrics`. This and all others as in `transformers.Trainer`.
     """
 
     args: CCSSLTrainingArguments
-    push_in_progress: PushInProgress | None = None
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -80,13 +74,19 @@ class CCSSLTrainer(Trainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        _check_types(model, args)
-        self.class_names = model.config.labels
+        if not isinstance(args, CCSSLTrainingArguments):
+            raise TypeError(f"args is a {type(args).__name__}: pass ccssl_hf.CCSSLTrainingArguments.")
+        if not isinstance(model, CCSSLForImageClassification):
+            raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
+        self.args, self.class_names = args, model.config.labels
         self.settings = args.view_settings(model.backbone.pretrained_cfg)
-        self._cropped = _is_streamed(args, self.settings)  # if so, the dataset crops every view separately
-        self.unlabeled_dataset = unlabeled_dataset
-        self._check_data(args, train_dataset, unlabeled_dataset, eval_dataset)
-        self.algorithm = self._build_algorithm(model, args)
+        auto: Literal["stream", "memory"] = "stream" if self.settings.image_size > MAX_SIDE_HELD else "memory"
+        self.decode = auto if args.decode == "auto" else args.decode
+        if self.decode == "stream" and self.settings.weak_crop == "pad":
+            raise ValueError("weak_crop='pad' needs images at the training size: set weak_crop='resized' to stream.")
+        self.train_dataset, self.unlabeled_dataset, self.eval_dataset = train_dataset, unlabeled_dataset, eval_dataset
+        self._read_data()
+        self.algorithm = self._build_algorithm(model)
         data.check_writable(args.output_dir)
 
         # Freeze parameters that receive no gradient; DDP would wait for them.
@@ -94,25 +94,22 @@ class CCSSLTrainer(Trainer):
         for name, head in model.heads.items():
             head.requires_grad_(name in self.algorithm.heads)
         if args.device.type != "cpu":
-            # Not on a CPU: convolutions convert weights anyway, and the fused SGD takes 4x as long on weights that are
-            # not contiguous. There, channels_last images alone are as fast.
+            # On a CPU the fused SGD takes 4x as long on such weights, and channels_last images alone are as fast.
             model.to(memory_format=torch.channels_last)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=_already_a_batch,
             compute_metrics=compute_metrics or default_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if args.n_gpu > 1:
+        if args.n_gpu > 1:  # DataParallel would split the pairs of a batch
             raise ValueError(
-                f"One process sees {args.n_gpu} GPUs, and DataParallel would split the pairs of a batch: use "
-                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+                f"One process sees {args.n_gpu} GPUs: use `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self.loss_is_scaled_for_ga = False  # compute_loss returns the mean of one batch
         self.algorithm.to(args.device)
@@ -127,31 +124,23 @@ class CCSSLTrainer(Trainer):
         self.dataset_names: dict[str, str] = {}
         self.base_model: str | None = None
         self._best_step: int | None = None
-        self._loop_output: Any = None  # of the current evaluation
+        self._pushes: list[Future[CommitInfo]] = []  # uploads of checkpoints
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(progress_callback())
 
-    # ----------------------------------------------------------------------------------------------------------- set-up
-
-    def _check_data(
-        self,
-        args: CCSSLTrainingArguments,
-        labeled: datasets.Dataset,
-        unlabeled: datasets.Dataset | None,
-        evaluation: datasets.Dataset | dict[str, datasets.Dataset] | None,
-    ) -> None:
-        data.check_images(labeled, role="labeled", image_column=args.image_column)
-        self.labels = data.read_labels(labeled, args.label_column, self.class_names, role="labeled", allow_ood=False)
+    def _read_data(self) -> None:
+        """Check all splits, and read the labels of the training splits."""
+        args, unlabeled, evaluation = self.args, self.unlabeled_dataset, self.eval_dataset
         batch = args.per_device_train_batch_size * args.world_size
-        if len(labeled) < batch and not args.repeat_labeled:
+        self.labels, self.hidden_labels = self._read_labels(self.train_dataset, "labeled"), None
+        if len(self.labels) < batch and not args.repeat_labeled:
             raise ValueError(
-                f"{len(labeled)} labeled images are fewer than a batch of {batch}: lower per_device_train_batch_size, "
-                "or set repeat_labeled=True to repeat images within a batch, as the paper does with 40 labels."
+                f"{len(self.labels)} labeled images are fewer than a batch of {batch}: lower "
+                "per_device_train_batch_size, or set repeat_labeled=True to repeat images within a batch."
             )
-        self.hidden_labels = None
         if unlabeled is not None:
             data.check_images(unlabeled, role="unlabeled", image_column=args.image_column)
             if len(unlabeled) < args.mu * batch:
@@ -160,34 +149,34 @@ class CCSSLTrainer(Trainer):
                     "per_device_train_batch_size."
                 )
             if args.hidden_label_column is not None:
-                self.hidden_labels = data.read_labels(
-                    unlabeled, args.hidden_label_column, self.class_names, role="unlabeled", allow_ood=True
-                )
-        for name, split in evaluation.items() if isinstance(evaluation, dict) else [("evaluation", evaluation)]:
+                self.hidden_labels = self._read_labels(unlabeled, "unlabeled", args.hidden_label_column)
+        for name, split in (evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}).items():
             if split is not None:
-                self._evaluation_labels(split, name, args)
+                self._read_labels(split, name)
 
-    def _evaluation_labels(self, split: datasets.Dataset, role: str, args: CCSSLTrainingArguments) -> np.ndarray:
-        data.check_images(split, role=role, image_column=args.image_column)
-        return data.read_labels(split, args.label_column, self.class_names, role=role, allow_ood=True)
+    def _read_labels(self, split: datasets.Dataset, role: str, column: str | None = None) -> np.ndarray:
+        data.check_images(split, role=role, image_column=self.args.image_column)
+        column, allow_ood = column or self.args.label_column, split is not self.train_dataset
+        return data.read_labels(split, column, self.class_names, role=role, allow_ood=allow_ood)
 
-    def _build_algorithm(self, model: CCSSLForImageClassification, args: CCSSLTrainingArguments) -> Algorithm:
+    def _build_algorithm(self, model: CCSSLForImageClassification) -> Algorithm:
+        args, unlabeled = self.args, self.unlabeled_dataset
         algorithm = build_algorithm(
             args.algorithm,
             num_classes=len(self.class_names),
-            num_unlabeled=len(self.unlabeled_dataset or ()),  # None is an error below
+            num_unlabeled=len(unlabeled or ()),  # None is an error below
             embedding_dim=model.config.projection_dim,
             batch_size=args.per_device_train_batch_size * args.world_size,
             mu=args.mu,
             **args.hyperparameters(),
         )
         model.add_heads({name: make(model.feature_dim) for name, make in algorithm.heads.items()})
-        if algorithm.views and self.unlabeled_dataset is None:
+        if algorithm.views and unlabeled is None:
             raise ValueError(
                 f"Algorithm {args.algorithm!r} with these settings needs unlabeled images: pass unlabeled_dataset, or "
                 "set algorithm='supervised' and lambda_contrast=0."
             )
-        if not algorithm.views and self.unlabeled_dataset is not None:
+        if not algorithm.views and unlabeled is not None:
             logger.warning("Algorithm %r uses no unlabeled images: unlabeled_dataset is ignored.", args.algorithm)
         return algorithm
 
@@ -205,20 +194,15 @@ class CCSSLTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.args.schedule == "lr_scheduler_type" or self.lr_scheduler is not None:  # type: ignore[has-type]
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = cosine_7_16_schedule(
-            optimizer or self.optimizer,
-            warmup_steps=self.args.get_warmup_steps(num_training_steps),
-            total_steps=num_training_steps,
-        )
+        steps = {"warmup_steps": self.args.get_warmup_steps(num_training_steps), "total_steps": num_training_steps}
+        self.lr_scheduler = cosine_7_16_schedule(optimizer or self.optimizer, **steps)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # ------------------------------------------------------------------------------------------------------------- data
-
     def get_train_dataloader(self) -> DataLoader:
         """Batches of both splits in one long epoch: the sampler handles the epochs of each split."""
-        args, algorithm = self.args, self.algorithm
-        unlabeled = self.unlabeled_dataset if algorithm.views else None
+        args, views = self.args, self.algorithm.views
+        unlabeled = self.unlabeled_dataset if views else None
         with args.main_process_first(desc="decoding images"):
             dataset = data.PairedDataset(
                 self.train_dataset,
@@ -226,101 +210,79 @@ class CCSSLTrainer(Trainer):
                 unlabeled,
                 hidden_labels=self.hidden_labels,
                 image_column=args.image_column,
-                views=algorithm.views,
+                views=views,
                 settings=self.settings,
                 seed=args.seed,
-                decode="stream" if self._cropped else "memory",
+                decode=self.decode,
             )
         sampler = PairedBatchSampler(
-            num_labeled=len(dataset.labeled),
-            num_unlabeled=0 if dataset.unlabeled is None else len(dataset.unlabeled),
+            num_labeled=len(self.train_dataset),
+            num_unlabeled=len(unlabeled or ()),
             batch_size=args.per_device_train_batch_size,
             mu=args.mu,
             num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed,
         )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]  # torch's stub has lists only
-            collate_fn=_already_a_batch,
-            **self._loading(decodes=self._cropped),
-        )
-        return self.accelerator.prepare(loader)
+        return self._loader(dataset, decodes=self.decode == "stream", batch_sampler=sampler, collate_fn=dict)
 
-    def _loading(self, *, decodes: bool) -> dict[str, Any]:
-        """Arguments of a DataLoader; `decodes`: whether its dataset decodes images."""
+    def _loader(self, dataset: Any, *, decodes: bool, **settings: Any) -> DataLoader:
+        """`decodes`: whether the dataset decodes images."""
         args, workers = self.args, self.args.dataloader_num_workers
         if workers == -1:
             workers = data.default_workers(args.device) if decodes else 0
-        return {
-            "num_workers": workers,
-            "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
-            "persistent_workers": args.dataloader_persistent_workers and workers > 0,
-            "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
-        }
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        name = eval_dataset if isinstance(eval_dataset, str) else "evaluation"
-        split = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        split = self.eval_dataset if split is None else split
-        if split is None:
-            raise ValueError("There is no evaluation split: pass eval_dataset to CCSSLTrainer or to evaluate().")
-        return self._evaluation_dataloader(split, self._evaluation_labels(split, name, self.args), name)
-
-    def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
-        has_labels = self.args.label_column in test_dataset.column_names
-        data.check_images(test_dataset, role="test", image_column=self.args.image_column)
-        labels = self._evaluation_labels(test_dataset, "test", self.args) if has_labels else None
-        if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
-            labels = None  # the split withholds its labels
-        return self._evaluation_dataloader(test_dataset, labels, "test")
-
-    def _evaluation_dataloader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
-        dataset = data.EvaluationDataset(
-            split,
-            labels,
-            image_column=self.args.image_column,
-            transform=create_transform(**resolve_data_config(pretrained_cfg=self.model.backbone.pretrained_cfg)),
-            role=role,
-        )
         loader = DataLoader(
             dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            generator=torch.Generator(),  # else an evaluation changes the random numbers of dropout in training
-            **self._loading(decodes=True),
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            **settings,
         )
         return self.accelerator.prepare(loader)
 
-    # ------------------------------------------------------------------------------------------------------------- step
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        name, split = "evaluation", self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(split, str):
+            name, split = split, self.eval_dataset[split]
+        if split is None:
+            raise ValueError("There is no evaluation split: pass eval_dataset to CCSSLTrainer or to evaluate().")
+        return self._evaluation_loader(split, self._read_labels(split, name), name)
+
+    def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
+        data.check_images(test_dataset, role="test", image_column=self.args.image_column)
+        has_labels = self.args.label_column in test_dataset.column_names
+        labels = self._read_labels(test_dataset, "test") if has_labels else None
+        if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
+            labels = None  # the split withholds its labels
+        return self._evaluation_loader(test_dataset, labels, "test")
+
+    def _evaluation_loader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
+        transform = create_transform(**resolve_data_config(pretrained_cfg=self.model.backbone.pretrained_cfg))
+        column = self.args.image_column
+        dataset = data.EvaluationDataset(split, labels, image_column=column, transform=transform, role=role)
+        own = torch.Generator()  # else an evaluation changes the random numbers of dropout in training
+        return self._loader(dataset, decodes=True, batch_size=self.args.per_device_eval_batch_size, generator=own)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The algorithm's loss in training; cross-entropy over in-distribution images in evaluation."""
+        algorithm, args = self.algorithm, self.args
         if "labeled_images" in inputs:
-            views = make_views(inputs, self.algorithm.views, self.settings, seed=self.args.seed, cropped=self._cropped)
-            batch = forward_views(
-                model,
-                views,
-                inputs,
-                with_embeddings=self.algorithm.needs_embeddings,
-                weak_forward=self.args.weak_forward,
-            )
-            result = self.algorithm(batch)
+            streamed, with_embeddings = self.decode == "stream", algorithm.needs_embeddings
+            views = make_views(inputs, algorithm.views, self.settings, seed=args.seed, cropped=streamed)
+            batch = forward_views(model, views, inputs, with_embeddings=with_embeddings, weak_forward=args.weak_forward)
+            result = algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
             return result.loss
-        output = model(pixel_values=inputs["pixel_values"])
-        logits = output.logits
-        count = (inputs["labels"] != data.OUT_OF_DISTRIBUTION).sum()
-        loss = F.cross_entropy(logits.float(), inputs["labels"], ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
-        loss = loss / count.clamp(min=1)  # a batch of OOD images only must not turn the split's mean into NaN
-        outputs = {"logits": logits}
+        output, labels = model(pixel_values=inputs["pixel_values"]), inputs["labels"]
+        logits = output.logits.float()
+        loss = F.cross_entropy(logits, labels, ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
+        # A batch of OOD images only must not turn the split's mean into NaN.
+        loss = loss / (labels != data.OUT_OF_DISTRIBUTION).sum().clamp(min=1)
+        outputs = {"logits": output.logits}
         if self._measures_open_set_score:
-            outputs["open_set_scores"] = self.algorithm.open_set_score(logits.float(), output.heads)
+            outputs["open_set_scores"] = algorithm.open_set_score(logits, output.heads)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -331,8 +293,6 @@ class CCSSLTrainer(Trainer):
             logs = {**logs, **self.monitor.drain()}
         super().log(logs, start_time)
 
-    # ------------------------------------------------------------------------------------------------------- evaluation
-
     def _published_weights(self) -> Any:
         """A context in which `self.model` holds the weights that are evaluated and saved."""
         return published_weights(self.model, self.ema if self.args.eval_weights == "ema" else None)
@@ -341,16 +301,14 @@ class CCSSLTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As in `transformers.Trainer`. The card shows the last evaluation of each split."""
-        self._loop_output = None
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        output, self._loop_output = self._loop_output, None
-        if output is None:  # a dictionary of splits: upstream has called evaluate for each
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):  # upstream has called evaluate for each split
             return metrics
         split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
         self.add_results(split, _without_prefix(metrics, metric_key_prefix))
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.evaluated[split] = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        logits, labels = output.predictions, output.label_ids
+        logits, labels = self._loop_output.predictions, self._loop_output.label_ids
         if np.shape(logits) == (np.size(labels), len(self.class_names)):  # the user's preprocessing may change them
             logits = logits.astype(np.float32, copy=False)
             self.predictions[split] = SplitPredictions(split, self.provenance, logits, labels)
@@ -363,11 +321,9 @@ class CCSSLTrainer(Trainer):
         return Provenance(self.args.eval_weights, step, which, self.args.seed)
 
     def add_results(self, split: str, metrics: Mapping[str, float]) -> None:
-        """Add results with the current provenance to the record. `evaluate` calls it.
+        """Record the results of a split with the current provenance, in place of earlier ones. `evaluate` calls it.
 
-        Args:
-            split: Name of the split, such as `test`. Earlier results of this split are replaced.
-            metrics: Values by the names of `ccssl_hf.metrics`, with a threshold if there is one: `precision@0.95`.
+        `metrics` has values by the names of `ccssl_hf.metrics`, with a threshold if there is one: `precision@0.95`.
         """
         self.results[split] = [Result(name, value, split, self.provenance) for name, value in metrics.items()]
 
@@ -384,24 +340,18 @@ class CCSSLTrainer(Trainer):
         self.model.train(training)  # upstream leaves the model in eval mode
         if self._measures_open_set_score and isinstance(output.predictions, tuple):  # scores are for metrics
             output = output._replace(predictions=output.predictions[0])
-        self._loop_output = output
+        self._loop_output = output  # for evaluate
         return output
 
-    # ------------------------------------------------------------------------------------------------------ checkpoints
-
     def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
         """As in `transformers.Trainer`. With True, the run resumes from the last complete checkpoint."""
         if resume_from_checkpoint in (True, "true", "True"):  # the command line passes text
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            folder = self.args.output_dir
+            resume_from_checkpoint = last_checkpoint(folder)
             if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"{self.args.output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start."
-                )
+                raise ValueError(f"{folder} has no complete checkpoint: leave out resume_from_checkpoint to start.")
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
         set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
@@ -433,8 +383,6 @@ class CCSSLTrainer(Trainer):
             self.add_results(split, _without_prefix({k: v for entry in logged for k, v in entry.items()}, prefix))
         self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
 
-    # ------------------------------------------------------------------------------------------------------- publishing
-
     def run_record(self) -> RunRecord:
         """What the run knows of itself at this moment: the card is written from it."""
         args, state = self.args, self.state
@@ -445,7 +393,7 @@ class CCSSLTrainer(Trainer):
             algorithm=args.algorithm,
             hyperparameters=self.algorithm.hyperparameters,
             optimization=args.optimization_settings(),
-            views=self.settings.in_effect(self.algorithm.views) | {"decode": "stream" if self._cropped else "memory"},
+            views=self.settings.in_effect(self.algorithm.views) | {"decode": self.decode},
             splits=self._splits(),
             labeled_per_class=dict(zip(self.class_names, counts, strict=True)),
             base_model=self.base_model,
@@ -459,34 +407,32 @@ class CCSSLTrainer(Trainer):
             run_time=next((entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry), None),
             history=state.log_history,
             provenance=self.provenance,
-            results=[*(result for results in self.results.values() for result in results), *self._logged_results()],
+            results=[*chain.from_iterable(self.results.values()), *self._logged_results()],
             predictions=list(self.predictions.values()),
         )
 
     def _splits(self) -> dict[str, Split]:
         """All splits with names and fingerprints. The fingerprint of a labeled split includes its labels."""
         args, names = self.args, [*self.class_names, ""]  # the last name is for -1
-        splits = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset} | self.evaluated
-        splits.setdefault("validation", self.eval_dataset)
+        splits = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset, "validation": self.eval_dataset}
         found = {}
-        for role, split in splits.items():
+        for role, split in (splits | self.evaluated).items():
             if not isinstance(split, datasets.Dataset):
                 continue
             labels = []
             if role != "unlabeled" and args.label_column in split.column_names:
-                numbers = data.read_labels(split, args.label_column, self.class_names, role=role, allow_ood=True)
-                labels = [names[number] for number in numbers.tolist()]
+                labels = [names[number] for number in self._read_labels(split, role).tolist()]
             name = self.dataset_names.get(role) or data.name_of(split)
             found[role] = Split(name, len(split), data.fingerprint(split, args.image_column, labels))
         return found
 
     def _logged_results(self) -> list[Result]:
         """Mask rate and precision of the last log: of the raw weights, as means over the steps before it."""
-        keys = {"mask_rate": "mask_rate", "pseudo_label_precision": "training_precision"}
         logs = (entry for entry in reversed(self.state.log_history) if "mask_rate" in entry)
         last: dict[str, Any] = next(logs, {})
         provenance = Provenance("raw", last.get("step", 0), "last", self.args.seed)
-        return [Result(metric, last[key], "unlabeled", provenance) for key, metric in keys.items() if key in last]
+        names = {"mask_rate": "mask_rate", "pseudo_label_precision": "training_precision"}
+        return [Result(name, last[key], "unlabeled", provenance) for key, name in names.items() if key in last]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the published model. Upstream also writes `training_args.bin`, which holds the Hub token."""
@@ -513,17 +459,10 @@ class CCSSLTrainer(Trainer):
         limits: str | None = None,
         folder: str | None = None,
     ) -> None:
-        """Write README.md and its pictures. An error is logged, so that a failing card never loses a run.
+        """Write README.md and its pictures to `folder`. An error is logged: a failing card never loses a run.
 
         Results and pictures show the last evaluation of each split. An existing card is overwritten; `ccssl-hf report`
-        keeps text that was added by hand.
-
-        Args:
-            model_name: Hub id, or a title.
-            license: The Hub's identifier, such as `apache-2.0`.
-            tags: Further tags.
-            limits: Known limits of this model, in words.
-            folder: Where to write; default `args.output_dir`.
+        keeps text that was added by hand. `license` is the Hub's identifier, such as `apache-2.0`.
         """
         if not self.is_world_process_zero():
             return
@@ -544,85 +483,48 @@ class CCSSLTrainer(Trainer):
         with_head: bool = False,
         **card: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
-        """Save and upload the published model and its card. Call it in every process.
+        """Save and upload the published model and its card, and with `with_head` all heads. Call it in every process.
 
-        If the upload fails, everything is saved: call it again, or run `ccssl-hf push`.
-
-        Args:
-            commit_message, blocking, token, revision, private: As in `transformers.Trainer`.
-            with_head: Whether to upload the projection head and the algorithm's heads, too.
-            **card: Arguments of `create_model_card`.
+        If the upload fails, everything is saved: call it again. `card` holds arguments of `create_model_card`.
         """
         self.save_model(_internal_call=True)
-        if private is not None:
-            self.args.hub_private_repo = private
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token)
+            self.init_hf_repo(token=token, private=private)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**card)
         self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        files = plan_push(str(self.args.output_dir), with_head=with_head).files
-        options = self._upload_options(commit_message, token=token, revision=revision)
-        if blocking:
-            return upload(files, str(self.hub_model_id), **options)
-        return run_as_future(upload, files, str(self.hub_model_id), **options)
-
-    def _upload_options(
-        self, message: str | None, *, token: str | None = None, revision: str | None = None
-    ) -> dict[str, Any]:
-        args = self.args
-        where = {"revision": revision or args.hub_revision, "token": token or args.hub_token}
-        return {"message": message, "private": args.hub_private_repo, **where}
+        files, args = plan_push(str(self.args.output_dir), with_head=with_head).files, self.args
+        options: dict[str, Any] = {"private": args.hub_private_repo if private is None else private}
+        options |= {"revision": revision or args.hub_revision, "token": token or args.hub_token}
+        push = partial(upload, files, str(self.hub_model_id), message=commit_message, **options)
+        return push() if blocking else run_as_future(push)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint in the background, as `hub_strategy` asks. Upstream also uploads `training_args.bin`."""
-        args, push = self.args, self.push_in_progress
+        args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        if push is not None and push.is_done():
+        if all(job.done() for job in self._pushes):
             self._finish_current_push()
-            push = None
-        if push is not None and not args.hub_always_push:
+        elif not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        job = upload_in_background(
-            files_of_checkpoint(Path(checkpoint_folder), HubStrategy(args.hub_strategy)),
-            str(self.hub_model_id),
-            keep_in=Path(str(args.output_dir)),
-            **self._upload_options(f"Training in progress, step {self.state.global_step}"),
-        )
-        self.push_in_progress = PushInProgress([*(push.jobs if push else []), job])
+        options = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
+        message = f"Training in progress, step {self.state.global_step}"
+        folder, strategy, repo_id = Path(checkpoint_folder), HubStrategy(args.hub_strategy), str(self.hub_model_id)
+        self._pushes.append(upload_checkpoint(folder, repo_id, strategy=strategy, message=message, **options))
 
     def _finish_current_push(self) -> None:
         """Wait for uploads of checkpoints. An error is logged: the checkpoint is saved here, and training goes on."""
-        super()._finish_current_push()
-        for job in self.push_in_progress.jobs if self.push_in_progress else []:
+        for job in self._pushes:
             if error := job.exception():
                 logger.warning("A checkpoint was not pushed: %s", error)
-        self.push_in_progress = None
+        self._pushes.clear()
 
 
 def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     """The metrics of an evaluation that a card shows, without their prefix."""
     names = [name for name, metric in METRICS.items() if metric.section != "pseudo labels"]
     return {name: metrics[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in metrics}
-
-
-def _already_a_batch(batch: Any) -> Any:
-    return batch
-
-
-def _check_types(model: Any, args: Any) -> None:
-    if not isinstance(args, CCSSLTrainingArguments):
-        raise TypeError(f"args is a {type(args).__name__}: pass ccssl_hf.CCSSLTrainingArguments.")
-    if not isinstance(model, CCSSLForImageClassification):
-        raise TypeError(f"model is a {type(model).__name__}: build one with CCSSLForImageClassification.from_timm.")
-
-
-def _is_streamed(args: CCSSLTrainingArguments, settings: ViewSettings) -> bool:
-    streamed = args.decode == "stream" or (args.decode == "auto" and settings.image_size > MAX_SIDE_HELD)
-    if streamed and settings.weak_crop == "pad":
-        raise ValueError("weak_crop='pad' needs images at the training size: set weak_crop='resized' to stream.")
-    return streamed

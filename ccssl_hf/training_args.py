@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
 import sys
-from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -19,12 +19,11 @@ from .algorithms import ALGORITHMS, algorithm_hyperparameters
 from .errors import near_misses
 from .transforms import MAX_SIDE_HELD, ViewSettings
 
-CONFIGS = Path(__file__).parent / "configs"
-"""Folder of the packaged YAML files, which `from_config` reads by name."""
+CONFIGS = Path(__file__).parent / "configs"  # the packaged YAML files, which `from_config` reads by name
 
 
-def _argument(default: Any, text: str) -> Any:
-    """A field with a default and a help text."""
+def argument(default: Any, text: str) -> Any:
+    """A field of a dataclass with a default and a help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -33,7 +32,7 @@ def _hyperparameter(name: str) -> Any:
     tables = {algorithm: algorithm_hyperparameters(algorithm) for algorithm in ALGORITHMS}
     takers = [algorithm for algorithm, table in tables.items() if name in table]
     text = tables[takers[0]][name].help
-    return _argument(None, text if len(takers) == len(tables) else f"{text} ({', '.join(takers)})")
+    return argument(None, text if len(takers) == len(tables) else f"{text} ({', '.join(takers)})")
 
 
 @dataclass
@@ -68,23 +67,19 @@ class HyperparameterArguments:
 class ViewArguments:
     """Settings of the views, with the names of `ViewSettings`. Sizes are in pixels at the model's input size."""
 
-    weak_crop: Literal["auto", "pad", "resized"] = _argument(
+    weak_crop: Literal["auto", "pad", "resized"] = argument(
         "auto",
         "Crop of the weak and strong view. pad: shift by up to an eighth of the side, with reflected "
         "borders. resized: random resized crop. auto: pad up to 64 px, resized above.",
     )
-    horizontal_flip: bool = _argument(
-        True, "Mirror images at random. Turn it off where a mirrored image changes class."
-    )
-    randaugment_ops: int = _argument(2, "Number of RandAugment operations on the strong view.")
-    randaugment_magnitude: int = _argument(10, "RandAugment draws magnitudes from 1 to this number minus 1.")
-    cutout_size: int = _argument(16, "Side of the grey square on the strong view, in pixels. 0: no square.")
-    contrastive_view: Literal["simclr", "randaugment"] = _argument(
+    horizontal_flip: bool = argument(True, "Mirror images at random. Turn it off where a mirrored image changes class.")
+    randaugment_ops: int = argument(2, "Number of RandAugment operations on the strong view.")
+    randaugment_magnitude: int = argument(10, "RandAugment draws magnitudes from 1 to this number minus 1.")
+    cutout_size: int = argument(16, "Side of the grey square on the strong view, in pixels. 0: no square.")
+    contrastive_view: Literal["simclr", "randaugment"] = argument(
         "simclr", "simclr: resized crop, colour jitter and random grayscale. randaugment: a second strong view."
     )
-    normalize_contrastive: bool = _argument(
-        True, "Normalize the contrastive view. The authors' CCSSL configs do not normalize it."
-    )
+    normalize_contrastive: bool = argument(True, "Normalize the contrastive view. The authors' CCSSL configs do not.")
 
     def view_settings(self, pretrained_cfg: Mapping[str, Any]) -> ViewSettings:
         """The views of a run, with the input size, mean and standard deviation of timm's `pretrained_cfg`."""
@@ -95,6 +90,7 @@ class ViewArguments:
         return ViewSettings(size, tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"]), **chosen)
 
 
+# Arguments of transformers that have no effect here, or would break reproducibility.
 _WITHOUT_EFFECT = {
     "num_train_epochs": "has no effect, because each split has its own epochs: set max_steps alone",
     "auto_find_batch_size": "would change the images of every step: set per_device_train_batch_size",
@@ -102,14 +98,12 @@ _WITHOUT_EFFECT = {
     "data_seed": "would be a second seed, and one seed decides every step: set seed",
     "ignore_data_skip": "would repeat images that the run has already seen: leave it out",
 }
-"""Arguments of transformers that have no effect here, or would break reproducibility."""
-
+# Arguments that the card always shows (of SGD only with SGD).
 _OPTIMIZATION = (
-    *("gradient_accumulation_steps", "optim", "learning_rate", "schedule", "warmup_steps", "weight_decay"),
-    *("max_grad_norm", "ema_decay", "eval_weights", "weak_forward", "repeat_labeled"),
+    *("gradient_accumulation_steps", "optim", "learning_rate", "sgd_momentum", "nesterov", "schedule", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "ema_decay", "eval_weights", "weak_forward", "repeat_labeled"),
 )
-"""Arguments that the card always shows."""
-
+# Starts of the names of arguments that do not affect the weights, or that the record has elsewhere.
 _ELSEWHERE = (
     *("algorithm", "mu", "max_steps", "per_device_train_batch_size", "seed", "decode"),  # in other parts of the record
     *("output_dir", "run_name", "project", "trackio", "report_to", "log", "disable_tqdm", "save", "hub", "push"),
@@ -117,7 +111,6 @@ _ELSEWHERE = (
     *("dataloader", "ddp", "use_cpu", "accelerator_config", "skip_memory", "debug", "resume", "restore", "local_rank"),
     *("label_names", "label_column", "image_column", "hidden_label", "remove_unused", "include_"),
 )
-"""Starts of the names of arguments that do not affect the weights, or that the record has elsewhere."""
 
 
 @dataclass
@@ -125,59 +118,47 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     """Arguments of `CCSSLTrainer`. Defaults are those of the paper for CIFAR-10 (arXiv 2203.02261, section 4).
 
     Hyperparameters of the algorithm are None by default, which means the algorithm's default. Batch sizes count labeled
-    images; each step also uses `mu` times as many unlabeled images.
-
-    Raises:
-        ValueError: Two arguments contradict each other, a value is out of range, or a launcher is not supported.
+    images; each step also uses `mu` times as many unlabeled images. Raises a ValueError if arguments contradict each
+    other, a value is out of range, or a launcher is not supported.
     """
 
     # Arguments of transformers, with the paper's values.
-    max_steps: int = _argument(512 * 1024, "Length of the run in optimizer steps.")
-    per_device_train_batch_size: int = _argument(64, "Labeled images on each device in each step (B).")
-    learning_rate: float = _argument(0.03, "Peak learning rate.")
-    weight_decay: float = _argument(1e-3, "Weight decay. It does not apply to norms and biases.")
-    optim: str = _argument("sgd", "Optimizer. sgd uses sgd_momentum and nesterov.")
-    max_grad_norm: float = _argument(0.0, "Clip the gradient to this norm. 0: no clipping.")
-    logging_nan_inf_filter: bool = _argument(
-        False, "Leave NaN and infinite losses out of the logged mean, which hides them."
-    )
+    max_steps: int = argument(512 * 1024, "Length of the run in optimizer steps.")
+    per_device_train_batch_size: int = argument(64, "Labeled images on each device in each step (B).")
+    learning_rate: float = argument(0.03, "Peak learning rate.")
+    weight_decay: float = argument(1e-3, "Weight decay. It does not apply to norms and biases.")
+    optim: str = argument("sgd", "Optimizer. sgd uses sgd_momentum and nesterov.")
+    max_grad_norm: float = argument(0.0, "Clip the gradient to this norm. 0: no clipping.")
+    logging_nan_inf_filter: bool = argument(False, "Hide NaN and infinite losses: leave them out of the logged mean.")
 
-    algorithm: str = _argument("fixmatch", "Pseudo-labeling algorithm. supervised uses labeled images only.")
-    mu: int = _argument(7, "Unlabeled images for each labeled image in a step.")
+    algorithm: str = argument("fixmatch", "Pseudo-labeling algorithm. supervised uses labeled images only.")
+    mu: int = argument(7, "Unlabeled images for each labeled image in a step.")
 
     # Step
-    weak_forward: Literal["joint", "separate"] = _argument(
+    weak_forward: Literal["joint", "separate"] = argument(
         "joint",
         "joint: one forward pass over all views, as in the paper. separate: a forward pass without "
         "gradient for the weak views, which is faster; BatchNorm then normalizes them separately.",
     )
-    ema_decay: float = _argument(0.999, "Decay of the averaged weights (EMA) in each step. 0: no averaging.")
-    eval_weights: Literal["ema", "raw"] = _argument(
-        "ema", "Weights that are evaluated and published: averaged (ema) or raw."
-    )
-    sgd_momentum: float = _argument(0.9, "Momentum of SGD.")
-    nesterov: bool = _argument(True, "Use Nesterov momentum in SGD.")
-    schedule: Literal["cosine_7_16", "lr_scheduler_type"] = _argument(
-        "cosine_7_16",
-        "Learning rate schedule. cosine_7_16: FixMatch's cosine, from 1 to cos(7/16 pi). "
-        "lr_scheduler_type: the schedule that lr_scheduler_type names.",
+    ema_decay: float = argument(0.999, "Decay of the averaged weights (EMA) in each step. 0: no averaging.")
+    eval_weights: Literal["ema", "raw"] = argument("ema", "Evaluated and published weights: averaged (ema) or raw.")
+    sgd_momentum: float = argument(0.9, "Momentum of SGD.")
+    nesterov: bool = argument(True, "Use Nesterov momentum in SGD.")
+    schedule: Literal["cosine_7_16", "lr_scheduler_type"] = argument(
+        "cosine_7_16", "Learning rate: FixMatch's cosine from 1 to cos(7/16 pi), or as lr_scheduler_type says."
     )
 
     # Data
-    image_column: str = _argument("image", "Column of the images in every split.")
-    label_column: str = _argument("label", "Column of the labels.")
-    hidden_label_column: str | None = _argument(
-        None, "Column with the true classes of the unlabeled images, which are logged and not trained on."
-    )
-    repeat_labeled: bool = _argument(
-        False, "Allow fewer labeled images than a batch. Images then repeat within a batch, with different views."
-    )
-    decode: Literal["auto", "memory", "stream"] = _argument(
+    image_column: str = argument("image", "Column of the images in every split.")
+    label_column: str = argument("label", "Column of the labels.")
+    hidden_label_column: str | None = argument(None, "Column of the unlabeled images' true classes, only logged.")
+    repeat_labeled: bool = argument(False, "If labeled images are fewer than a batch, repeat them, with other views.")
+    decode: Literal["auto", "memory", "stream"] = argument(
         "auto",
         "memory: decode every image once, to the training size. stream: decode an image each time it is "
         "drawn, and crop each view from the full image. auto: memory up to 64 px, stream above.",
     )
-    dataloader_num_workers: int = _argument(
+    dataloader_num_workers: int = argument(
         -1,
         "Processes that load batches. Results do not depend on it. -1: one for each CPU core of a training "
         "process, up to 8, where images are decoded for an accelerator; otherwise 0, the training process itself.",
@@ -185,32 +166,30 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
 
     @classmethod
     def from_config(cls, config: str | Path = "imagefolder", **changes: Any) -> CCSSLTrainingArguments:
-        """Arguments from a YAML file, as the command line reads it.
+        """Arguments from a YAML file (a packaged name, or a path), as the command line reads it, with `changes`.
 
-        Args:
-            config: Name of a packaged file in `ccssl_hf/configs`, or path of a file with one `name: value` per line.
-            **changes: Arguments that override the file.
-
-        Raises:
-            ValueError: The file cannot be read, a name is unknown, or a value has the wrong type.
+        Raises a ValueError if the file cannot be read, a name is unknown, or a value has the wrong type.
         """
         packaged = CONFIGS / f"{config}.yaml"
         path = packaged if packaged.is_file() else Path(config)
         plain, structured = read_config(path, [f.name for f in fields(cls) if f.init])
-        parser = HfArgumentParser(cls, exit_on_error=False)
-        unset = [name for name, word in plain.items() if word.lower() == "none" and parser.get_default(name) is None]
-        words = [f"--{name}={word}" for name, word in plain.items() if name not in unset]
         try:
-            parsed = vars(parser.parse_args(words))
-        except ArgumentError as error:
-            raise ValueError(f"{path}: {error}.") from error
+            parsed = vars(StrictParser(cls).parse_args([f"--{name}={word}" for name, word in plain.items()]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         return cls(**{**{name: parsed[name] for name in plain}, **structured, **changes})
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        self._check_contradictions()
+        for error in self._errors():
+            raise ValueError(f"{error}.")
         super().__post_init__()
-        self._check_compiler()
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch's
+        needs_compiler = self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"
+        if needs_compiler and shutil.which(shlex.split(compiler)[0]) is None:  # the first step would fail
+            raise ValueError(
+                f"torch_compile needs a C++ compiler on a CPU, and {compiler!r} is not found: install g++, set CXX to "
+                "another compiler, or leave out torch_compile."
+            )
         self.remove_unused_columns = False  # forward does not take the image column, and it must not be dropped
         self.label_names = ["labels"]
         self.ddp_find_unused_parameters = False  # one forward reaches every parameter that is trained
@@ -218,99 +197,85 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         if self.device.type == "cuda":  # else the CPU waits until the batch is copied, after the previous step
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
-    def _check_ranges(self) -> None:
-        for name in ("mu", "per_device_train_batch_size", "max_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more.")
-        if self.dataloader_num_workers < -1:
-            raise ValueError(f"dataloader_num_workers is {self.dataloader_num_workers}: set it to -1 (chosen) or more.")
+    def _errors(self) -> Iterator[str]:
+        """Values out of range and contradictions, each with its fix."""
+        least_values = {"mu": 1, "per_device_train_batch_size": 1, "max_steps": 1, "dataloader_num_workers": -1}
+        for name, least in least_values.items():
+            if getattr(self, name) < least:
+                yield f"{name} is {getattr(self, name)}: set it to {least} or more"
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}: choose a value from 0 (no averaging) to below 1.")
+            yield f"ema_decay is {self.ema_decay}: choose a value from 0 (no averaging) to below 1"
         for name, hint in get_type_hints(type(self)).items():
             options = get_args(hint) if get_origin(hint) is Literal else ()
             if options and getattr(self, name) not in options:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(options)}.")
-
-    def _check_contradictions(self) -> None:
+                yield f"{name} is {getattr(self, name)!r}: choose one of {', '.join(options)}"
         launched = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
         if self.fsdp or self.deepspeed or launched:
-            raise ValueError("FSDP and DeepSpeed are not supported yet: launch with plain data parallelism (DDP).")
+            yield "FSDP and DeepSpeed are not supported yet: launch with plain data parallelism (DDP)"
         for name, reason in _WITHOUT_EFFECT.items():
-            if getattr(self, name) != self._default(name):
-                raise ValueError(f"{name}={getattr(self, name)!r} {reason}.")
-        if self.schedule != "lr_scheduler_type" and self.lr_scheduler_type != self._default("lr_scheduler_type"):
-            raise ValueError(
-                f"lr_scheduler_type has no effect with schedule={self.schedule!r}: set schedule='lr_scheduler_type' "
-                "instead."
-            )
+            if getattr(self, name) != getattr(CCSSLTrainingArguments, name):
+                yield f"{name}={getattr(self, name)!r} {reason}"
+        if self.schedule != "lr_scheduler_type" and self.lr_scheduler_type != CCSSLTrainingArguments.lr_scheduler_type:
+            yield "lr_scheduler_type has no effect with another schedule: set schedule='lr_scheduler_type' instead"
         if self.optim == "sgd" and self.nesterov and self.sgd_momentum == 0:
-            raise ValueError("nesterov needs momentum: set sgd_momentum above 0, or nesterov=False.")
-        if self.optim != "sgd" and (not self.nesterov or self.sgd_momentum != self._default("sgd_momentum")):
-            raise ValueError(f"sgd_momentum and nesterov have no effect with optim={self.optim!r}: leave them out.")
+            yield "nesterov needs momentum: set sgd_momentum above 0, or nesterov=False"
+        if self.optim != "sgd" and (not self.nesterov or self.sgd_momentum != CCSSLTrainingArguments.sgd_momentum):
+            yield f"sgd_momentum and nesterov have no effect with optim={self.optim!r}: leave them out"
         if self.load_best_model_at_end and self.save_only_model:
-            raise ValueError(
-                "load_best_model_at_end needs the training state, which save_only_model does not write: leave out one "
-                "of the two."
-            )
+            yield "load_best_model_at_end needs the training state: leave out save_only_model, which does not write it"
         if self.eval_weights == "ema" and self.ema_decay == 0:
-            raise ValueError(
-                "eval_weights='ema' with ema_decay=0: there are no averaged weights; set eval_weights='raw'."
-            )
+            yield "eval_weights='ema' with ema_decay=0: there are no averaged weights; set eval_weights='raw'"
         chosen = self.hyperparameters()
         for name in ("push_threshold", "contrast_temperature", "own_pair_weight"):
             if name in chosen and chosen["lambda_contrast"] == 0:
-                raise ValueError(
-                    f"{name} is part of CCSSL, which lambda_contrast=0 turns off: set lambda_contrast above 0, or "
-                    f"{name} to none."
-                )
+                yield f"{name} is part of CCSSL: set lambda_contrast above 0, or {name} to none"
         if self.hidden_label_column == self.image_column:
-            raise ValueError("hidden_label_column and image_column name the same column: name a column of labels.")
-
-    def _check_compiler(self) -> None:
-        if not (self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"):
-            return
-        # The compiler of torch._inductor.config.cpp.cxx. Without it the first step would fail, after all the decoding.
-        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        if shutil.which(shlex.split(compiler)[0]) is None:
-            raise ValueError(
-                f"torch_compile needs a C++ compiler on a CPU, and {compiler!r} is not found: install g++, set CXX to "
-                "another compiler, or leave out torch_compile."
-            )
-
-    def _default(self, name: str) -> Any:
-        return next(f.default for f in fields(self) if f.name == name)
+            yield "hidden_label_column and image_column name the same column: name a column of labels"
 
     def hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters that were set, by name, and always `lambda_contrast`."""
-        values = {
-            f.name: value for f in fields(HyperparameterArguments) if (value := getattr(self, f.name)) is not None
-        }
-        return {"lambda_contrast": 0.0 if self.algorithm == "supervised" else 1.0, **values}
+        values = {f.name: getattr(self, f.name) for f in fields(HyperparameterArguments)}
+        chosen = {name: value for name, value in values.items() if value is not None}
+        return {"lambda_contrast": 0.0 if self.algorithm == "supervised" else 1.0, **chosen}
 
     def optimization_settings(self) -> dict[str, Any]:
         """Settings that affect the weights, without hyperparameters and views: the main ones, and all that were set."""
-        names = list(_OPTIMIZATION)
-        position = names.index("learning_rate") + 1
-        names[position:position] = ["sgd_momentum", "nesterov"] if self.optim == "sgd" else []
+        of_sgd = {"sgd_momentum", "nesterov"}
+        names = [name for name in _OPTIMIZATION if self.optim == "sgd" or name not in of_sgd]
         names += ["lr_scheduler_type"] if self.schedule == "lr_scheduler_type" else []
-        elsewhere = {f.name for cls in (HyperparameterArguments, ViewArguments) for f in fields(cls)} | set(names)
+        elsewhere = {f.name for cls in (HyperparameterArguments, ViewArguments) for f in fields(cls)}
         for f in fields(self):
             value = getattr(self, f.name)
             is_set = value != f.default and not (f.default is None and not value)
-            if is_set and f.name not in elsewhere and not f.name.startswith(_ELSEWHERE):
+            if is_set and f.name not in {*elsewhere, *names} and not f.name.startswith(_ELSEWHERE):
                 names.append(f.name)
         return {name: getattr(self, name) for name in names}
 
 
+class StrictParser(HfArgumentParser):
+    """Raises a ValueError instead of printing a usage of 200 flags, and reads `none` where a value is optional."""
+
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
+        kind = settings.get("type", str)
+        if settings.get("default") is None and kind is not str:
+
+            def read(text: str) -> Any:
+                return None if text.lower() == "none" else kind(text)
+
+            read.__name__ = getattr(kind, "__name__", "value")  # argparse shows it in errors
+            settings["type"] = read
+            if "choices" in settings:
+                settings["choices"] = [*settings["choices"], None]
+        return super().add_argument(*flags, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}.")
+
+
 def read_config(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The settings of a YAML file: plain values as they are written, and lists and dictionaries as such.
+    """The settings of a YAML file: plain values as they are written, without `null`, and lists and dictionaries.
 
-    Args:
-        path: The file, with one `name: value` per line. `null` leaves the default.
-        known: The names that are allowed.
-
-    Raises:
-        ValueError: The file cannot be read, or a name is unknown.
+    Raises a ValueError if the file cannot be read, or a name is not in `known`.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -7,28 +7,24 @@ import dataclasses
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-from transformers import HfArgumentParser
+from typing import Any
 
 from ..errors import near_misses
-from ..training_args import read_config
+from ..training_args import StrictParser, read_config
 
 
 def flags_by_class(*types: type) -> dict[type, list[dataclasses.Field[Any]]]:
     """The fields of dataclasses that are flags, by the class that defines each; a subclass comes before its bases."""
 
-    def owner(cls: type, name: str) -> type:
-        return next(each for each in cls.__mro__ if name in inspect.get_annotations(each))
-
-    return {
-        cls: [f for f in dataclasses.fields(t) if f.init and owner(t, f.name) is cls]
-        for t in types
-        for cls in t.__mro__
-        if dataclasses.is_dataclass(cls)
-    }
+    found: dict[type, list[dataclasses.Field[Any]]] = {}
+    for t in types:
+        left = {f.name: f for f in dataclasses.fields(t) if f.init}
+        for cls in filter(dataclasses.is_dataclass, t.__mro__):
+            own = inspect.get_annotations(cls)
+            found[cls] = [left.pop(name) for name in list(left) if name in own]
+    return found
 
 
 def first_paragraph(cls: type) -> str:
@@ -44,18 +40,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return f"{flag} {self._format_args(action, 'VALUE')}".rstrip()
 
 
-class _Parser(HfArgumentParser):
-    """Raises a ValueError instead of printing a usage of 200 flags, and reads `none` where a value is optional."""
-
-    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
-        if settings.get("default") is None and settings.get("type", str) is not str:
-            settings["type"] = _or_none(settings["type"])
-            if "choices" in settings:
-                settings["choices"] = [*settings["choices"], None]
-        return super().add_argument(*flags, **settings)
+class _Parser(StrictParser):
+    """Its help has one section per class."""
 
     def format_help(self) -> str:
-        """The flags in one section per class."""
         formatter = self._get_formatter()
         actions = {action.dest: action for action in reversed(self._actions)}  # --nesterov, not --no_nesterov
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
@@ -68,17 +56,6 @@ class _Parser(HfArgumentParser):
             formatter.end_section()
         return formatter.format_help()
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}.")
-
-
-def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    read.__name__ = getattr(kind, "__name__", "value")  # argparse shows it in errors
-    return read
-
 
 def parse_recipe(
     *types: type,
@@ -89,15 +66,8 @@ def parse_recipe(
 ) -> tuple[Any, ...]:
     """Fill dataclasses from a YAML file and the command line. A flag overrides the file; `--name none` unsets a value.
 
-    Args:
-        types: Dataclasses whose fields are the flags.
-        config: YAML file to read if `--config` names none, with one `name: value` per line.
-        arguments: The command line; default: `sys.argv[1:]`.
-        description: Text at the start of `--help`.
-        prog: Name of the command in `--help`; default: the script.
-
-    Raises:
-        ValueError: The file cannot be read, a key or flag is unknown, or a value has the wrong type.
+    `config` is read if `--config` names no file. `arguments`, `description` and `prog` are as in `argparse`. Raises a
+    ValueError if the file cannot be read, a key or flag is unknown, or a value has the wrong type.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", default=config, help="YAML file with defaults for all flags")

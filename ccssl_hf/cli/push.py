@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import errors_in_one_line
 
+Folder = typer.Argument(metavar="FOLDER", help="Folder of a published model, from a run or from save_pretrained.")
+Repository = typer.Argument(metavar="USER/REPO", help="Repository. It is created if it is missing.")
+Revision = typer.Option(help="Branch, created if it is missing, or refs/pr/N for a pull request. Default: main.")
+DryRun = typer.Option("--dry-run", help="List the files that would be uploaded, without using the network.")
+WithHead = typer.Option("--with-head", help="Upload the projection head and the algorithm's heads, too.")
+WithState = typer.Option("--with-training-state", help="Upload checkpoints and training state, to resume elsewhere.")
+
 
 def push(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder of a published model, from a run or from save_pretrained.")
-    ],
-    repo_id: Annotated[str, typer.Argument(metavar="USER/REPO", help="Repository. It is created if it is missing.")],
+    folder: Annotated[Path, Folder],
+    repo_id: Annotated[str, Repository],
     private: Annotated[bool, typer.Option("--private", help="Create a missing repository as private.")] = False,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Branch, created if it is missing, or refs/pr/N for a pull request. Default: main."),
-    ] = None,
+    revision: Annotated[str | None, Revision] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the files that would be uploaded, without using the network.")
-    ] = False,
-    with_head: Annotated[
-        bool, typer.Option("--with-head", help="Upload the projection head and the algorithm's heads, too.")
-    ] = False,
-    with_training_state: Annotated[
-        bool, typer.Option("--with-training-state", help="Upload checkpoints and training state, to resume elsewhere.")
-    ] = False,
+    dry_run: Annotated[bool, DryRun] = False,
+    with_head: Annotated[bool, WithHead] = False,
+    with_training_state: Annotated[bool, WithState] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload model",
 ) -> None:
     """Upload a published model: weights, config, card with its pictures, and preprocessing, in one commit.
@@ -39,28 +35,22 @@ def push(
     with errors_in_one_line():
         from ..hub import HEADS, STATE, check_repo_id, check_texts, plan_push, upload
 
-        plan = plan_push(folder, with_head=with_head, with_training_state=with_training_state)
+        files, left = plan_push(folder, with_head=with_head, with_training_state=with_training_state)
         if dry_run:
             check_repo_id(repo_id)
-            sizes = {name: f"{path.stat().st_size / 1000:,.1f} kB" for name, path in plan.files.items()}
+            sizes = {name: f"{path.stat().st_size / 1000:,.1f} kB" for name, path in files.items()}
             typer.echo(f"Would be uploaded to {repo_id}:\n{_table(sizes)}")
             options = {HEADS: " (--with-head uploads them)", STATE: " (--with-training-state uploads it)"}
-            if plan.left:
-                left = {name: why + options.get(why, "") for name, why in plan.left.items()}
-                typer.echo(f"Would not be uploaded:\n{_table(left)}")
-            check_texts(plan.files)
+            if left:
+                reasons = {name: why + options.get(why, "") for name, why in left.items()}
+                typer.echo(f"Would not be uploaded:\n{_table(reasons)}")
+            check_texts(files)
             return
-        commit = upload(
-            plan.files,
-            repo_id,
-            message=message,
-            private=private or None,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    total = sum(path.stat().st_size for path in plan.files.values())
+        how: dict[str, Any] = {"private": private or None, "revision": revision, "create_pr": create_pr}
+        commit = upload(files, repo_id, message=message, **how)
+    total = sum(path.stat().st_size for path in files.values())
     where = f"the pull request {commit.pr_url}" if commit.pr_url else commit.commit_url
-    typer.echo(f"Uploaded {len(plan.files)} files ({total / 1000:,.1f} kB) of {folder} to {where}")
+    typer.echo(f"Uploaded {len(files)} files ({total / 1000:,.1f} kB) of {folder} to {where}")
 
 
 def _table(rows: dict[str, str]) -> str:

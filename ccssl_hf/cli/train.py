@@ -9,12 +9,12 @@ import typer
 
 from ..errors import errors_in_one_line
 
+# The options of the command in typer, which leaves all flags and `--help` to `parse_recipe`.
 ANY_FLAG: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
     "add_help_option": False,
     "options_metavar": "[--config FILE] [--FLAG VALUE ...]",
 }
-"""Options of the command in typer, which leaves all flags and `--help` to `parse_recipe`."""
 
 
 def train(context: typer.Context) -> None:
@@ -27,18 +27,11 @@ def train(context: typer.Context) -> None:
     then from defaults for image folders. `--flag none` unsets a value.
     """
     with errors_in_one_line():
-        from ..recipe import OWN_IMAGES, FolderArguments, build_trainer
-        from ..recipe import train as run
+        from .. import recipe
         from ..training_args import CCSSLTrainingArguments
         from .flags import parse_recipe
 
-        recipe, args = parse_recipe(
-            FolderArguments,
-            CCSSLTrainingArguments,
-            config=OWN_IMAGES,
-            arguments=context.args,
-            description=getdoc(train),
-            prog=context.command_path,
-        )
-        trainer, splits = build_trainer(recipe, args)
-    run(trainer, splits)
+        call: dict[str, Any] = {"arguments": context.args, "description": getdoc(train), "prog": context.command_path}
+        parsed = parse_recipe(recipe.FolderArguments, CCSSLTrainingArguments, config=recipe.OWN_IMAGES, **call)
+        trainer, splits = recipe.build_trainer(*parsed)
+    recipe.train(trainer, splits)
