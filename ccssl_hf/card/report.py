@@ -14,12 +14,10 @@ from huggingface_hub import ModelCard, snapshot_download
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from ..data import check_writable
 from ..record import PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
-from .facts import read_facts
+from .facts import read_facts, upgrade
 from .model_card import IMAGES, render_card, renew_results
-from .old_cards import upgrade
-from .pictures import draw_pictures
-from .tables import format_table
-from .text import cell
+from .plots import draw_pictures
+from .text import cell, format_table
 
 CARD_FILE = "README.md"
 
@@ -79,15 +77,7 @@ def write_report(
 ) -> list[str]:
     """Put results and pictures on the card in `out`. Without a card there, a copy of the model's card is used.
 
-    Args:
-        model: A published folder or Hub id.
-        out: The folder of the card.
-        results: Results on the measured splits.
-        predictions: Predictions on the measured splits. Embeddings are drawn if they are given.
-        sources: Source of each measured split.
-
-    Returns:
-        The files that were written, relative to `out`.
+    `sources` are those of the measured splits, by name. Returns the files that were written, relative to `out`.
 
     Raises:
         ValueError: The card cannot be read, or `out` cannot be written to.
@@ -95,10 +85,11 @@ def write_report(
     check_writable(out)
     config, name = _config(model), Path(model).resolve().name if Path(model).is_dir() else model
     source = out if (out / CARD_FILE).is_file() else card_folder(model)
-    card = read_card(source) or render_card(RunRecord(config["architecture"], config["label_names"]), model_name=name)
+    record = RunRecord(config["architecture"], config["label_names"], predictions=predictions)
+    card = read_card(source) or render_card(record, model_name=name)
     if source.resolve() != out.resolve() and (source / IMAGES).is_dir():
         shutil.copytree(source / IMAGES, out / IMAGES, dirs_exist_ok=True)
-    pictures = draw_pictures(out, predictions, config["label_names"])
+    pictures = draw_pictures(record, out)
     datasets = {split: re.sub(r":\w+$", "", source) for split, source in sources.items()}  # user/name:split
     renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name)
     card.save(out / CARD_FILE)
@@ -111,11 +102,10 @@ def _config(model: str) -> dict[str, Any]:
 
 def describe(model: str) -> str:
     """A model's backbone and classes, and the results and training settings on its card, as text."""
-    config, folder = _config(model), find_checkpoint(model)
-    labels = config["label_names"]
-    size = config["pretrained_cfg"]["input_size"][-1]
-    megabytes = (folder / WEIGHTS_FILE).stat().st_size / 1e6
-    names = ", ".join([*labels[:8], *(["..."] if len(labels) > 8 else [])])
+    config = _config(model)
+    labels, size = config["label_names"], config["pretrained_cfg"]["input_size"][-1]
+    megabytes = (find_checkpoint(model) / WEIGHTS_FILE).stat().st_size / 1e6
+    names = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
     lines = [f"{model}: {config['architecture']}, {size} px, {megabytes:.1f} MB, {len(labels)} classes ({names})"]
     card = read_card(card_folder(model))
     if card is None:

@@ -52,12 +52,12 @@ def evaluate(
         )
     images, ood = len(predictions.labels), int((~predictions.in_distribution).sum())
     names = ood_names(dataset, label_column, classifier.labels)
-    named = f" ({', '.join([*names[:10], *(['...'] if len(names) > 10 else [])])})" if names else ""
+    named = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""
     note = f", {ood:,} of them out of distribution{named}" if ood else ""
     typer.echo(f"{model} on {source}: {images:,} images{note}\n\n{results_table(results)}")
     if json_out is not None:
-        facts = dict(model=model, source=source, split=split, weights=str(predictions.provenance or "published"))
-        metrics = {result.metric: result.value for result in results}
+        weights = str(predictions.provenance or "published")
+        facts = dict(model=model, source=source, split=split, weights=weights, images=images, unknown=ood)
         json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(json.dumps({**facts, "images": images, "unknown": ood, **metrics}, indent=2) + "\n")
+        json_out.write_text(json.dumps(facts | {each.metric: each.value for each in results}, indent=2) + "\n")
         typer.echo(f"\nWritten to {json_out}.")

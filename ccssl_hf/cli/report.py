@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import errors_in_one_line
-from .options import BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
+from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
 
 
 def report(
@@ -21,8 +21,7 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="NAME=SOURCE",
-            help="Labeled images to measure on: a name, and a folder of class folders, parquet or a Hub dataset. Can "
-            "be repeated.",
+            help=f"Labeled images to measure on, and their name: {LABELED_SOURCE}. Can be repeated.",
         ),
     ] = None,
     embeddings: Annotated[
@@ -56,19 +55,12 @@ def report(
             raise ValueError(f"{model} is on the Hub: name the folder to write its card to.")
         datasets = {name: load_labeled(source, name) for name, source in sources.items()}
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        provenance = provenance_of(model)
-        results, predictions = [], []
+        reading: dict[str, Any] = dict(
+            image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers
+        )
+        results, predictions, provenance = [], [], provenance_of(model)
         for name, dataset in datasets.items():
-            measured, outputs = evaluate(
-                classifier,
-                dataset,
-                name,
-                provenance=provenance,
-                image_column=image_column,
-                label_column=label_column,
-                batch_size=batch_size,
-                num_workers=num_workers,
-            )
+            measured, outputs = evaluate(classifier, dataset, name, provenance=provenance, **reading)
             results += measured
             predictions.append(outputs if embeddings else replace(outputs, embeddings=None))
         folder = out or Path(model)
