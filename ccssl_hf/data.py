@@ -38,12 +38,11 @@ def load_split(source: str | os.PathLike[str], *, role: str) -> datasets.Dataset
     It reads every image of a folder. `load_dataset("imagefolder", data_dir=...)` does not: it takes words such as
     `train`, `test` and `val` in file and folder names for names of splits.
 
-    Args:
-        source: An image folder (`<class>/<image>`: the label is the name of the folder that holds the image), parquet
-            files (a folder, a file or a glob), or a dataset on the Hub (`user/name` or `user/name:split`).
-        role: Name of the split: `labeled`, `unlabeled`, `validation` or `test`. It is the split to take from the Hub if
-            `source` names none; `train` replaces a missing `labeled` or `unlabeled`. An unlabeled image folder may be
-            nested in any way, and its images get no labels.
+    `source` is an image folder (`<class>/<image>`: the label is the name of the folder that holds the image), parquet
+    files (a folder, a file or a glob), or a dataset on the Hub (`user/name` or `user/name:split`). `role` is the name of
+    the split: `labeled`, `unlabeled`, `validation` or `test`. It is the split to take from the Hub if `source` names
+    none; `train` replaces a missing `labeled` or `unlabeled`. An unlabeled image folder may be nested in any way, and
+    its images get no labels.
 
     Raises:
         ValueError: `source` cannot be read or does not have that split.
@@ -55,9 +54,7 @@ def load_split(source: str | os.PathLike[str], *, role: str) -> datasets.Dataset
     if path.is_dir() or path.suffix == ".parquet":
         return _load_parquet(name, f"{escaped}/*.parquet" if path.is_dir() else escaped)
     if path.exists() or path.is_absolute() or source.startswith((".", "/")) or source.count("/") > 1:
-        raise ValueError(
-            f"{name} is not a folder or parquet file: give an image folder, parquet files or a Hub dataset."
-        )
+        raise ValueError(f"{name} is not a folder or parquet file: give an image folder, parquet or a Hub dataset.")
     return _load_from_hub(name, source, role)
 
 
@@ -141,9 +138,9 @@ def check_images(dataset: Any, *, role: str, image_column: str) -> None:
         raise ValueError(f"The {role} split is empty: pass a split that holds at least one image.")
     feature = _feature(dataset, image_column, role=role, argument="image_column")
     if not isinstance(feature, datasets.Image):
-        wrong = f"Column {image_column!r} of the {role} split holds {feature}, not images"
-        fix = f"choose another image_column, or cast it with cast_column({image_column!r}, datasets.Image())."
-        raise ValueError(f"{wrong}: {fix}")
+        problem = f"Column {image_column!r} of the {role} split holds {feature}, not images"
+        cast = f"cast_column({image_column!r}, datasets.Image())"
+        raise ValueError(f"{problem}: choose another image_column, or cast it with {cast}.")
 
 
 def _feature(dataset: datasets.Dataset, column: str, *, role: str, argument: str) -> Any:
@@ -236,8 +233,8 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        fix = "choose another folder"
-        raise ValueError(f"output_dir {folder} cannot be written to ({error.strerror}): {fix}.") from error
+        problem = f"output_dir {folder} cannot be written to ({error.strerror})"
+        raise ValueError(f"{problem}: choose another folder.") from error
 
 
 def default_workers(device: torch.device) -> int:

@@ -226,11 +226,10 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """`classification_metrics` and the loss, of outputs `logits` or `(logits, open_set_scores)`."""
     outputs = prediction.predictions
     logits, scores = (*outputs, None)[:2] if isinstance(outputs, tuple) else (outputs, None)
-    logits, labels = _arrays(logits, prediction.label_ids)
-    known = labels != OUT_OF_DISTRIBUTION
     # Exact. The Trainer averages the means of batches, which hold different numbers of in-distribution images.
-    loss = F.cross_entropy(torch.from_numpy(logits[known]), torch.from_numpy(labels[known])).item()
-    return {**classification_metrics(logits, labels, open_set_scores=scores), "loss": loss}
+    known_logits, known_labels = _in_distribution(logits, prediction.label_ids)
+    loss = F.cross_entropy(torch.from_numpy(known_logits), torch.from_numpy(known_labels)).item()
+    return {**classification_metrics(logits, prediction.label_ids, open_set_scores=scores), "loss": loss}
 
 
 def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -> dict[str, float]:
@@ -247,11 +246,9 @@ def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -
         ValueError: The three do not have one shape `[U]`.
     """
     pseudo_labels, passed, hidden_labels = to_numpy(pseudo_labels), to_numpy(mask), to_numpy(hidden_labels)
-    if pseudo_labels.ndim != 1 or not pseudo_labels.shape == passed.shape == hidden_labels.shape:
-        raise ValueError(
-            "Pass pseudo_labels, mask and hidden_labels of one shape [U]; theirs are "
-            f"{pseudo_labels.shape}, {passed.shape} and {hidden_labels.shape}."
-        )
+    shapes = pseudo_labels.shape, passed.shape, hidden_labels.shape
+    if pseudo_labels.ndim != 1 or len(set(shapes)) > 1:
+        raise ValueError(f"Pass pseudo_labels, mask and hidden_labels of one shape [U]; theirs are {shapes}.")
     passed = passed.astype(np.float64)
     ood = hidden_labels < 0
     right = (pseudo_labels == hidden_labels) & ~ood

@@ -21,9 +21,6 @@ from ..record import Provenance, Result, RunRecord, Section, Split
 from .facts import CardFacts, known, read_facts, store_facts
 from .text import cell, duration, plain, public_name, without_folder
 
-TAGS = ("image-classification", "timm")
-CCSSL_TAGS = ("semi-supervised-learning", "ccssl")
-
 IMAGES = "images"
 """Folder of a card's pictures, beside the card."""
 
@@ -86,15 +83,11 @@ def render_card(
     limits: str | None = None,
     pictures: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card, for `card.save(folder / "README.md")`.
+    """The card of a run, for `card.save(folder / "README.md")`.
 
-    Args:
-        record: The run. Names that are local paths are cut to their last part and stay out of the Hub's metadata.
-        model_name: Hub id (`user/name`), a folder, or a title.
-        license: Identifier of the Hub, such as `apache-2.0`.
-        tags: Further tags.
-        limits: Known limits of this model, in words.
-        pictures: File beside the card, by relative name, to its caption.
+    `model_name` is a Hub id (`user/name`), a folder or a title, and `license` an identifier of the Hub. `limits` are
+    known limits of the model, in words. `pictures` are captions by file, relative to the card. Names that are local
+    paths are cut to their last part and stay out of the Hub's metadata.
     """
     name = without_folder(model_name)
     pictures = {without_folder(file): caption for file, caption in (pictures or {}).items()}
@@ -110,11 +103,12 @@ def render_card(
         pictures=pictures,
         settings=_settings(record),
     )
+    own_tags = ["image-classification", "timm"] + ["semi-supervised-learning", "ccssl"] * bool(record.algorithm)
     metadata = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys([*TAGS, *(CCSSL_TAGS if record.algorithm else ()), *(tags or ())])),
+        tags=list(dict.fromkeys([*own_tags, *(tags or ())])),
         base_model=base_model if on_hub else None,
         datasets=list(dict.fromkeys(each for each, on_hub in data.values() if on_hub)) or None,
     )
@@ -126,7 +120,6 @@ def render_card(
         remote_code=is_own_backbone(record.backbone),
         initial_weights=base_model,
         initial_weights_on_hub=on_hub,
-        method=paper.name if paper else record.algorithm,
         paper=paper,
         ccssl=CCSSL_PAPER,
         contrastive=float(record.hyperparameters.get("lambda_contrast") or 0) > 0,
@@ -151,14 +144,10 @@ def renew_results(
     pictures: Mapping[str, str],
     model_name: str,
 ) -> None:
-    """Put new results and pictures on a card: in its metadata, and between its two comments. Other text stays.
+    """Put new results and pictures on any card: in its metadata, and between its two comments. Other text stays.
 
-    Args:
-        card: Any model card. A card without the two comments gets them at its end.
-        results: They replace the results of the same splits.
-        datasets: Hub id or local path of each measured split.
-        pictures: File beside the card to its caption.
-        model_name: Name of the model in the metadata, if there is none yet.
+    Results replace those of the same splits. A card without the two comments gets them at its end. `datasets` are the
+    Hub id or local path of each measured split, and `model_name` is for metadata without a name.
     """
     results, facts = list(results), read_facts(card)
     renewed = {result.split for result in results}

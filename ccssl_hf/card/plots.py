@@ -152,14 +152,9 @@ def plot_confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[s
     np.add.at(counts, (position[labels[kept]], position[predictions[kept]]), 1)
     counts = counts[: len(row_names), : len(column_names)]
     totals = counts.sum(1, keepdims=True)
-    _draw_matrix(
-        counts / np.maximum(totals, 1),
-        [f"{name} ({total})" for name, total in zip(row_names, totals[:, 0], strict=True)],
-        column_names,
-        with_ood=with_ood,
-        note=f"the {len(shown)} of {num_classes} classes with the most confusions" if some else "",
-        path=path,
-    )
+    row_names = [f"{name} ({total})" for name, total in zip(row_names, totals[:, 0], strict=True)]
+    note = f"the {len(shown)} of {num_classes} classes with the most confusions" if some else ""
+    _draw_matrix(counts / np.maximum(totals, 1), row_names, column_names, with_ood=with_ood, note=note, path=path)
 
 
 def _draw_matrix(
@@ -177,9 +172,8 @@ def _draw_matrix(
     style(ax, xlabel="Predicted class", ylabel="True class (number of images)", note=note, grid=False)
     ax.set(aspect="equal", ylim=(rows, 0))
     ax.spines[:].set_visible(False)
-    ax.set_xticks(np.arange(columns) + 0.5, column_names, fontsize=font, rotation=45 if numbered else 90)
-    for tick in ax.get_xticklabels():
-        tick.set(ha="right", va="center", rotation_mode="anchor")
+    turned: dict[str, Any] = {"rotation": 45 if numbered else 90, "rotation_mode": "anchor", "ha": "right"}
+    ax.set_xticks(np.arange(columns) + 0.5, column_names, fontsize=font, va="center", **turned)
     ax.set_yticks(np.arange(rows) + 0.5, row_names, fontsize=font)
     ax.tick_params(length=0)
     if with_ood:

@@ -24,19 +24,13 @@ CARD_FILE = "README.md"
 
 def results_table(results: Iterable[Result]) -> str:
     """Results as a plain text table, with split and provenance."""
-    rows = [
-        {"metric": r.name, "value": r.value, "split": r.split, "weights": str(r.provenance or PUBLISHED)}
-        for r in results
-    ]
-    return format_table(rows, ["metric", "value", "split", "weights"], digits=4)
+    columns = ["metric", "value", "split", "weights"]
+    rows = [(each.name, each.value, each.split, str(each.provenance or PUBLISHED)) for each in results]
+    return format_table([dict(zip(columns, row, strict=True)) for row in rows], columns, digits=4)
 
 
-def card_folder(model: str) -> Path:
-    """The folder of a model's card and pictures, downloaded if the model is on the Hub.
-
-    Raises:
-        FileNotFoundError: There is no such folder or repository.
-    """
+def _card_folder(model: str) -> Path:
+    """The folder of a model's card and pictures, downloaded if the model is on the Hub."""
     if Path(model).is_dir():
         return Path(model)
     find_checkpoint(model)  # a clear error if the repository does not exist
@@ -64,7 +58,7 @@ def read_card(folder: Path) -> ModelCard | None:
 
 def provenance_of(model: str) -> Provenance | None:
     """The provenance of a model's weights from its card; None if the card is missing or does not have it."""
-    card = read_card(card_folder(model))
+    card = read_card(_card_folder(model))
     return read_facts(card).provenance if card else None
 
 
@@ -84,7 +78,7 @@ def write_report(
     """
     check_writable(out)
     config, name = _config(model), Path(model).resolve().name if Path(model).is_dir() else model
-    source = out if (out / CARD_FILE).is_file() else card_folder(model)
+    source = out if (out / CARD_FILE).is_file() else _card_folder(model)
     record = RunRecord(config["architecture"], config["label_names"], predictions=predictions)
     card = read_card(source) or render_card(record, model_name=name)
     if source.resolve() != out.resolve() and (source / IMAGES).is_dir():
@@ -107,7 +101,7 @@ def describe(model: str) -> str:
     megabytes = (find_checkpoint(model) / WEIGHTS_FILE).stat().st_size / 1e6
     names = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
     lines = [f"{model}: {config['architecture']}, {size} px, {megabytes:.1f} MB, {len(labels)} classes ({names})"]
-    card = read_card(card_folder(model))
+    card = read_card(_card_folder(model))
     if card is None:
         return "\n".join([*lines, f"It has no card: `ccssl-hf report {model} --split NAME=SOURCE` writes one."])
     facts = read_facts(card)

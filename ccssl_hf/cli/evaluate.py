@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,16 +40,10 @@ def evaluate(
 
         dataset = load_labeled(source, split)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        results, predictions = measure(
-            classifier,
-            dataset,
-            split,
-            provenance=provenance_of(model),
-            image_column=image_column,
-            label_column=label_column,
-            batch_size=batch_size,
-            num_workers=num_workers,
+        reading: dict[str, Any] = dict(
+            image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers
         )
+        results, predictions = measure(classifier, dataset, split, provenance=provenance_of(model), **reading)
     images, ood = len(predictions.labels), int((~predictions.in_distribution).sum())
     names = ood_names(dataset, label_column, classifier.labels)
     named = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""

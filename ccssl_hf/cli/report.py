@@ -50,7 +50,9 @@ def report(
                 raise ValueError("There is no split to measure on: add at least one --split NAME=SOURCE.")
             typer.echo(describe(model))
             return
-        sources = dict(_name_and_source(each) for each in split)
+        if wrong := [each for each in split if not all(each.partition("="))]:
+            raise ValueError(f"--split {wrong[0]}: use NAME=SOURCE, such as test=photos/test.")
+        sources = {name: source for name, _, source in (each.partition("=") for each in split)}
         if out is None and not Path(model).is_dir():
             raise ValueError(f"{model} is on the Hub: name the folder to write its card to.")
         datasets = {name: load_labeled(source, name) for name, source in sources.items()}
@@ -66,10 +68,3 @@ def report(
         folder = out or Path(model)
         written = write_report(model, folder, results, predictions, sources)
     typer.echo(f"{results_table(results)}\n\nWritten to {folder}: {', '.join(written)}.")
-
-
-def _name_and_source(text: str) -> tuple[str, str]:
-    name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise ValueError(f"--split {text}: use NAME=SOURCE, such as test=photos/test.")
-    return name, source
