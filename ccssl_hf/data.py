@@ -39,10 +39,11 @@ def load_split(source: str | os.PathLike[str], *, role: str) -> datasets.Dataset
     `train`, `test` and `val` in file and folder names for names of splits.
 
     `source` is an image folder (`<class>/<image>`: the label is the name of the folder that holds the image), parquet
-    files (a folder, a file or a glob), or a dataset on the Hub (`user/name` or `user/name:split`). `role` is the name of
-    the split: `labeled`, `unlabeled`, `validation` or `test`. It is the split to take from the Hub if `source` names
-    none; `train` replaces a missing `labeled` or `unlabeled`. An unlabeled image folder may be nested in any way, and
-    its images get no labels.
+    files (a folder, a file or a glob), or a dataset on the Hub (`user/name` or `user/name:split`).
+
+    `role` names the split: `labeled`, `unlabeled`, `validation` or `test`. It is the split to take from the Hub if
+    `source` names none; `train` replaces a missing `labeled` or `unlabeled`. An unlabeled image folder may be nested in
+    any way, and its images get no labels.
 
     Raises:
         ValueError: `source` cannot be read or does not have that split.

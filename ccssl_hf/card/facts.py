@@ -17,14 +17,13 @@ KEY = "ccssl_hf"
 
 @dataclass
 class CardFacts:
-    """What a card stores: provenance of the published weights (None if unknown), data by split, results, captions of
-    pictures by file beside the card, and tables of training settings by title."""
+    """What a card stores about a model."""
 
-    provenance: Provenance | None = None
-    splits: dict[str, Split] = field(default_factory=dict)
+    provenance: Provenance | None = None  # of the published weights; None if their run is unknown
+    splits: dict[str, Split] = field(default_factory=dict)  # by name, with public names of the data
     results: list[Result] = field(default_factory=list)
-    pictures: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)  # file beside the card to its caption
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the training, in tables by title
 
 
 def known(**values: Any) -> dict[str, Any]:
