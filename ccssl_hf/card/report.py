@@ -24,9 +24,8 @@ CARD_FILE = "README.md"
 
 def results_table(results: Iterable[Result]) -> str:
     """Results as a plain text table, with split and provenance."""
-    columns = ["metric", "value", "split", "weights"]
-    rows = [(each.name, each.value, each.split, str(each.provenance or PUBLISHED)) for each in results]
-    return format_table([dict(zip(columns, row, strict=True)) for row in rows], columns, digits=4)
+    rows = [dict(metric=r.name, value=r.value, split=r.split, weights=str(r.provenance or PUBLISHED)) for r in results]
+    return format_table(rows, ["metric", "value", "split", "weights"], digits=4)
 
 
 def _card_folder(model: str) -> Path:
