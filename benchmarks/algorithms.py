@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters
-from ccssl_hf.card.tables import format_table
+from ccssl_hf.card.text import format_table
 from ccssl_hf.metrics import pseudo_label_quality
 
 NEW_PAGE = """# Algorithms with and without CCSSL

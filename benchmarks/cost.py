@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from workload import StepEnds, as_dataset, jpeg, make_trainer, photo_cuts
 
-from ccssl_hf.card.style import COLORS, GREY, LEGEND, save, style
+from ccssl_hf.card.plots import COLORS, GREY, LEGEND, save, style
 
 BATCH = 8
 STEP, LOSS = "training step, mu", "contrastive loss, N"

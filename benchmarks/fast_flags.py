@@ -24,7 +24,7 @@ from algorithms import (
     write_tables,
 )
 
-from ccssl_hf.card.tables import format_table
+from ccssl_hf.card.text import format_table
 
 NEW_PAGE = """# Accuracy with the fast flags
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from ccssl_hf.card.tables import format_table
+from ccssl_hf.card.text import format_table
 from ccssl_hf.record import library_versions
 
 RESULTS = Path(__file__).parent / "results"

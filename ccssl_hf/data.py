@@ -1,4 +1,4 @@
-"""Data sets: load splits, check them, read labels and class names, and read batches of labeled and unlabeled images."""
+"""Datasets: load splits, check them, read labels and class names, and read batches of labeled and unlabeled images."""
 
 from __future__ import annotations
 
@@ -32,57 +32,42 @@ OUT_OF_DISTRIBUTION = -1
 _TEXT = ("string", "large_string")
 
 
-# -------------------------------------------------------------------------------------------------------------- sources
-
-
 def load_split(source: str | os.PathLike[str], *, role: str) -> datasets.Dataset:
     """Load one split from an image folder, parquet files or the Hub.
 
     It reads every image of a folder. `load_dataset("imagefolder", data_dir=...)` does not: it takes words such as
     `train`, `test` and `val` in file and folder names for names of splits.
 
-    Args:
-        source: An image folder (`<class>/<image>`: the label is the name of the folder that holds the image), parquet
-            files (a folder, a file or a glob), or a data set on the Hub (`user/name` or `user/name:split`).
-        role: Name of the split: `labeled`, `unlabeled`, `validation` or `test`. It is the split to take from the Hub if
-            `source` names none; `train` replaces a missing `labeled` or `unlabeled`. An unlabeled image folder may be
-            nested in any way, and its images get no labels.
+    `source` is an image folder (`<class>/<image>`: the label is the name of the folder that holds the image), parquet
+    files (a folder, a file or a glob), or a dataset on the Hub (`user/name` or `user/name:split`).
+
+    `role` names the split: `labeled`, `unlabeled`, `validation` or `test`. It is the split to take from the Hub if
+    `source` names none; `train` replaces a missing `labeled` or `unlabeled`. An unlabeled image folder may be nested in
+    any way, and its images get no labels.
 
     Raises:
         ValueError: `source` cannot be read or does not have that split.
     """
-    name, path = f"The {role} split '{source}'", Path(source).expanduser()
+    name, source, path = f"The {role} split '{source}'", str(source), Path(source).expanduser()
+    escaped = glob.escape(path.as_posix()) if path.exists() else path.as_posix()
     if path.is_dir() and not any(path.glob("*.parquet")):
-        return _load_image_folder(name, path, labeled=role != "unlabeled")
-    if path.is_dir():
-        return _load_parquet(name, f"{glob.escape(path.as_posix())}/*.parquet")
-    if path.suffix == ".parquet":
-        return _load_parquet(name, glob.escape(path.as_posix()) if path.is_file() else path.as_posix())
-    source = str(source)
+        return _load_image_folder(name, path, f"{escaped}/**", labeled=role != "unlabeled")
+    if path.is_dir() or path.suffix == ".parquet":
+        return _load_parquet(name, f"{escaped}/*.parquet" if path.is_dir() else escaped)
     if path.exists() or path.is_absolute() or source.startswith((".", "/")) or source.count("/") > 1:
-        raise ValueError(
-            f"{name} is not a folder or parquet file: give an image folder, parquet files or a Hub data set."
-        )
+        raise ValueError(f"{name} is not a folder or parquet file: give an image folder, parquet or a Hub dataset.")
     return _load_from_hub(name, source, role)
 
 
-def _load_image_folder(name: str, path: Path, *, labeled: bool) -> datasets.Dataset:
-    def is_image(file: Path) -> bool:
-        return file.suffix.lower() in ImageFolder.EXTENSIONS
-
-    if not any(map(is_image, path.rglob("*"))):
+def _load_image_folder(name: str, path: Path, pattern: str, *, labeled: bool) -> datasets.Dataset:
+    if not any(file.suffix.lower() in ImageFolder.EXTENSIONS for file in path.rglob("*")):
         raise ValueError(f"{name} has no images in this folder or below it: give a folder that holds image files.")
-    stray = sorted(file.name for file in path.iterdir() if is_image(file)) if labeled else []
-    if stray:
+    stray = sorted(file.name for file in path.iterdir() if file.suffix.lower() in ImageFolder.EXTENSIONS)
+    if stray and labeled:
         raise ValueError(f"{name} has images outside of class folders ({stray[0]}): sort images as <class>/<image>.")
     # A pattern of files and not data_dir, with which `datasets` looks for names of splits in paths.
-    return datasets.load_dataset(
-        "imagefolder",
-        data_files={"train": [f"{glob.escape(path.as_posix())}/**"]},
-        drop_labels=not labeled,
-        drop_metadata=not labeled,
-        split="train",
-    )
+    options: dict[str, Any] = {"drop_labels": not labeled, "drop_metadata": not labeled}
+    return datasets.load_dataset("imagefolder", data_files={"train": [pattern]}, split="train", **options)
 
 
 def _load_parquet(name: str, files: str) -> datasets.Dataset:
@@ -100,7 +85,7 @@ def _load_from_hub(name: str, source: str, role: str) -> datasets.Dataset:
         found = datasets.load_dataset(repository)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
-            f"{name} is neither a path nor a data set on the Hub ({type(error).__name__}: {error}): check the spelling "
+            f"{name} is neither a path nor a dataset on the Hub ({type(error).__name__}: {error}): check the spelling "
             "and the network, or give an image folder or parquet files."
         ) from error
     # `train` never replaces validation or test: accuracy on training images would be too high.
@@ -108,9 +93,9 @@ def _load_from_hub(name: str, source: str, role: str) -> datasets.Dataset:
     for each in wanted:
         if each in found:
             return found[each]
+    missing = " or ".join(map(repr, wanted))
     raise ValueError(
-        f"{name} does not exist: the data set has no split {' or '.join(map(repr, wanted))} (it has "
-        f"{', '.join(found)}). Write {repository}:<split>."
+        f"{name} does not exist: there is no split {missing} (only {', '.join(found)}); write {repository}:<split>."
     )
 
 
@@ -138,15 +123,12 @@ def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[s
 
 
 def name_of(dataset: datasets.Dataset) -> str:
-    """The name of a data set on a card if only the object is known. It is a phrase, not a Hub id."""
-    return f"{dataset.info.dataset_name or dataset.info.builder_name or 'in-memory'} data set"
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
+    """The name of a dataset on a card if only the object is known. It is a phrase, not a Hub id."""
+    return f"{dataset.info.dataset_name or dataset.info.builder_name or 'in-memory'} dataset"
 
 
 def check_images(dataset: Any, *, role: str, image_column: str) -> None:
-    """Raise a ValueError unless `dataset` is a non-empty map-style data set with an image column."""
+    """Raise a ValueError unless `dataset` is a non-empty map-style dataset with an image column."""
     if isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict)):
         raise ValueError(f"The {role} split is streamed and cannot resume exactly: load it with streaming=False.")
     if isinstance(dataset, dict):
@@ -155,21 +137,19 @@ def check_images(dataset: Any, *, role: str, image_column: str) -> None:
         raise ValueError(f"The {role} split is a {type(dataset).__name__}: pass a datasets.Dataset.")
     if len(dataset) == 0:
         raise ValueError(f"The {role} split is empty: pass a split that holds at least one image.")
-    _check_column(dataset, image_column, role=role, argument="image_column")
-    feature = dataset.features[image_column]
+    feature = _feature(dataset, image_column, role=role, argument="image_column")
     if not isinstance(feature, datasets.Image):
-        raise ValueError(
-            f"Column {image_column!r} of the {role} split holds {feature}, not images: choose another image_column, or "
-            f"cast it with cast_column({image_column!r}, datasets.Image())."
-        )
+        problem = f"Column {image_column!r} of the {role} split holds {feature}, not images"
+        cast = f"cast_column({image_column!r}, datasets.Image())"
+        raise ValueError(f"{problem}: choose another image_column, or cast it with {cast}.")
 
 
-def _check_column(dataset: datasets.Dataset, column: str, *, role: str, argument: str) -> None:
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"The {role} split has no column {column!r} (it has {', '.join(dataset.column_names)}): set {argument}."
-            + near_misses(column, dataset.column_names)
-        )
+def _feature(dataset: datasets.Dataset, column: str, *, role: str, argument: str) -> Any:
+    names = dataset.column_names
+    if column not in names:
+        fix = f"set {argument}.{near_misses(column, names)}"
+        raise ValueError(f"The {role} split has no column {column!r} (it has {', '.join(names)}): {fix}")
+    return dataset.features[column]
 
 
 def read_labels(
@@ -185,10 +165,8 @@ def read_labels(
             also if no label is a class and some are names: these are probably misspelt.
     """
     argument = "hidden_label_column" if role == "unlabeled" else "label_column"
-    _check_column(dataset, column, role=role, argument=argument)
-    feature = dataset.features[column]
-    kind = str(getattr(feature, "dtype", ""))
-    values = dataset.data.column(column)
+    feature = _feature(dataset, column, role=role, argument=argument)
+    kind, values = str(getattr(feature, "dtype", "")), dataset.data.column(column)
     if isinstance(feature, datasets.ClassLabel):
         names, numbers = feature.names, values
     elif kind in _TEXT:
@@ -207,7 +185,7 @@ def read_labels(
     labels = meaning.take(numbers, mode="clip")  # numbers beyond the names take the last one
     labels[numbers < 0] = OUT_OF_DISTRIBUTION
     wrong = (numbers < OUT_OF_DISTRIBUTION) | (numbers >= len(names)) if allow_ood else labels == OUT_OF_DISTRIBUTION
-    if (labels == OUT_OF_DISTRIBUTION).all():  # misspelt names, or another data set
+    if (labels == OUT_OF_DISTRIBUTION).all():  # misspelt names, or another dataset
         wrong = wrong | (numbers != OUT_OF_DISTRIBUTION)
     if wrong.any():
         stray = [names[n] if 0 <= n < len(names) else str(n) for n in np.unique(numbers[wrong])]
@@ -225,8 +203,7 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
     Raises:
         ValueError: The column is missing, has numbers without names, or names fewer than two classes.
     """
-    _check_column(dataset, column, role="labeled", argument="label_column")
-    feature = dataset.features[column]
+    feature = _feature(dataset, column, role="labeled", argument="label_column")
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
     elif getattr(feature, "dtype", "") in _TEXT:
@@ -237,9 +214,7 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
             f"cast_column({column!r}, datasets.ClassLabel(names=[...]))."
         )
     if len(names) < 2:
-        raise ValueError(
-            f"The labeled split has one class only ({', '.join(names)}): label images of two or more classes."
-        )
+        raise ValueError(f"The labeled split has one class only ({', '.join(names)}): label images of two or more.")
     return names
 
 
@@ -259,12 +234,8 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(
-            f"output_dir {folder} cannot be written to ({error.strerror}): choose another folder."
-        ) from error
-
-
-# ------------------------------------------------------------------------------------------------------------- datasets
+        problem = f"output_dir {folder} cannot be written to ({error.strerror})"
+        raise ValueError(f"{problem}: choose another folder.") from error
 
 
 def default_workers(device: torch.device) -> int:
@@ -282,12 +253,8 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     `unlabeled_images`, `unlabeled_draws [U]`, `unlabeled_index [U]` and, if they are known, `hidden_labels [U]`. Images
     are uint8 `[n, 3, S, S]`, or `[n, views, 3, S, S]` if each view has its own crop.
 
-    Args:
-        labeled, unlabeled: Data sets that passed `check_images`.
-        labels: int64 `[N]`, from `read_labels`.
-        hidden_labels: True classes of the unlabeled images, to measure pseudo labels. They are not used for training.
-        views: The views of an unlabeled image. A labeled image has the weak view.
-        decode: `memory` or `stream`.
+    `views` are those of an unlabeled image; a labeled one has the weak view. `decode` is `memory` or `stream`. The
+    datasets must pass `check_images`, and labels come from `read_labels`. Hidden labels only measure pseudo labels.
     """
 
     def __init__(
@@ -303,8 +270,7 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         seed: int,
         decode: str,
     ) -> None:
-        self.labels, self.hidden_labels = torch.from_numpy(labels), hidden_labels
-        self.views = tuple(views)
+        self.labels, self.hidden_labels, self.views = torch.from_numpy(labels), hidden_labels, tuple(views)
 
         def reader(dataset: datasets.Dataset, role: str, stream: int) -> PixelTable | ImageFiles:
             where: dict[str, Any] = {"image_column": image_column, "role": role}

@@ -1,9 +1,6 @@
-"""Metrics of a classifier, on in-distribution images and on out-of-distribution (OOD) images.
+"""Metrics of a classifier of `C` classes, as functions of arrays and as `evaluate.Metric` classes of the same numbers.
 
-Each metric is a function of arrays and an `evaluate.Metric` of the same numbers; the trainer and `ccssl-hf evaluate`
-combine these. Nothing here uses the network. Values are fractions in [0, 1]. The label of an OOD image is -1.
-
-Shapes: `N` images, `C` classes, `U` unlabeled images.
+Values are fractions in [0, 1]. Labels `[N]` lie in 0..C-1, or are -1 for out-of-distribution (OOD) images.
 """
 
 from __future__ import annotations
@@ -43,9 +40,7 @@ def _arrays(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"Pass logits [N, C] and labels [N]; their shapes are {logits.shape} and {labels.shape}.")
     if np.isnan(logits).any() or np.isposinf(logits).any():
-        raise ValueError(
-            "Logits are NaN or infinite: training diverged; lower the learning rate or use full precision."
-        )
+        raise ValueError("Logits are NaN or infinite: training diverged; lower the learning rate, or use float32.")
     return logits, labels
 
 
@@ -55,12 +50,11 @@ def _in_distribution(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     rows = labels != OUT_OF_DISTRIBUTION
     if not rows.any():
         raise ValueError("There is no in-distribution image; pass at least one row with a label >= 0.")
-    if not rows.all():
+    if not rows.all():  # spare a copy
         logits, labels = logits[rows], labels[rows]
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(
-            f"Labels must lie in 0..{logits.shape[1] - 1} (the classes of the model), or be -1 for OOD images, but run "
-            f"from {labels.min()} to {labels.max()}."
+            f"Labels run from {labels.min()} to {labels.max()}: use 0..{logits.shape[1] - 1}, or -1 for OOD images."
         )
     return logits, labels
 
@@ -72,18 +66,12 @@ def confidences(logits: Any) -> np.ndarray:
 
 
 def top_k_accuracy(logits: Any, labels: Any, *, k: int = 1) -> float:
-    """Share of in-distribution images whose label is among the `k` largest logits.
+    """Share of in-distribution images whose label is among the `k` largest of their logits `[N, C]`.
 
-    Of equal logits the lower class comes first, so a model with constant output gets the accuracy of chance. The result
-    is 1 if `k` is at least the number of classes.
-
-    Args:
-        logits: `[N, C]`.
-        labels: `[N]`, in 0..C-1, or -1 for OOD images, which are left out.
-        k: Number of largest logits.
+    Of equal logits the lower class comes first, so a model with constant output gets the accuracy of chance.
 
     Raises:
-        ValueError: `k` is below 1, shapes or labels do not fit, or logits are NaN.
+        ValueError: `k` is below 1, shapes or labels do not fit, all images are OOD, or logits are NaN.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}.")
@@ -95,7 +83,7 @@ def top_k_accuracy(logits: Any, labels: Any, *, k: int = 1) -> float:
 def macro_f1(logits: Any, labels: Any) -> float:
     """F1 of each class, averaged over the classes that occur among labels or predictions.
 
-    A class that is never predicted correctly has F1 = 0. Arguments and errors are those of `top_k_accuracy`.
+    A class that is never predicted correctly has F1 = 0. Raises the errors of `top_k_accuracy`.
     """
     logits, labels = _in_distribution(logits, labels)
     return float(f1_score(labels, logits.argmax(1), average="macro", zero_division=0))
@@ -104,8 +92,8 @@ def macro_f1(logits: Any, labels: Any) -> float:
 def reliability_bins(logits: Any, labels: Any, *, num_bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bins of equal width over the confidence, (i / num_bins, (i + 1) / num_bins], as in a reliability diagram.
 
-    Arguments are those of `top_k_accuracy`. Returns the number of images, the accuracy and the mean confidence of each
-    bin, `[num_bins]` each. Accuracy and mean confidence of an empty bin are 0.
+    Returns the number of images, the accuracy and the mean confidence of each bin, `[num_bins]` each; all are 0 for an
+    empty bin. Raises the errors of `top_k_accuracy`.
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, not {num_bins}.")
@@ -129,11 +117,7 @@ def expected_calibration_error(logits: Any, labels: Any, *, num_bins: int = 15) 
 
 
 def out_of_distribution_auroc(scores: Any, labels: Any) -> float:
-    """Probability that an in-distribution image has a higher score than an OOD image; 0.5 is chance.
-
-    Args:
-        scores: `[N]`, higher for in-distribution images, such as the confidence.
-        labels: `[N]`, below 0 for OOD images.
+    """Probability that an in-distribution image has a higher score `[N]` than an OOD image; 0.5 is chance.
 
     Raises:
         ValueError: Shapes differ, or one of the two kinds of images is missing.
@@ -170,22 +154,16 @@ class _InMemoryMetric(evaluate.Metric):
     """An `evaluate.Metric` that writes no files, so several instances can be used at the same time."""
 
     features_of_inputs: ClassVar[Any] = _LOGITS
-    inputs = "predictions: float32 logits [N, C]. references: labels [N] in 0..C-1, or -1 for OOD images."
 
-    def __init__(self, config_name: str | None = None, *, num_process: int = 1, **kwargs: Any) -> None:
-        kwargs.setdefault("keep_in_memory", num_process == 1)
-        super().__init__(config_name, num_process=num_process, **kwargs)
+    def __init__(self, config_name: str | None = None, **kwargs: Any) -> None:
+        super().__init__(config_name, **{"keep_in_memory": True, **kwargs})
 
     def _build_data_dir(self) -> str:
         return "" if self.keep_in_memory else super()._build_data_dir()
 
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=self.inputs,
-            features=self.features_of_inputs,
-        )
+        features = self.features_of_inputs
+        info = evaluate.MetricInfo(description=self.__doc__, citation="", inputs_description="", features=features)
         info.format = "arrow"  # not in the constructor, which allows a format only for features without lists
         return info
 
@@ -217,13 +195,9 @@ class ExpectedCalibrationError(_InMemoryMetric):
 
 
 class OutOfDistributionAUROC(_InMemoryMetric):
-    """How well confidence, or another score, separates OOD images; see `out_of_distribution_auroc`."""
+    """How well the confidence of logits `[N, C]`, or scores `[N]`, separate OOD images: `out_of_distribution_auroc`."""
 
     features_of_inputs: ClassVar[Any] = [_LOGITS, _SCORES]
-    inputs = (
-        "predictions: float32 logits [N, C], or scores [N], higher for in-distribution images. references: labels [N], "
-        "-1 for OOD images."
-    )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         if pa.types.is_large_list(predictions.type):
@@ -233,51 +207,35 @@ class OutOfDistributionAUROC(_InMemoryMetric):
 
 
 def classification_metrics(logits: Any, labels: Any, *, open_set_scores: Any = None) -> dict[str, float]:
-    """The metrics that the trainer reports for a split, computed by the metrics above through `evaluate.combine`.
+    """The metrics that the trainer reports for a split, of float32 logits `[N, C]`, through `evaluate.combine`.
 
-    Args:
-        logits: `[N, C]`; computed as float32.
-        labels: `[N]`, in 0..C-1, or -1 for OOD images, which only count for AUROC.
-        open_set_scores: `[N]`, higher for in-distribution images, if the algorithm has an open-set score.
-
-    Returns:
-        `top1`, `top5`, `macro_f1` and `ece`. If some labels are -1, also `auroc` of the confidence and, with
-        `open_set_scores`, `auroc_open_set`.
-
-    Raises:
-        ValueError: No image is in-distribution, a label lies outside -1..C-1, shapes do not fit, or logits are NaN.
+    Returns `top1`, `top5`, `macro_f1` and `ece` of the in-distribution images. If there are OOD images, also `auroc` of
+    the confidence and, with `open_set_scores [N]` (higher for in-distribution images), `auroc_open_set`. Raises the
+    errors of `top_k_accuracy`.
     """
     logits, labels = _arrays(logits, labels)
     metrics = [TopKAccuracy(), TopKAccuracy(k=5), MacroF1(), ExpectedCalibrationError()]
     ood = (labels == OUT_OF_DISTRIBUTION).any()
     results = evaluate.combine([*metrics, OutOfDistributionAUROC()] if ood else metrics).compute(logits, labels)
     if ood and open_set_scores is not None:
-        measured = OutOfDistributionAUROC().compute(predictions=open_set_scores, references=labels)
-        results["auroc_open_set"] = measured["auroc"]
+        results["auroc_open_set"] = out_of_distribution_auroc(open_set_scores, labels)
     return results
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`classification_metrics` and the loss, as the `compute_metrics` of `transformers.Trainer`.
-
-    Logits are the first output; open-set scores are the second, if there is one.
-    """
+    """`classification_metrics` and the loss, of outputs `logits` or `(logits, open_set_scores)`."""
     outputs = prediction.predictions
     logits, scores = (*outputs, None)[:2] if isinstance(outputs, tuple) else (outputs, None)
-    logits, labels = _arrays(logits, prediction.label_ids)
-    known = labels != OUT_OF_DISTRIBUTION
     # Exact. The Trainer averages the means of batches, which hold different numbers of in-distribution images.
-    loss = F.cross_entropy(torch.from_numpy(logits[known]), torch.from_numpy(labels[known])).item()
-    return {**classification_metrics(logits, labels, open_set_scores=scores), "loss": loss}
+    known_logits, known_labels = _in_distribution(logits, prediction.label_ids)
+    loss = F.cross_entropy(torch.from_numpy(known_logits), torch.from_numpy(known_labels)).item()
+    return {**classification_metrics(logits, prediction.label_ids, open_set_scores=scores), "loss": loss}
 
 
 def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -> dict[str, float]:
-    """Quality of the pseudo labels of unlabeled images, measured by true labels that training does not use.
+    """Quality of pseudo labels `[U]`, measured by true labels `[U]` that training does not use.
 
-    Args:
-        pseudo_labels: `[U]`, in 0..C-1.
-        mask: `[U]`, 1 for images that pass the threshold and 0 for others, or weights in [0, 1].
-        hidden_labels: `[U]`, the true classes; -1 for OOD images.
+    `mask [U]` is 1 for images that pass the threshold and 0 for others, or weights in [0, 1].
 
     Returns:
         `precision`: share of correct pseudo labels among the images that pass; those of OOD images are wrong.
@@ -288,11 +246,9 @@ def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -
         ValueError: The three do not have one shape `[U]`.
     """
     pseudo_labels, passed, hidden_labels = to_numpy(pseudo_labels), to_numpy(mask), to_numpy(hidden_labels)
-    if pseudo_labels.ndim != 1 or not pseudo_labels.shape == passed.shape == hidden_labels.shape:
-        raise ValueError(
-            "Pass pseudo_labels, mask and hidden_labels of one shape [U]; theirs are "
-            f"{pseudo_labels.shape}, {passed.shape} and {hidden_labels.shape}."
-        )
+    shapes = pseudo_labels.shape, passed.shape, hidden_labels.shape
+    if pseudo_labels.ndim != 1 or len(set(shapes)) > 1:
+        raise ValueError(f"Pass pseudo_labels, mask and hidden_labels of one shape [U]; theirs are {shapes}.")
     passed = passed.astype(np.float64)
     ood = hidden_labels < 0
     right = (pseudo_labels == hidden_labels) & ~ood

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments, class_aware_contrastive_loss
-from ccssl_hf.card.style import COLORS, GREY, MARKERS, TEXT
+from ccssl_hf.card.plots import COLORS, GREY, MARKERS, TEXT
 from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.sampling import UNLABELED
 from ccssl_hf.transforms import View, ViewSettings, make_view

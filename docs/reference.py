@@ -17,7 +17,7 @@ import yaml
 
 from ccssl_hf import CCSSLTrainingArguments
 from ccssl_hf.algorithms import ALGORITHMS
-from ccssl_hf.card.tables import format_table
+from ccssl_hf.card.text import format_table
 from ccssl_hf.cli import app
 from ccssl_hf.cli.flags import first_paragraph, flags_by_class
 from ccssl_hf.recipe import OWN_IMAGES, FolderArguments

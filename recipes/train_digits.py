@@ -24,9 +24,8 @@ from transformers import AutoModelForImageClassification, pipeline, set_seed
 from transformers.utils import logging
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
-from ccssl_hf.card.plots import plot_confusion_matrix, plot_lines
-from ccssl_hf.card.style import COLORS, save, style
-from ccssl_hf.card.tables import format_table
+from ccssl_hf.card.plots import COLORS, plot_confusion_matrix, plot_lines, save, style
+from ccssl_hf.card.text import format_table
 from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.errors import errors_in_one_line
 from ccssl_hf.metrics import pseudo_label_quality

@@ -135,7 +135,7 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         r"labeled split is a dictionary of splits \(train, test\): pass one of them",
     ),
-    "a torch data set": (
+    "a torch dataset": (
         {"train_dataset": lambda: torch.utils.data.TensorDataset(torch.zeros(3))},
         {},
         "labeled split is a TensorDataset: pass a datasets.Dataset",

@@ -12,9 +12,8 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard
 
 from ccssl_hf.algorithms import ALGORITHMS, Algorithm, Paper
-from ccssl_hf.card.facts import KEY, read_facts
+from ccssl_hf.card.facts import KEY, read_facts, upgrade
 from ccssl_hf.card.model_card import CONFIDENCE, CURVES, render_card, renew_results
-from ccssl_hf.card.old_cards import upgrade
 from ccssl_hf.metrics import classification_metrics, pseudo_label_quality
 from ccssl_hf.record import METRICS, Provenance, Result, RunRecord, Split, library_versions
 

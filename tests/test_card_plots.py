@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ccssl_hf.card import plots
-from ccssl_hf.card.tables import format_table
+from ccssl_hf.card.text import format_table
 from ccssl_hf.metrics import expected_calibration_error
 
 

@@ -70,7 +70,7 @@ def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_pat
     assert written["weights"] == "EMA weights, last step 40, seed 42"
 
 
-def test_evaluate_reads_folder_and_data_set_from_the_hub(run: Any, images: Path, hub: Any, tmp_path: Path) -> None:
+def test_evaluate_reads_folder_and_dataset_from_the_hub(run: Any, images: Path, hub: Any, tmp_path: Path) -> None:
     api = HfApi(token=TOKENS["anna"])
     api.create_repo("anna/evaluated-digits")
     api.upload_folder(repo_id="anna/evaluated-digits", folder_path=run[1], ignore_patterns=["checkpoint-*"])

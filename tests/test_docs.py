@@ -232,7 +232,7 @@ def table_after(text: str, heading: str) -> list[list[str]]:
 
 
 def runs_of(data: str, method: str) -> list[dict[str, Any]]:
-    """The runs of a method in the file with the results of a data set."""
+    """The runs of a method in the file with the results of a dataset."""
     if data == "digits":
         name = method.lower().replace(" + ", "_")
         return [row for row in json.loads((RESULTS / "demo.json").read_text())["rows"] if row["method"] == name]

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from ccssl_hf.card.facts import read_facts
 from ccssl_hf.card.report import read_card
-from ccssl_hf.card.tables import format_table
+from ccssl_hf.card.text import format_table
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 NAME = "digits_fixmatch_ccssl_seed0"

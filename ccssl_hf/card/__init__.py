@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..record import RunRecord
 from .model_card import render_card
 
 
-def write_card(
-    record: RunRecord,
-    folder: Path,
-    *,
-    model_name: str,
-    license: str | None = None,
-    tags: list[str] | None = None,
-    limits: str | None = None,
-) -> None:
-    """Write README.md and its pictures into `folder`. For the arguments see `render_card`."""
-    from .pictures import draw_pictures  # matplotlib takes long to import, and training does not need it
+def write_card(record: RunRecord, folder: Path, **about: Any) -> None:
+    """Write README.md and its pictures into `folder`. `about` are arguments of `render_card`."""
+    from .plots import draw_pictures  # matplotlib takes long to import, and training does not need it
 
-    pictures = draw_pictures(
-        folder,
-        record.predictions,
-        record.class_names,
-        history=record.history,
-        provenance=record.provenance,
-        only_these=True,
-    )
-    card = render_card(
-        record, model_name=model_name, license=license, tags=tags or (), limits=limits, pictures=pictures
-    )
-    card.save(folder / "README.md")
+    pictures = draw_pictures(record, folder, only_these=True)
+    render_card(record, pictures=pictures, **about).save(folder / "README.md")

@@ -1,8 +1,6 @@
 """The model card: a `RunRecord` in, `README.md` out. Nothing here uses the network or reads the run's files.
 
-The templates leave out what is unknown. Of a local path the card has only the last part, and it has no setting with
-`token` in its name. Results and pictures lie between two comments (`templates/results.md.j2`), and `renew_results`
-replaces them without a change of the other text.
+The card leaves out what is unknown, folders of local paths, and settings with `token` in their name.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote
 
 import jinja2
@@ -19,12 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..algorithms import ALGORITHMS, CCSSL_PAPER
 from ..checkpoint import is_own_backbone
 from ..data import FINGERPRINTED_IMAGES
-from ..record import Provenance, Result, RunRecord, Split
-from .facts import CardFacts, read_facts, store_facts
+from ..record import Provenance, Result, RunRecord, Section, Split
+from .facts import CardFacts, known, read_facts, store_facts
 from .text import cell, duration, plain, public_name, without_folder
-
-TAGS = ("image-classification", "timm")
-CCSSL_TAGS = ("semi-supervised-learning", "ccssl")
 
 IMAGES = "images"
 """Folder of a card's pictures, beside the card."""
@@ -34,31 +29,21 @@ PICTURES = CURVES, CONFUSION_MATRIX, RELIABILITY, CONFIDENCE, EMBEDDINGS = tuple
 )
 
 _MARKED = re.compile(r"<!-- results\b[^>]*-->.*?<!-- /results -->", re.DOTALL)
-"""What `render_results` writes into a card. Earlier cards have the same comments with more words in the first."""
+"""Results and pictures of a card. Earlier cards have the same comments with more words in the first."""
 
 
 def _settings(record: RunRecord) -> dict[str, dict[str, Any]]:
     """Settings of the training by name, in tables by title; those that are unknown are left out."""
     if record.algorithm is None:
         return {}
-    known = {
-        "algorithm": record.algorithm,
-        "mu": record.mu,
-        "steps": record.steps,
-        "batch_size": record.batch_size,
-        "seed": record.seed,
-        "device": record.device and f"{record.num_processes} x {record.device.split(':')[0]}",
-        "run_time": None if record.run_time is None else duration(record.run_time),
-    }
-
-    def own(*names: str) -> dict[str, Any]:
-        return {name: known[name] for name in names if known[name] is not None}
-
+    device = record.device and f"{record.num_processes} x {record.device.split(':')[0]}"
+    run_time = None if record.run_time is None else duration(record.run_time)
+    steps = known(steps=record.steps, batch_size=record.batch_size, seed=record.seed)
     tables = {
-        "Method": own("algorithm", "mu") | dict(record.hyperparameters),
-        "Optimization": own("steps", "batch_size", "seed") | dict(record.optimization),
-        "Views": dict(record.views),
-        "Environment": own("device", "run_time") | dict(record.versions),
+        "Method": known(algorithm=record.algorithm, mu=record.mu) | dict(record.hyperparameters),
+        "Optimization": steps | dict(record.optimization),
+        "Views": record.views,
+        "Environment": known(device=device, run_time=run_time) | dict(record.versions),
     }
     public = {
         title: {name: plain(value) for name, value in table.items() if "token" not in name.lower()}
@@ -70,30 +55,17 @@ def _settings(record: RunRecord) -> dict[str, dict[str, Any]]:
 def _render(template: str, **values: Any) -> str:
     """A template without the blank lines of the sections that are left out."""
     source = resources.files(__package__).joinpath(f"templates/{template}.md.j2").read_text(encoding="utf-8")
-    return _tidy(jinja2.Template(source).render(cell=cell, **values))
-
-
-def _tidy(text: str) -> str:
+    text = jinja2.Template(source).render(cell=cell, **values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def _render_results(results: Sequence[Result], pictures: Mapping[str, str], published: Provenance | None) -> str:
-    """The part of a card that `renew_results` replaces.
-
-    Args:
-        results: Measured numbers.
-        pictures: File beside the card to its caption. `CURVES` belongs to the training and is left out.
-        published: The published weights.
-    """
-    metrics = {result.metric.partition("@")[0] for result in results}
-    sections: dict[str, list[Result]] = {"classes": [], "pseudo labels": [], "ood": []}
-    for result in results:
-        sections[result.section].append(result)
+    """The part of a card that `renew_results` replaces."""
+    sections = {name: [each for each in results if each.section == name] for name in get_args(Section)}
     return _render(
         "results",
         sections=sections,
-        metrics=metrics,
-        judged=not metrics.isdisjoint(("precision", "coverage", "ood_share_passed")),
+        metrics={result.metric.partition("@")[0] for result in results},
         best=any(r.provenance and r.provenance.which == "best" for r in sections["classes"]),
         earlier=any(r.provenance and published and r.provenance.step != published.step for r in results),
         published=published,
@@ -107,19 +79,15 @@ def render_card(
     *,
     model_name: str,
     license: str | None = None,
-    tags: Iterable[str] = (),
+    tags: Iterable[str] | None = None,
     limits: str | None = None,
     pictures: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card, for `card.save(folder / "README.md")`.
+    """The card of a run, for `card.save(folder / "README.md")`.
 
-    Args:
-        record: The run. Names that are local paths are cut to their last part and stay out of the Hub's metadata.
-        model_name: Hub id (`user/name`), a folder, or a title.
-        license: Identifier of the Hub, such as `apache-2.0`.
-        tags: Further tags.
-        limits: Known limits of this model, in words.
-        pictures: File beside the card, by relative name, to its caption.
+    `model_name` is a Hub id (`user/name`), a folder or a title, and `license` an identifier of the Hub. `limits` are
+    known limits of the model, in words. `pictures` are captions by file, relative to the card. Names that are local
+    paths are cut to their last part and stay out of the Hub's metadata.
     """
     name = without_folder(model_name)
     pictures = {without_folder(file): caption for file, caption in (pictures or {}).items()}
@@ -135,11 +103,12 @@ def render_card(
         pictures=pictures,
         settings=_settings(record),
     )
+    own_tags = ["image-classification", "timm"] + ["semi-supervised-learning", "ccssl"] * bool(record.algorithm)
     metadata = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys([*TAGS, *(CCSSL_TAGS if record.algorithm else ()), *tags])),
+        tags=list(dict.fromkeys([*own_tags, *(tags or ())])),
         base_model=base_model if on_hub else None,
         datasets=list(dict.fromkeys(each for each, on_hub in data.values() if on_hub)) or None,
     )
@@ -151,15 +120,12 @@ def render_card(
         remote_code=is_own_backbone(record.backbone),
         initial_weights=base_model,
         initial_weights_on_hub=on_hub,
-        method=paper.name if paper else record.algorithm,
         paper=paper,
         ccssl=CCSSL_PAPER,
         contrastive=float(record.hyperparameters.get("lambda_contrast") or 0) > 0,
-        papers=[CCSSL_PAPER, *([paper] if paper else [])],
         data=data,
         num_labeled=sum(record.labeled_per_class.values()),
         num_unlabeled=record.splits["unlabeled"].images if "unlabeled" in record.splits and record.mu else None,
-        has_auroc=any(result.metric == "auroc" for result in record.results),
         settings=facts.settings,
         limits=limits,
         fingerprinted=FINGERPRINTED_IMAGES,
@@ -178,14 +144,10 @@ def renew_results(
     pictures: Mapping[str, str],
     model_name: str,
 ) -> None:
-    """Put new results and pictures on a card: in its metadata, and between its two comments. Other text stays.
+    """Put new results and pictures on any card: in its metadata, and between its two comments. Other text stays.
 
-    Args:
-        card: Any model card. A card without the two comments gets them at its end.
-        results: They replace the results of the same splits.
-        datasets: Hub id or local path of each measured split.
-        pictures: File beside the card to its caption. They replace pictures of the same file.
-        model_name: Name of the model in the metadata, if there is none yet.
+    Results replace those of the same splits. A card without the two comments gets them at its end. `datasets` are the
+    Hub id or local path of each measured split, and `model_name` is for metadata without a name.
     """
     results, facts = list(results), read_facts(card)
     renewed = {result.split for result in results}

@@ -1,7 +1,12 @@
-"""Plots of a run: training curves, confusion matrix, reliability diagram, confidences and embeddings."""
+"""Pictures of a card: training curves, confusion matrix, reliability diagram, confidences and embeddings.
+
+They are drawn on `Figure` objects, without pyplot and its global state, so training loops and threads can draw. The
+suffix of a path sets the file format.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,19 +21,24 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from PIL import Image
 
 from ..data import OUT_OF_DISTRIBUTION
-from ..metrics import expected_calibration_error, out_of_distribution_auroc, reliability_bins, to_numpy
-from .style import COLORS, GREY, LEGEND, MARKERS, TEXT, save, style
-from .tables import format_table as format_table
+from ..metrics import confidences, expected_calibration_error, out_of_distribution_auroc, reliability_bins, to_numpy
+from ..record import RunRecord, SplitPredictions
+from .model_card import CONFIDENCE, CONFUSION_MATRIX, CURVES, EMBEDDINGS, IMAGES, PICTURES, RELIABILITY
 
-MAX_CLASSES = 50
-"""A confusion matrix shows all classes up to this number, and otherwise the `MOST_CONFUSED`."""
+logger = logging.getLogger(__name__)
 
-MOST_CONFUSED = 20
+# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), which color-blind readers can distinguish. Its yellow
+# is left out: too pale for a line on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+TEXT, GREY = "#222222", "#666666"
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": TEXT}
 
-EMBEDDED_IMAGES = 1000
-"""t-SNE takes some seconds for this number of images."""
+MAX_CLASSES, MOST_CONFUSED = 50, 20  # of more than 50 classes, a confusion matrix shows the 20 most confused
+EMBEDDED_IMAGES = 1000  # t-SNE takes some seconds
 
 _PANELS = (
     ("top-1 accuracy", "Top-1 accuracy", r"eval_(?:(?P<name>.+)_)?top1"),
@@ -38,6 +48,32 @@ _PANELS = (
 """Panels of the training curves: words for the caption, axis label, and a pattern for the keys of the log."""
 
 _LINE_NAMES = {"loss": "total", "mask_rate": "Mask rate", "pseudo_label_precision": "Pseudo-label precision"}
+
+
+def style(ax: Axes, *, xlabel: str, ylabel: str, note: str = "", grid: bool = True, percent: str = "") -> None:
+    """Set axis labels, a note above the left corner, thin spines and a light grid; `percent` is "x", "y" or "xy"."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#AAAAAA")
+    ax.tick_params(labelsize=9, length=3, color="#AAAAAA", labelcolor=GREY)
+    ax.set_xlabel(xlabel, fontsize=10, color=TEXT, labelpad=6)
+    ax.set_ylabel(ylabel, fontsize=10, color=TEXT, labelpad=6)
+    ax.set_title(note, fontsize=9, color=GREY, loc="left", pad=8)
+    for axis in percent:
+        {"x": ax.xaxis, "y": ax.yaxis}[axis].set_major_formatter(PercentFormatter(1, decimals=0))
+    if grid:
+        ax.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+        ax.set_axisbelow(True)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure. A PNG is reduced to 128 colors, so that a card with several pictures loads quickly."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200, facecolor="white", bbox_inches="tight", pad_inches=0.08)
+    if path.suffix == ".png":
+        with Image.open(path) as drawn:
+            reduced = drawn.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        reduced.save(path, optimize=True, dpi=(200, 200))
 
 
 def plot_lines(ax: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -53,14 +89,9 @@ def plot_lines(ax: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -> 
 
 
 def plot_training(history: Sequence[Mapping[str, Any]], path: str | Path) -> list[str]:
-    """Plot a run against optimizer steps: evaluated top-1 accuracy, terms of the loss, and pseudo labels.
+    """Plot the log of a run against optimizer steps: evaluated top-1 accuracy, terms of the loss, and pseudo labels.
 
-    Args:
-        history: `trainer.state.log_history`.
-        path: The picture to write. None is written if no key was logged at least twice.
-
-    Returns:
-        The subjects of the panels, from top to bottom.
+    Returns the subjects of the panels, from top to bottom. Nothing is drawn if no key was logged at least twice.
     """
     series: dict[str, list[tuple[float, float]]] = {}
     for entry in history:
@@ -87,16 +118,7 @@ def plot_training(history: Sequence[Mapping[str, Any]], path: str | Path) -> lis
 
 
 def shown_classes(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Classes that a confusion matrix shows: all, or of many classes those that are confused most often.
-
-    Args:
-        labels: `[N]`, in 0..C-1, or -1.
-        predictions: `[N]`, in 0..C-1.
-        num_classes: `C`.
-
-    Returns:
-        Class indices. Of many classes, two that are confused with each other are neighbors.
-    """
+    """Classes that a confusion matrix shows: all, or of many those that are confused most often, as neighbors."""
     if num_classes <= MAX_CLASSES:
         return np.arange(num_classes)
     wrong = (labels != predictions) & (labels != OUT_OF_DISTRIBUTION)
@@ -107,15 +129,10 @@ def shown_classes(labels: np.ndarray, predictions: np.ndarray, num_classes: int)
 
 
 def plot_confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[str], path: str | Path) -> None:
-    """Plot the predicted classes of the images of each true class, in percent of that class.
+    """Plot the predicted classes `[N]` of the images of each true class `[N]`, in percent of that class.
 
-    Of many classes it shows the `shown_classes`, and all others as one last column.
-
-    Args:
-        labels: `[N]`, in 0..C-1, or -1 for an out-of-distribution (OOD) image. OOD images are the last row.
-        predictions: `[N]`, in 0..C-1.
-        class_names: `C` names.
-        path: The picture to write.
+    Of many classes it shows the `shown_classes`, and all others as one last column. Out-of-distribution (OOD) images,
+    with label -1, are the last row.
 
     Raises:
         ValueError: If shapes differ, there is no image, or a label or prediction is out of range.
@@ -135,14 +152,9 @@ def plot_confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[s
     np.add.at(counts, (position[labels[kept]], position[predictions[kept]]), 1)
     counts = counts[: len(row_names), : len(column_names)]
     totals = counts.sum(1, keepdims=True)
-    _draw_matrix(
-        counts / np.maximum(totals, 1),
-        [f"{name} ({total})" for name, total in zip(row_names, totals[:, 0], strict=True)],
-        column_names,
-        with_ood=with_ood,
-        note=f"the {len(shown)} of {num_classes} classes with the most confusions" if some else "",
-        path=path,
-    )
+    row_names = [f"{name} ({total})" for name, total in zip(row_names, totals[:, 0], strict=True)]
+    note = f"the {len(shown)} of {num_classes} classes with the most confusions" if some else ""
+    _draw_matrix(counts / np.maximum(totals, 1), row_names, column_names, with_ood=with_ood, note=note, path=path)
 
 
 def _draw_matrix(
@@ -160,9 +172,8 @@ def _draw_matrix(
     style(ax, xlabel="Predicted class", ylabel="True class (number of images)", note=note, grid=False)
     ax.set(aspect="equal", ylim=(rows, 0))
     ax.spines[:].set_visible(False)
-    ax.set_xticks(np.arange(columns) + 0.5, column_names, fontsize=font, rotation=45 if numbered else 90)
-    for tick in ax.get_xticklabels():
-        tick.set(ha="right", va="center", rotation_mode="anchor")
+    turned: dict[str, Any] = {"rotation": 45 if numbered else 90, "rotation_mode": "anchor", "ha": "right"}
+    ax.set_xticks(np.arange(columns) + 0.5, column_names, fontsize=font, va="center", **turned)
     ax.set_yticks(np.arange(rows) + 0.5, row_names, fontsize=font)
     ax.tick_params(length=0)
     if with_ood:
@@ -184,11 +195,7 @@ def _draw_matrix(
 def plot_reliability(logits: Any, labels: Any, path: str | Path, *, num_bins: int = 15) -> None:
     """Plot a reliability diagram (Guo et al., ICML 2017): accuracy and number of images against confidence.
 
-    Args:
-        logits: `[N, C]`.
-        labels: `[N]`, in 0..C-1.
-        path: The picture to write.
-        num_bins: Bins of equal width, also of the expected calibration error in the picture.
+    Arguments are those of `metrics.reliability_bins`.
     """
     counts, accuracy, confidence = reliability_bins(logits, labels, num_bins=num_bins)
     error = expected_calibration_error(logits, labels, num_bins=num_bins)
@@ -214,12 +221,7 @@ def plot_reliability(logits: Any, labels: Any, path: str | Path, *, num_bins: in
 
 
 def plot_confidence_histogram(in_conf: Any, out_conf: Any, path: str | Path) -> None:
-    """Plot the confidences on in-distribution and OOD images. Less overlap is better.
-
-    Args:
-        in_conf: Confidence in [0, 1] of each in-distribution image, `[N]`.
-        out_conf: Confidence in [0, 1] of each OOD image, `[M]`.
-        path: The picture to write.
+    """Plot the confidences on in-distribution images `[N]` and OOD images `[M]`. Less overlap is better.
 
     Raises:
         ValueError: If one of the two is empty or holds anything but numbers in [0, 1].
@@ -249,16 +251,10 @@ def plot_confidence_histogram(in_conf: Any, out_conf: Any, path: str | Path) -> 
 
 
 def plot_embeddings(embeddings: Any, labels: Any, class_names: Sequence[str], path: str | Path) -> int:
-    """Plot embeddings in two dimensions by t-SNE (van der Maaten and Hinton, 2008).
+    """Plot embeddings `[N, D]` in two dimensions by t-SNE (van der Maaten and Hinton, 2008), colored by label `[N]`.
 
-    Args:
-        embeddings: `[N, D]`. At most `EMBEDDED_IMAGES` are drawn, evenly spread over the rows.
-        labels: `[N]`, in 0..C-1, or -1 for an OOD image, drawn as a gray cross.
-        class_names: `C` names, written at the median of their images if there are at most 20.
-        path: The picture to write.
-
-    Returns:
-        The number of images drawn.
+    OOD images, with label -1, are gray crosses. Of at most 20 classes, the names are written at the median of their
+    images. Returns the number of images drawn: `EMBEDDED_IMAGES` at most, evenly spread over the rows.
 
     Raises:
         ValueError: If there are fewer than 4 images, or shapes differ.
@@ -290,3 +286,48 @@ def plot_embeddings(embeddings: Any, labels: Any, class_names: Sequence[str], pa
     ax.set(xticks=[], yticks=[])
     save(figure, path)
     return len(rows)
+
+
+def draw_pictures(record: RunRecord, folder: Path, *, only_these: bool = False) -> dict[str, str]:
+    """Draw all pictures that the record has data for, and return the caption of each by its path below `folder`.
+
+    A picture shows the split `test`, or else the last split that has the data for it. A picture that fails is logged
+    and left out. `only_these` removes earlier pictures that are not drawn again: they show other weights.
+    """
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    last_first = sorted(record.predictions, key=lambda each: each.split == "test")[::-1]  # the sort is stable
+    labeled = [each for each in last_first if each.in_distribution.any()]
+    mixed = [each for each in labeled if not each.in_distribution.all()]
+    embedded = [each for each in last_first if each.embeddings is not None]
+    shown = {CONFUSION_MATRIX: labeled, RELIABILITY: labeled, CONFIDENCE: mixed, EMBEDDINGS: embedded}
+    captions = {}
+    for file in PICTURES:
+        try:
+            if only_these:
+                (folder / file).unlink(missing_ok=True)
+            if file == CURVES and (subjects := plot_training(record.history, folder / file)):
+                at = record.provenance
+                weights = at and f" (evaluation: {at.weights} weights, training: raw weights, seed {at.seed})"
+                captions[file] = f"Training curves{weights or ''}: {'; '.join(subjects)}."
+            elif splits := shown.get(file):
+                captions[file] = f"{_draw(file, folder / file, splits[0], record.class_names)}; {splits[0]}."
+        except Exception:
+            logger.exception("%s could not be drawn; the card is written without it.", file)
+    return captions
+
+
+def _draw(file: str, path: Path, split: SplitPredictions, class_names: Sequence[str]) -> str:
+    """Draw a picture of a split, and return the first part of its caption."""
+    known, total = split.in_distribution, len(class_names)
+    if file == CONFUSION_MATRIX:
+        plot_confusion_matrix(split.labels, split.logits.argmax(1), class_names, path)
+        return "Confusion matrix" + f" of the {MOST_CONFUSED} most confused of {total} classes" * (total > MAX_CLASSES)
+    if file == RELIABILITY:
+        plot_reliability(split.logits[known], split.labels[known], path)
+        return "Reliability diagram: accuracy and number of images against confidence"
+    if file == CONFIDENCE:
+        confidence = confidences(split.logits)
+        plot_confidence_histogram(confidence[known], confidence[~known], path)
+        return "Confidence on in-distribution and out-of-distribution images"
+    number = plot_embeddings(split.embeddings, split.labels, class_names, path)
+    return f"Embeddings of {number} images in two dimensions by t-SNE, colored by their true class"

@@ -14,31 +14,22 @@ from huggingface_hub import ModelCard, snapshot_download
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from ..data import check_writable
 from ..record import PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
-from .facts import read_facts
+from .facts import read_facts, upgrade
 from .model_card import IMAGES, render_card, renew_results
-from .old_cards import upgrade
-from .pictures import draw_pictures
-from .tables import format_table
-from .text import cell
+from .plots import draw_pictures
+from .text import cell, format_table
 
 CARD_FILE = "README.md"
 
 
 def results_table(results: Iterable[Result]) -> str:
     """Results as a plain text table, with split and provenance."""
-    rows = [
-        {"metric": r.name, "value": r.value, "split": r.split, "weights": str(r.provenance or PUBLISHED)}
-        for r in results
-    ]
+    rows = [dict(metric=r.name, value=r.value, split=r.split, weights=str(r.provenance or PUBLISHED)) for r in results]
     return format_table(rows, ["metric", "value", "split", "weights"], digits=4)
 
 
-def card_folder(model: str) -> Path:
-    """The folder of a model's card and pictures, downloaded if the model is on the Hub.
-
-    Raises:
-        FileNotFoundError: There is no such folder or repository.
-    """
+def _card_folder(model: str) -> Path:
+    """The folder of a model's card and pictures, downloaded if the model is on the Hub."""
     if Path(model).is_dir():
         return Path(model)
     find_checkpoint(model)  # a clear error if the repository does not exist
@@ -66,7 +57,7 @@ def read_card(folder: Path) -> ModelCard | None:
 
 def provenance_of(model: str) -> Provenance | None:
     """The provenance of a model's weights from its card; None if the card is missing or does not have it."""
-    card = read_card(card_folder(model))
+    card = read_card(_card_folder(model))
     return read_facts(card).provenance if card else None
 
 
@@ -79,26 +70,19 @@ def write_report(
 ) -> list[str]:
     """Put results and pictures on the card in `out`. Without a card there, a copy of the model's card is used.
 
-    Args:
-        model: A published folder or Hub id.
-        out: The folder of the card.
-        results: Results on the measured splits.
-        predictions: Predictions on the measured splits. Embeddings are drawn if they are given.
-        sources: Source of each measured split.
-
-    Returns:
-        The files that were written, relative to `out`.
+    `sources` are those of the measured splits, by name. Returns the files that were written, relative to `out`.
 
     Raises:
         ValueError: The card cannot be read, or `out` cannot be written to.
     """
     check_writable(out)
     config, name = _config(model), Path(model).resolve().name if Path(model).is_dir() else model
-    source = out if (out / CARD_FILE).is_file() else card_folder(model)
-    card = read_card(source) or render_card(RunRecord(config["architecture"], config["label_names"]), model_name=name)
+    source = out if (out / CARD_FILE).is_file() else _card_folder(model)
+    record = RunRecord(config["architecture"], config["label_names"], predictions=predictions)
+    card = read_card(source) or render_card(record, model_name=name)
     if source.resolve() != out.resolve() and (source / IMAGES).is_dir():
         shutil.copytree(source / IMAGES, out / IMAGES, dirs_exist_ok=True)
-    pictures = draw_pictures(out, predictions, config["label_names"])
+    pictures = draw_pictures(record, out)
     datasets = {split: re.sub(r":\w+$", "", source) for split, source in sources.items()}  # user/name:split
     renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name)
     card.save(out / CARD_FILE)
@@ -111,13 +95,12 @@ def _config(model: str) -> dict[str, Any]:
 
 def describe(model: str) -> str:
     """A model's backbone and classes, and the results and training settings on its card, as text."""
-    config, folder = _config(model), find_checkpoint(model)
-    labels = config["label_names"]
-    size = config["pretrained_cfg"]["input_size"][-1]
-    megabytes = (folder / WEIGHTS_FILE).stat().st_size / 1e6
-    names = ", ".join([*labels[:8], *(["..."] if len(labels) > 8 else [])])
+    config = _config(model)
+    labels, size = config["label_names"], config["pretrained_cfg"]["input_size"][-1]
+    megabytes = (find_checkpoint(model) / WEIGHTS_FILE).stat().st_size / 1e6
+    names = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
     lines = [f"{model}: {config['architecture']}, {size} px, {megabytes:.1f} MB, {len(labels)} classes ({names})"]
-    card = read_card(card_folder(model))
+    card = read_card(_card_folder(model))
     if card is None:
         return "\n".join([*lines, f"It has no card: `ccssl-hf report {model} --split NAME=SOURCE` writes one."])
     facts = read_facts(card)

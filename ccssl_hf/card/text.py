@@ -1,13 +1,15 @@
-"""Values as text and plain data for a card: names without local paths, table cells, durations."""
+"""Values as text and plain data: names without local paths, durations, cells and tables."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from numbers import Integral
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -19,7 +21,7 @@ def without_folder(text: str) -> str:
 
 
 def _last_part(path: str) -> str:
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+    return PureWindowsPath(path).name or path  # both separators
 
 
 def public_name(name: str) -> tuple[str, bool]:
@@ -27,11 +29,10 @@ def public_name(name: str) -> tuple[str, bool]:
     name = re.sub(r"^(hf[-_]hub|local-dir):", "", name)
     try:
         validate_repo_id(name)
+        on_hub = not Path(name).exists() and Path(name).suffix not in (".parquet", ".csv", ".json", ".zip")
     except HFValidationError:
-        return _last_part(name), False
-    if Path(name).exists() or Path(name).suffix in (".parquet", ".csv", ".json", ".zip"):
-        return _last_part(name), False
-    return name, True
+        on_hub = False
+    return name if on_hub else _last_part(name), on_hub
 
 
 def plain(value: Any) -> Any:
@@ -65,3 +66,41 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def format_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, digits: int = 3, markdown: bool = False
+) -> str:
+    """Format rows, mappings of column to value, as a plain text or Markdown table with numbers aligned at the right.
+
+    A list of numbers holds one value for each seed and is written as mean ± standard deviation. A missing value or None
+    is written as a dash. `digits` are the decimals of fractions; whole numbers and texts are written unchanged.
+
+    Raises:
+        ValueError: If there is no column.
+    """
+    if not columns:
+        raise ValueError("Name at least one column of the table.")
+    cells = [[_number(row.get(column), digits) for column in columns] for row in rows]
+    if markdown:
+        cells = [[text.replace("|", "\\|") for text in row] for row in cells]
+    numeric = [not any(isinstance(row.get(column), str) for row in rows) for column in columns]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+
+    def line(texts: Sequence[str]) -> str:
+        aligned = zip(texts, widths, numeric, strict=True)
+        padded = [text.rjust(width) if right else text.ljust(width) for text, width, right in aligned]
+        return f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
+
+    ends = [":" if right and markdown else "-" for right in numeric]
+    dashes = ["-" * (width - 1) + end for width, end in zip(widths, ends, strict=True)]
+    return "\n".join(map(line, [columns, dashes, *cells]))
+
+
+def _number(value: Any, digits: int) -> str:
+    if isinstance(value, str | Integral):
+        return str(value)
+    values = np.atleast_1d(np.asarray(value, float))
+    if np.isnan(values).any():  # None, or undefined for one seed (precision of no pseudo labels) and so for the mean
+        return "–"
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,24 +40,18 @@ def evaluate(
 
         dataset = load_labeled(source, split)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        results, predictions = measure(
-            classifier,
-            dataset,
-            split,
-            provenance=provenance_of(model),
-            image_column=image_column,
-            label_column=label_column,
-            batch_size=batch_size,
-            num_workers=num_workers,
+        reading: dict[str, Any] = dict(
+            image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers
         )
+        results, predictions = measure(classifier, dataset, split, provenance=provenance_of(model), **reading)
     images, ood = len(predictions.labels), int((~predictions.in_distribution).sum())
     names = ood_names(dataset, label_column, classifier.labels)
-    named = f" ({', '.join([*names[:10], *(['...'] if len(names) > 10 else [])])})" if names else ""
+    named = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""
     note = f", {ood:,} of them out of distribution{named}" if ood else ""
     typer.echo(f"{model} on {source}: {images:,} images{note}\n\n{results_table(results)}")
     if json_out is not None:
-        facts = dict(model=model, source=source, split=split, weights=str(predictions.provenance or "published"))
-        metrics = {result.metric: result.value for result in results}
+        weights = str(predictions.provenance or "published")
+        facts = dict(model=model, source=source, split=split, weights=weights, images=images, unknown=ood)
         json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(json.dumps({**facts, "images": images, "unknown": ood, **metrics}, indent=2) + "\n")
+        json_out.write_text(json.dumps(facts | {each.metric: each.value for each in results}, indent=2) + "\n")
         typer.echo(f"\nWritten to {json_out}.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import errors_in_one_line
-from .options import BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
+from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
 
 
 def report(
@@ -21,8 +21,7 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="NAME=SOURCE",
-            help="Labeled images to measure on: a name, and a folder of class folders, parquet or a Hub dataset. Can "
-            "be repeated.",
+            help=f"Labeled images to measure on, and their name: {LABELED_SOURCE}. Can be repeated.",
         ),
     ] = None,
     embeddings: Annotated[
@@ -51,33 +50,21 @@ def report(
                 raise ValueError("There is no split to measure on: add at least one --split NAME=SOURCE.")
             typer.echo(describe(model))
             return
-        sources = dict(_name_and_source(each) for each in split)
+        if wrong := [each for each in split if not all(each.partition("="))]:
+            raise ValueError(f"--split {wrong[0]}: use NAME=SOURCE, such as test=photos/test.")
+        sources = {name: source for name, _, source in (each.partition("=") for each in split)}
         if out is None and not Path(model).is_dir():
             raise ValueError(f"{model} is on the Hub: name the folder to write its card to.")
         datasets = {name: load_labeled(source, name) for name, source in sources.items()}
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        provenance = provenance_of(model)
-        results, predictions = [], []
+        reading: dict[str, Any] = dict(
+            image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers
+        )
+        results, predictions, provenance = [], [], provenance_of(model)
         for name, dataset in datasets.items():
-            measured, outputs = evaluate(
-                classifier,
-                dataset,
-                name,
-                provenance=provenance,
-                image_column=image_column,
-                label_column=label_column,
-                batch_size=batch_size,
-                num_workers=num_workers,
-            )
+            measured, outputs = evaluate(classifier, dataset, name, provenance=provenance, **reading)
             results += measured
             predictions.append(outputs if embeddings else replace(outputs, embeddings=None))
         folder = out or Path(model)
         written = write_report(model, folder, results, predictions, sources)
     typer.echo(f"{results_table(results)}\n\nWritten to {folder}: {', '.join(written)}.")
-
-
-def _name_and_source(text: str) -> tuple[str, str]:
-    name, equals, source = text.partition("=")
-    if not (name and equals and source):
-        raise ValueError(f"--split {text}: use NAME=SOURCE, such as test=photos/test.")
-    return name, source

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import datasets
-import numpy as np
 
 from ..data import check_images, load_split, read_labels
 from ..metrics import classification_metrics
@@ -31,14 +30,9 @@ def evaluate(
 ) -> tuple[list[Result], SplitPredictions]:
     """Measure what `CCSSLTrainer.evaluate` measures, except for metrics that need training-only heads.
 
-    Args:
-        classifier: The model. Load it with `fold=False` if every digit counts.
-        dataset: Labeled images. Labels are aligned by name. A label that is not a class of the model, and -1, marks an
-            out-of-distribution (OOD) image.
-        split: The name of the split in the results.
-        provenance: The weights.
-        image_column, label_column: Columns of `dataset`.
-        batch_size, num_workers: See `predict.predict_to_parquet`.
+    Labels are aligned by name. A label that is not a class of the model, and -1, marks an out-of-distribution (OOD)
+    image. Load the classifier with `fold=False` if every digit counts. For `batch_size` and `num_workers` see
+    `predict.predict_to_parquet`.
 
     Raises:
         ValueError: An image cannot be read, or the columns or labels do not fit.
@@ -53,11 +47,7 @@ def evaluate(
 
 def ood_names(dataset: datasets.Dataset, label_column: str, classes: Sequence[str]) -> list[str]:
     """The label names of a split that are not classes of the model, sorted."""
-    feature = dataset.features[label_column]
+    feature, found = dataset.features[label_column], dataset.unique(label_column)
     if isinstance(feature, datasets.ClassLabel):
-        names = [feature.names[number] for number in np.unique(dataset[label_column][:]) if number >= 0]
-    elif str(feature.dtype).endswith("string"):
-        names = [name for name in dataset.unique(label_column) if name is not None]
-    else:
-        names = []
-    return sorted(set(names) - set(classes))
+        found = [feature.names[number] for number in found if number is not None and number >= 0]
+    return sorted(name for name in set(found) - set(classes) if isinstance(name, str))
