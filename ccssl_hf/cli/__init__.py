@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import convert, export
+from . import export
+from .convert import convert
 from .evaluate import evaluate
 from .predict import predict
 from .push import push
@@ -29,7 +30,7 @@ app.command(rich_help_panel=PUBLISHING)(push)
 app.command(rich_help_panel=PUBLISHING)(serve)
 app.command(rich_help_panel=PUBLISHING)(space)
 app.add_typer(export.app, name="export", rich_help_panel=PUBLISHING)
-app.add_typer(convert.app, name="convert", rich_help_panel=PUBLISHING)
+app.command(rich_help_panel=PUBLISHING)(convert)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,8 +1,7 @@
-"""Predictions of a published model: labels, confidences and embeddings of images, and of whole folders to parquet.
+"""Predict labels, confidences and embeddings of images, and of whole folders to parquet.
 
 On a CPU a few threads each take a batch from file to result, and each runs the network on its own share of the cores.
-So no core waits for another to decode an image or to finish a layer. Pillow and torch release Python's lock while they
-work, so threads suffice and share one copy of the weights.
+Pillow and torch release Python's lock while they work, so threads suffice and share one copy of the weights.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -44,8 +42,6 @@ MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lo
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it
 ROW_GROUP = 4096  # rows that are written at a time: 32 MiB with embeddings of size 2048
 
-T = TypeVar("T", bound=Sized)
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -64,9 +60,6 @@ class Predictions:
     probabilities: Tensor
     logits: Tensor
     embeddings: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class _Network(nn.Module):
@@ -209,8 +202,8 @@ class Classifier:
 
 def open_images(
     source: str | Path | Sequence[str | Path] | datasets.Dataset, *, image_column: str = "image"
-) -> list[str] | datasets.Dataset:
-    """The image files of a source, sorted by path, or a dataset with undecoded images. Opens no image.
+) -> datasets.Dataset:
+    """The undecoded images of a source; files are sorted by path. Opens no image.
 
     Args:
         source: A folder (searched with all folders below), an image file, a glob, a list of files, parquet files, a Hub
@@ -232,7 +225,8 @@ def open_images(
     if isinstance(source, Sequence):
         if not source:
             raise ValueError("The list of images is empty: name at least one file.")
-        return [str(file) for file in source]
+        features = datasets.Features({image_column: datasets.Image(decode=False)})
+        return datasets.Dataset.from_dict({image_column: [str(file) for file in source]}, features)
     check_images(source, role="test", image_column=image_column)
     return encoded_images(source, image_column)
 
@@ -248,19 +242,6 @@ def _files(path: Path) -> list[str] | None:
     return glob.glob(str(path), recursive=True) if glob.has_magic(str(path)) else None
 
 
-_Batch = list[tuple[str, Mapping[str, Any]]]  # path, or row number where there is none, and the encoded image
-
-
-def _batches(images: list[str] | datasets.Dataset, size: int) -> Iterator[_Batch]:
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        if isinstance(part, list):
-            yield [(path, {"path": path, "bytes": None}) for path in part]
-        else:
-            [column] = part.values()
-            yield [((encoded or {}).get("path") or str(row), encoded) for row, encoded in enumerate(column, start)]
-
-
 @contextmanager
 def sharing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads that divide torch's own threads among them. Restores torch's number of threads at the end."""
@@ -274,25 +255,39 @@ def sharing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # a worker's call also sets the default of later threads
 
 
+_Batch = tuple[list[dict[str, Any]], Predictions | None]  # path and error of each image; predictions of those without
+
+
 def _in_batches(
-    classifier: Classifier,
-    images: list[str] | datasets.Dataset,
-    work: Callable[[_Batch], T],
-    batch_size: int | None,
-    num_workers: int | None,
-) -> Generator[T, None, None]:
-    """Apply `work` to batches of images on a few threads. Yields the results in order, and shows a progress bar."""
+    classifier: Classifier, images: datasets.Dataset, batch_size: int | None, num_workers: int | None, strict: bool
+) -> Generator[_Batch, None, None]:
+    """Predict undecoded images on a few threads. Yields the batches in order, and shows a progress bar."""
     on_cpu = classifier.device.type == "cpu"
     workers = num_workers or min(MAX_WORKERS, torch.get_num_threads() if on_cpu else os.cpu_count() or 1)
-    batches = _batches(images, batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH))
+    size = batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH)
+
+    def work(start: int, batch: dict[str, list[Any]]) -> _Batch:
+        rows: list[dict[str, Any]] = []
+        pixels = []
+        for number, encoded in enumerate(next(iter(batch.values())), start):
+            rows.append({"path": (encoded or {}).get("path") or str(number), "error": None})
+            try:
+                pixels.append(classifier.pixels(open_encoded(encoded)))
+            except Exception as error:  # one image must not end the run
+                rows[-1]["error"] = str(error)
+        return rows, classifier.predict(torch.stack(pixels)) if pixels else None
+
+    starts = iter(range(0, len(images), size))
     bar = datasets.utils.tqdm(total=len(images), desc="Predicting", unit=" images")
     with sharing_threads(workers) as pool, bar as progress:
-        waiting = deque(pool.submit(work, batch) for batch in islice(batches, 2 * workers))
+        waiting = deque(pool.submit(work, start, images[start : start + size]) for start in islice(starts, 2 * workers))
         while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(work, batch) for batch in islice(batches, 1))
-            yield result
-            progress.update(len(result))
+            rows, found = waiting.popleft().result()
+            waiting.extend(pool.submit(work, start, images[start : start + size]) for start in islice(starts, 1))
+            if strict and (bad := [row for row in rows if row["error"]]):
+                raise ValueError(f"Image {bad[0]['path']} can't be read ({bad[0]['error']}): repair or remove it.")
+            yield rows, found
+            progress.update(len(rows))
 
 
 def predict_all(
@@ -303,30 +298,13 @@ def predict_all(
     batch_size: int | None = None,
     num_workers: int | None = None,
 ) -> Predictions:
-    """Predict a whole dataset. The predictions are in its order, in memory.
+    """Predict a dataset that passed `data.check_images`, in its order, in memory.
 
-    Args:
-        classifier: The model.
-        dataset: A dataset that passed `data.check_images`.
-        image_column: Its image column.
-        batch_size, num_workers: See `predict_to_parquet`.
-
-    Raises:
-        ValueError: An image cannot be read.
+    The other arguments are those of `predict_to_parquet`. Raises ValueError if an image cannot be read.
     """
-
-    def work(batch: _Batch) -> Predictions:
-        pixels = []
-        for path, encoded in batch:
-            try:
-                pixels.append(classifier.pixels(open_encoded(encoded)))
-            except Exception as error:
-                raise ValueError(f"Image {path} can't be read ({error}): repair or remove it.") from error
-        return classifier.predict(torch.stack(pixels))
-
     images = encoded_images(dataset, image_column)
-    with closing(_in_batches(classifier, images, work, batch_size, num_workers)) as results:
-        parts = list(results)
+    with closing(_in_batches(classifier, images, batch_size, num_workers, strict=True)) as results:
+        parts = [found for _, found in results if found]
     labels = [label for part in parts for label in part.labels]
     names = ("confidences", "probabilities", "logits", "embeddings")
     return Predictions(labels, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
@@ -356,18 +334,15 @@ def predict_to_parquet(
 
     Columns: `path` (the row number of images without one), `label`, `confidence`, `embedding` if requested, and
     `error`: why an image could not be read; the other columns are null then. The file's metadata holds the `model` and,
-    with embeddings, their kind (`embedding`: `projection` or `pre_logits`). Memory does not grow with the number of
-    images.
+    with embeddings, `embedding`: see `Classifier.embedding`. Memory does not grow with the number of images.
 
     Args:
         classifier: The model.
-        source: See `open_images`.
+        source, image_column: See `open_images`.
         out: The file. It is replaced at the end: until then rows are in `_<name>.partial` in the same folder. An
             interrupted run leaves that file readable.
-        embedding: Whether to write embeddings.
         batch_size: Images per forward pass; where None 16 on a CPU and 64 on an accelerator.
         num_workers: Threads that decode and predict; where None as many as torch uses, at most 8.
-        image_column: The image column of a dataset.
         strict: Whether to stop at the first image that cannot be read.
 
     Raises:
@@ -383,18 +358,19 @@ def predict_to_parquet(
     unfinished = out.with_name(f"_{out.name}.partial")
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
-    work = partial(_rows, classifier, embedding)
     with (
-        closing(_in_batches(classifier, images, work, batch_size, num_workers)) as results,
+        closing(_in_batches(classifier, images, batch_size, num_workers, strict)) as results,
         pq.ParquetWriter(unfinished, schema) as writer,
     ):
         try:
-            for done in results:
-                bad = [row for row in done if row["error"]]
-                if bad and strict:
-                    raise ValueError(f"{bad[0]['path']} can't be read ({bad[0]['error']}): repair or remove it.")
-                unreadable += len(bad)
-                rows += done
+            for new, found in results:
+                readable = [row for row in new if row["error"] is None]
+                unreadable += len(new) - len(readable)
+                if found:
+                    answers = zip(found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True)
+                    for row, answer in zip(readable, answers, strict=True):
+                        row |= zip(("label", "confidence", "embedding"), answer, strict=True)
+                rows += new
                 if len(rows) >= ROW_GROUP:
                     writer.write_table(pa.Table.from_pylist(rows, schema))
                     rows = []
@@ -413,22 +389,3 @@ def check_output(out: str | Path, source: Any) -> Path:
         raise ValueError(f"{out} is also the source: write the predictions to another file.")
     check_writable(out.parent)
     return out
-
-
-def _rows(classifier: Classifier, embedding: bool, batch: _Batch) -> list[dict[str, Any]]:
-    """The rows of a batch of encoded images. Missing keys become nulls."""
-    rows: list[dict[str, Any]] = [{"path": path, "error": None} for path, _ in batch]
-    pixels, readable = [], []
-    for row, (_, encoded) in zip(rows, batch, strict=True):
-        try:
-            pixels.append(classifier.pixels(open_encoded(encoded)))
-            readable.append(row)
-        except Exception as error:  # one image must not end the run
-            row["error"] = str(error)
-    if readable:
-        found = classifier.predict(torch.stack(pixels))
-        for row, label, confidence, vector in zip(
-            readable, found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True
-        ):
-            row.update(label=label, confidence=confidence, **({"embedding": vector} if embedding else {}))
-    return rows
