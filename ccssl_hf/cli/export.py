@@ -30,9 +30,9 @@ def onnx(
         from ..deploy.export import export_onnx
         from ..deploy.predict import load_published
 
-        folder = Path(model)
-        parent = folder.resolve().parent if folder.is_dir() else Path()
-        written = export_onnx(load_published(model), out or parent / f"{folder.resolve().name}-ONNX", opset=opset)
+        name = f"{Path(model).resolve().name}-ONNX"
+        beside = Path(model).resolve().with_name(name) if Path(model).is_dir() else Path(name)
+        written = export_onnx(load_published(model), out or beside, opset=opset)
     typer.echo(
         f"{written.file}: logits of {written.images} images are PyTorch's within {written.difference:.1e}, and the "
         "classes are the same."
