@@ -65,25 +65,15 @@ _SEMICLS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """The result of a conversion. `str(report)` is a summary.
+    """The result of a conversion. `str(report)` is a summary."""
 
-    Attributes:
-        folder: The folder that was written.
-        architecture: timm's name of the backbone.
-        source: The key of the checkpoint with the converted weights.
-        mapped: Key in the checkpoint to key in `CCSSLForImageClassification`.
-        left_out: Reason to the keys that were left out for it.
-        unknown: Unknown keys that were left out.
-        fresh: Keys of the folder that the checkpoint lacks, with random weights.
-    """
-
-    folder: Path
-    architecture: str
-    source: str
-    mapped: dict[str, str]
-    left_out: dict[str, tuple[str, ...]]
-    unknown: tuple[str, ...]
-    fresh: tuple[str, ...]
+    folder: Path  # that was written
+    architecture: str  # timm's name of the backbone
+    source: str  # key of the checkpoint with the converted weights
+    mapped: dict[str, str]  # key in the checkpoint to key in `CCSSLForImageClassification`
+    left_out: dict[str, tuple[str, ...]]  # reason to the keys that were left out for it
+    unknown: tuple[str, ...]  # other keys that were left out
+    fresh: tuple[str, ...]  # keys of the folder that the checkpoint lacks, with random weights
 
     def __str__(self) -> str:
         def name(keys: Sequence[str]) -> str:
@@ -117,15 +107,12 @@ def convert(
     - `usb`: a Wide ResNet of USB (semilearn) or TorchSSL. The logits are the same.
 
     Args:
-        source: The code that wrote the checkpoint.
-        checkpoint: The file.
-        out: The folder to write. Created if missing.
         labels: The class names, in the order of the label numbers.
         backbone: timm's name of the network, such as "wide_resnet28_2_cifar".
-        weights: Averaged ("ema") or raw weights. MoCo has one set.
-        image_size: Side of the input in pixels; that of the source's own configuration where None.
-        mean, std: Normalization per channel; where None, that of the source's own configuration: CIFAR-10 for Wide
-            ResNets, ImageNet for MoCo. For CIFAR-100 pass (0.5071, 0.4867, 0.4408) and (0.2675, 0.2565, 0.2761).
+        weights: Averaged ("ema") or raw weights. MoCo has only one set.
+        image_size: Side of the input in pixels; where None, that of the source for this backbone.
+        mean, std: Normalization per channel; where None, that of the source: CIFAR-10 for a Wide ResNet. For CIFAR-100
+            pass (0.5071, 0.4867, 0.4408) and (0.2675, 0.2565, 0.2761).
         with_head: Whether to write the projection head of a SemiCLS checkpoint, if it has one.
         allow_unknown: Whether to leave out unknown keys.
 

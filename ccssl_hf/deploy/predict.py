@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -45,21 +45,13 @@ ROW_GROUP = 4096  # rows that are written at a time: 32 MiB with embeddings of s
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for `N` images, with `C` classes and embedding size `D`.
+    """Predictions for `N` images, with `C` classes and embedding size `D`. All tensors are float32."""
 
-    Attributes:
-        labels: The name of each image's most probable class.
-        confidences: The probability of that class, `[N]`.
-        probabilities: float32 `[N, C]`.
-        logits: float32 `[N, C]`.
-        embeddings: float32 `[N, D]`, see `Classifier.embedding`.
-    """
-
-    labels: list[str]
-    confidences: Tensor
-    probabilities: Tensor
-    logits: Tensor
-    embeddings: Tensor
+    labels: list[str]  # name of each image's most probable class
+    confidences: Tensor  # probability of that class, `[N]`
+    probabilities: Tensor  # `[N, C]`
+    logits: Tensor  # `[N, C]`
+    embeddings: Tensor  # `[N, D]`, see `Classifier.embedding`
 
 
 class _Network(nn.Module):
@@ -78,8 +70,7 @@ class _Network(nn.Module):
 def _fold(network: nn.Module, image: Tensor) -> nn.Module:
     """Fold BatchNorms into the convolutions before them; return the network itself where that is impossible.
 
-    torch.fx must be able to trace `forward`. The folded network is checked on `image` `[1, 3, H, W]`, because a module
-    that is called in two places would be folded for one of them only.
+    A module that is called in two places would be folded for one of them only: `image` `[1, 3, H, W]` shows that.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
@@ -99,7 +90,7 @@ def load_published(folder: str | Path) -> CCSSLForImageClassification:
 
 
 class Classifier:
-    """A published model, ready to predict. Build one with `from_pretrained`.
+    """A published model, ready to predict.
 
     Attributes:
         name: The folder or Hub id that the model was loaded from.
@@ -108,32 +99,6 @@ class Classifier:
             the backbone's pooled features.
         device: The device of the network.
     """
-
-    @torch.inference_mode()
-    def __init__(
-        self,
-        model: CCSSLForImageClassification,
-        *,
-        name: str,
-        with_head: bool,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        fold: bool = True,
-    ) -> None:
-        data_config = resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
-        # timm's evaluation transform up to uint8. Normalisation runs on whole batches on the device.
-        self._transform = create_transform(**data_config, use_prefetcher=True)
-        self._mean, self._std = (torch.tensor(data_config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-        config = model.config
-        self.name, self.labels, self.device, self._dtype = name, config.labels, device, dtype
-        self.embedding = "projection" if with_head else "pre_logits"
-        # The same rule as in transformers' pipeline.
-        self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
-        network: nn.Module = _Network(model.backbone, model.projection if with_head else None).eval()
-        size = data_config["input_size"]
-        if fold:
-            network = _fold(network, torch.linspace(-1, 1, math.prod(size)).view(1, *size))
-        self._network = network.to(device, dtype).to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(
@@ -165,9 +130,24 @@ class Classifier:
         except (AssertionError, RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"There is no device '{device}' here ({reason}): use cpu, or leave it out.") from error
-        folder = find_checkpoint(name, **hub_kwargs)
-        with_head = (folder / HEAD_FILE).is_file()
-        return cls(load_published(folder), name=str(name), with_head=with_head, device=place, dtype=dtype, fold=fold)
+        return cls(str(name), find_checkpoint(name, **hub_kwargs), device=place, dtype=dtype, fold=fold)
+
+    @torch.inference_mode()
+    def __init__(self, name: str, folder: Path, *, device: torch.device, dtype: torch.dtype, fold: bool) -> None:
+        model, with_head = load_published(folder), (folder / HEAD_FILE).is_file()
+        config, data_config = model.config, resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
+        self.name, self.labels, self.device, self._dtype = name, config.labels, device, dtype
+        self.embedding = "projection" if with_head else "pre_logits"
+        # The same rule as in transformers' pipeline.
+        self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        # timm's evaluation transform up to uint8. Normalization runs on whole batches on the device.
+        self._transform = create_transform(**data_config, use_prefetcher=True)
+        self._mean, self._std = (torch.tensor(data_config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+        network: nn.Module = _Network(model.backbone, model.projection if with_head else None).eval()
+        if fold:
+            size = data_config["input_size"]
+            network = _fold(network, torch.linspace(-1, 1, math.prod(size)).view(1, *size))
+        self._network = network.to(device, dtype).to(memory_format=torch.channels_last)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Resize and crop an image of any size and mode as in the published preprocessing: uint8 `[3, H, W]`."""
@@ -175,11 +155,7 @@ class Classifier:
 
     @torch.inference_mode()
     def predict(self, images: Sequence[Image.Image] | Tensor) -> Predictions:
-        """Predict one batch.
-
-        Args:
-            images: PIL images, or a tensor `[N, 3, H, W]`: uint8 as from `pixels`, or normalised floats.
-        """
+        """Predict one batch of PIL images, or a tensor `[N, 3, H, W]`: uint8 as from `pixels`, or normalized floats."""
         batch = images if isinstance(images, Tensor) else torch.stack([self.pixels(image) for image in images])
         batch = batch.to(self.device, memory_format=torch.channels_last)
         if batch.dtype == torch.uint8:
@@ -298,10 +274,7 @@ def predict_all(
     batch_size: int | None = None,
     num_workers: int | None = None,
 ) -> Predictions:
-    """Predict a dataset that passed `data.check_images`, in its order, in memory.
-
-    The other arguments are those of `predict_to_parquet`. Raises ValueError if an image cannot be read.
-    """
+    """Predict a dataset that passed `data.check_images`, in memory. Raises ValueError if an image cannot be read."""
     images = encoded_images(dataset, image_column)
     with closing(_in_batches(classifier, images, batch_size, num_workers, strict=True)) as results:
         parts = [found for _, found in results if found]
@@ -310,8 +283,7 @@ def predict_all(
     return Predictions(labels, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Number of images, how many of them could not be read, and seconds without loading the model."""
 
     images: int

@@ -41,21 +41,13 @@ SHUTDOWN_SECONDS = 30  # for open requests after the server was told to stop
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """Limits of batches and requests.
+    """Limits of batches and requests."""
 
-    Attributes:
-        max_batch_size: Maximum images per forward pass; where None 16 on a CPU and 64 on an accelerator.
-        max_wait_ms: Maximum milliseconds that an image waits for a full batch.
-        max_image_mb: Maximum megabytes of encoded images in one request.
-        max_queue: Maximum images being processed. Further requests are answered with status 503.
-        num_workers: Threads that run the network; where None one per CPU core, at most 8, and 2 on an accelerator.
-    """
-
-    max_batch_size: int | None = None
-    max_wait_ms: float = 5.0
-    max_image_mb: float = 20.0
-    max_queue: int = 256
-    num_workers: int | None = None
+    max_batch_size: int | None = None  # images per forward pass; where None 16 on a CPU and 64 on an accelerator
+    max_wait_ms: float = 5.0  # that an image waits for a full batch
+    max_image_mb: float = 20.0  # megabytes of encoded images in one request
+    max_queue: int = 256  # images being processed; further requests are answered with status 503
+    num_workers: int | None = None  # threads that run the network; where None one per core, at most 8; accelerators: 2
 
 
 class Batcher:
@@ -123,8 +115,6 @@ class Batcher:
 
 
 class _Service:
-    """The endpoints and their shared state, on one event loop."""
-
     def __init__(self, classifier: Classifier, settings: ServingSettings) -> None:
         self.classifier, self.settings = classifier, settings
         self._max_bytes = int(settings.max_image_mb * 1e6)
@@ -151,15 +141,16 @@ class _Service:
         if request.method == "POST":
             return JSONResponse(await self._classify(request))
         name = self.classifier.name
-        about = {
-            "model": Path(name).name if Path(name).is_dir() else name,
-            "task": "image-classification",
-            "classes": self.classifier.labels,
-            "device": str(self.classifier.device),
-            "max_image_mb": self.settings.max_image_mb,
-            "versions": library_versions(),
-        }
-        return JSONResponse(about)
+        return JSONResponse(
+            {
+                "model": Path(name).name if Path(name).is_dir() else name,
+                "task": "image-classification",
+                "classes": self.classifier.labels,
+                "device": str(self.classifier.device),
+                "max_image_mb": self.settings.max_image_mb,
+                "versions": library_versions(),
+            }
+        )
 
     async def _classify(self, request: Request) -> list[Any]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -198,8 +189,7 @@ class _Service:
     def _place(self, images: int) -> Iterator[None]:
         """Reserve places in the queue."""
         if self._images + images > self.settings.max_queue:
-            busy = "The server's queue is full: try again in a second."
-            raise HTTPException(503, busy, headers={"Retry-After": "1"})
+            raise HTTPException(503, "The server's queue is full: try again in a second.", headers={"Retry-After": "1"})
         self._images += images
         try:
             yield
@@ -261,11 +251,8 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": "The request ended early."}, 400)
     if not isinstance(error, HTTPException):
         return JSONResponse({"error": "Internal error; see the server log."}, 500)
-    usage = "POST an image to /, or GET / or /health."
-    messages = {
-        404: f"There is nothing at {request.url.path}: {usage}",
-        405: f"{request.url.path} does not accept {request.method}: {usage}",
-    }
+    path, usage = request.url.path, "POST an image to /, or GET / or /health."
+    messages = {404: f"There is nothing at {path}: {usage}", 405: f"{path} does not accept {request.method}: {usage}"}
     message = messages.get(error.status_code, error.detail)
     return JSONResponse({"error": message}, error.status_code, headers=error.headers)
 
@@ -273,10 +260,7 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
 def create_app(classifier: Classifier, settings: ServingSettings | None = None) -> Starlette:
     """The ASGI application. Run it in one process, because batches are formed within a process."""
     service = _Service(classifier, settings or ServingSettings())
-    routes = [
-        Route("/", service.root, methods=["GET", "POST"]),
-        Route("/health", service.health, methods=["GET"]),
-    ]
+    routes = [Route("/", service.root, methods=["GET", "POST"]), Route("/health", service.health)]
     handlers = dict.fromkeys((HTTPException, ClientDisconnect, Exception), _error)
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=service.lifespan)
 
