@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,10 +15,7 @@ from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn
 
 def predict(
     model: Model,
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A folder of images, an image, a glob, parquet files or a Hub dataset."),
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Image folder, image, glob, parquet or Hub dataset.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The parquet file to write.")],
     embedding: Annotated[bool, typer.Option("--embedding", help="Also write embeddings.")] = False,
     batch_size: BatchSize = None,
@@ -34,16 +31,8 @@ def predict(
         images = open_images(source, image_column=image_column)
         check_output(out, source)
         classifier = Classifier.from_pretrained(model, device=device)
-        done = predict_to_parquet(
-            classifier,
-            images,
-            out,
-            embedding=embedding,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            image_column=image_column,
-            strict=strict,
-        )
+        settings: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers, image_column=image_column)
+        done = predict_to_parquet(classifier, images, out, embedding=embedding, strict=strict, **settings)
     unreadable = f" ({done.unreadable} could not be read, see column error)" if done.unreadable else ""
     typer.echo(f"{done.images:,} images{unreadable} at {done.images / done.seconds:,.1f} a second, written to {out}.")
 
@@ -55,15 +44,9 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8000,
     max_batch_size: BatchSize = None,
-    max_wait_ms: Annotated[
-        float, typer.Option(min=0, help="Maximum milliseconds that an image waits for a full batch.")
-    ] = 5,
-    max_image_mb: Annotated[
-        float, typer.Option(min=0, help="Maximum megabytes of encoded images in one request.")
-    ] = 20,
-    max_queue: Annotated[
-        int, typer.Option(min=1, help="Maximum images being processed; further requests get status 503.")
-    ] = 256,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="Longest wait of an image for a full batch.")] = 5,
+    max_image_mb: Annotated[float, typer.Option(min=0, help="Most megabytes of images in one request.")] = 20,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most images in process; further ones get status 503.")] = 256,
     num_workers: Annotated[
         int | None,
         typer.Option(min=1, help="Threads that run the network; default: one per core, at most 8; 2 on accelerators."),
@@ -90,9 +73,7 @@ export = typer.Typer(no_args_is_help=True, help="Export a published model.")
 @export.command()
 def onnx(
     model: Model,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder to write; default: the model's name with -ONNX, next to the model.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default: MODEL-ONNX, next to MODEL.")] = None,
     opset: Annotated[int, typer.Option(min=18, help="Version of the ONNX operators.")] = 18,
 ) -> None:
     """Export to ONNX for transformers.js and onnxruntime. The file is compared with PyTorch."""
@@ -134,10 +115,7 @@ def space(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; an earlier Space is replaced.")],
     labeled: Annotated[
         str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help=f"Labeled images to show the nearest of: {LABELED_SOURCE}. Small copies are stored in OUT.",
-        ),
+        typer.Option(metavar="SOURCE", help=f"Images to show the nearest of, copied to OUT: {LABELED_SOURCE}."),
     ] = None,
     validation: Annotated[
         str | None,
@@ -177,12 +155,13 @@ class Weights(str, Enum):
     raw = "raw"
 
 
+Channels = tuple[float, float, float]
+
+
 def convert(
     source: Annotated[
         Source,
-        typer.Argument(
-            metavar="SOURCE", help="`semicls` (the CCSSL authors' code), `moco` (v2) or `usb` (also TorchSSL)."
-        ),
+        typer.Argument(metavar="SOURCE", help="`semicls` (the CCSSL authors'), `moco` (v2) or `usb` (and TorchSSL)."),
     ],
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
@@ -190,19 +169,11 @@ def convert(
         str,
         typer.Option(help="Class names in the order of the label numbers: `a,b,c`, or a text file with one per line."),
     ],
-    backbone: Annotated[
-        str, typer.Option(help="timm name of the backbone, such as wide_resnet28_2_cifar or resnet50.")
-    ] = "resnet50",
+    backbone: Annotated[str, typer.Option(help="timm name, such as wide_resnet28_2_cifar.")] = "resnet50",
     weights: Annotated[Weights, typer.Option(help="Averaged (ema) or raw weights; MoCo has one set.")] = Weights.ema,
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels; default: the source's.")] = None,
-    mean: Annotated[
-        tuple[float, float, float] | None,
-        typer.Option(help="Mean per channel for normalization; default: the source's."),
-    ] = None,
-    std: Annotated[
-        tuple[float, float, float] | None,
-        typer.Option(help="Standard deviation per channel for normalization; default: the source's."),
-    ] = None,
+    mean: Annotated[Channels | None, typer.Option(help="Mean per channel; default: the source's.")] = None,
+    std: Annotated[Channels | None, typer.Option(help="Standard deviation per channel; default: the source's.")] = None,
     with_head: Annotated[bool, typer.Option(help="Keep SemiCLS's projection head, to continue training.")] = True,
     allow_unknown: Annotated[bool, typer.Option(help="Leave out unknown keys and list them.")] = False,
 ) -> None:
@@ -211,8 +182,8 @@ def convert(
     with errors_in_one_line():
         from ..deploy.convert import convert as convert_checkpoint
 
-        path = Path(labels)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else labels.split(",")
+        file = Path(labels)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else labels.split(",")
         arguments |= dict(source=source.value, labels=[line.strip() for line in lines if line.strip()])
         report = convert_checkpoint(**arguments)
     typer.echo(report)

@@ -53,7 +53,6 @@ _SOURCES = {
     ),
 }
 
-_PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
 _PHOTOS: dict[str, Any] = dict(image_size=224, crop_pct=0.875, interpolation="bilinear")
 _IMAGENET = dict(_PHOTOS, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # The preprocessing in the authors' configurations: resnet18 for STL-10, resnet50 for Semi-iNat 2021.
@@ -122,43 +121,42 @@ def convert(
             shape.
     """
     form, architecture = _SOURCES[source], backbone.partition(".")[0]
-    wide = is_own_backbone(architecture)
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is '{weights}': use 'ema' or 'raw'.")
-    if source == "usb" and not wide:
+    if source == "usb" and not is_own_backbone(architecture):
         raise ValueError(f"'{backbone}' is not a Wide ResNet of USB: use wide_resnet28_2_cifar, 28_8 or 37_2.")
     entry, other = (form.ema, form.raw) if weights == "ema" else (form.raw, form.ema)
     content = _read(checkpoint, entry, other)
-    state = {_bare(key): value for key, value in content[entry].items()}
+    state = {key.removeprefix("module."): value for key, value in content[entry].items()}  # of DataParallel
 
     reasons, arguments = dict(form.left_out), dict(_IMAGENET)
     if source == "semicls":
         arguments = _SEMICLS.get(architecture, {}) | dict(projection_dim=len(state.get("fc2.weight", range(64))))
         if not with_head:
             reasons[r"fc[12]\.(weight|bias)"] = "the projection head, which was not requested"
-        if not wide:
+        if not is_own_backbone(architecture):
             reasons[r"fc\.(weight|bias)"] = "an unused projection, as the network has no proj"
     elif source == "usb":
         arguments = _usb_arguments(state, checkpoint)
     elif not any(key.startswith("encoder_q.") for key in state):
         raise ValueError(f"'{checkpoint}' has no query encoder (encoder_q.conv1.weight, ...): pass one of MoCo v2.")
-    given = dict(image_size=image_size, mean=mean, std=std)
-    arguments |= {key: value for key, value in given.items() if value is not None}
-    if overlay := {key: arguments.pop(key) for key in _PREPROCESSING if key in arguments}:
+    given = dict(image_size=image_size, mean=mean, std=std).items()
+    arguments |= {key: value for key, value in given if value is not None}
+    if overlay := {key: arguments.pop(key) for key in ("mean", "std", "crop_pct", "interpolation") if key in arguments}:
         arguments["pretrained_cfg_overlay"] = overlay
     model = CCSSLForImageClassification.from_timm(backbone, labels=labels, **arguments)
-    own = model.state_dict()
 
+    own = model.state_dict()
     mapped: dict[str, str] = {}
     left_out: dict[str, tuple[str, ...]] = {}
     unknown: list[str] = []
     entries = {other: "the other set of weights", form.training_state: "training state, not weights"}
     keys = [(str(key), entries) for key in content if key != entry] + [(key, reasons) for key in content[entry]]
     for key, patterns in keys:
-        name, weight = _bare(key), patterns is reasons
+        name = key.removeprefix("module.")
         if reason := next((patterns[pattern] for pattern in patterns if re.fullmatch(pattern, name)), None):
             left_out[reason] = (*left_out.get(reason, ()), key)
-        elif weight and (target := _our_key(name)) in own and target not in mapped.values():
+        elif patterns is reasons and (target := _our_key(name)) in own and target not in mapped.values():
             mapped[key] = target
         else:
             unknown.append(key)
@@ -194,16 +192,10 @@ def _read(path: str | Path, entry: str, other: str) -> Mapping[str, Any]:
         raise ValueError(f"'{path}' contains a {type(content).__name__}: pass a checkpoint, which is a dict.")
     state = content.get(entry)
     if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
-        choice = "raw" if entry.startswith("ema") else "ema"
-        usable = other != entry and other in content
-        hint = f"use '{other}' with weights='{choice}'" if usable else "pass another file"
+        weights = "raw" if entry.startswith("ema") else "ema"
+        hint = f"use '{other}' with weights='{weights}'" if other in {*content} - {entry} else "pass another file"
         raise ValueError(f"'{path}' has no weights under '{entry}' (it has {', '.join(map(str, content))}): {hint}.")
     return content
-
-
-def _bare(key: str) -> str:
-    """The key without the prefix of DataParallel and DistributedDataParallel."""
-    return key.removeprefix("module.")
 
 
 def _our_key(key: str) -> str:
@@ -234,7 +226,7 @@ def _check_fit(
 ) -> None:
     """Raises ValueError if a tensor of the model is missing, except under `absent`, or has another shape."""
     own, architecture, labels = model.state_dict(), model.config.architecture, model.config.num_labels
-    classifier = new.get(f"backbone.{model.backbone.pretrained_cfg['classifier']}.weight", torch.empty(labels))
+    classifier = new.get(f"backbone.{model.backbone.pretrained_cfg['classifier']}.weight", range(labels))
     if missing := [key for key in own if key not in new and not key.startswith(absent)]:
         problem = f"lacks {len(missing)} tensors of a {architecture}, such as '{missing[0]}'"
     elif len(classifier) != labels:
@@ -243,8 +235,8 @@ def _check_fit(
             "of the label numbers."
         )
     elif other := next((key for key, value in new.items() if value.shape != own[key].shape), None):
-        shapes = list(new[other].shape), list(own[other].shape)
-        problem = f"has {shapes[0]} for '{other}', where a {architecture} has {shapes[1]}"
+        theirs, ours = list(new[other].shape), list(own[other].shape)
+        problem = f"has {theirs} for '{other}', where a {architecture} has {ours}"
     else:
         return
     raise ValueError(f"'{path}' {problem}: choose the backbone that it was trained with.")

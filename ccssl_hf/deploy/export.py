@@ -46,10 +46,9 @@ def write_handler(folder: str | Path, out: str | Path | None = None) -> list[Pat
 def export_onnx(model: CCSSLForImageClassification, out: str | Path, *, opset: int = OPSET) -> float:
     """Write a folder that transformers.js loads: `onnx/model.onnx`, `config.json` and `preprocessor_config.json`.
 
-    Returns the largest difference between the logits of onnxruntime and of PyTorch, on batches of `BATCH_SIZES`.
-
-    The graph maps `pixel_values` `[N, 3, H, W]` to `logits` `[N, C]` for any `N`. The file gets its name only if the
-    logits of onnxruntime equal PyTorch's. The pixels are timm's if the runtime resizes like Pillow.
+    The graph maps `pixel_values` `[N, 3, H, W]` to `logits` `[N, C]` for any `N`. The pixels are timm's if the runtime
+    resizes like Pillow. The file gets its name only if the logits of onnxruntime and of PyTorch are the same. Returns
+    the largest difference between them, on batches of `BATCH_SIZES`.
 
     Raises:
         ValueError: `out` cannot be written or is a published folder (that needs another `config.json`), `opset` is
@@ -67,14 +66,13 @@ def export_onnx(model: CCSSLForImageClassification, out: str | Path, *, opset: i
     size = resolve_data_config(pretrained_cfg=network.pretrained_cfg)["input_size"]
     partial.write_bytes(_graph(network, size=size, opset=opset))
     difference = _check(network, partial, size=size)
-    labels = model.config.labels
     config = {
         "architectures": ["ResNetForImageClassification"],
         # transformers.js and optimum lack timm models. They run any image classifier the same under any name they know.
         "model_type": "resnet",
         "architecture": model.config.architecture,
-        "id2label": {str(number): label for number, label in enumerate(labels)},
-        "label2id": {label: number for number, label in enumerate(labels)},
+        "id2label": {str(number): label for number, label in enumerate(model.config.labels)},
+        "label2id": {label: number for number, label in enumerate(model.config.labels)},
         "problem_type": model.config.problem_type,
         "transformers.js_config": {"dtype": "fp32"},  # in browsers the default is a quantized file
     }
@@ -145,16 +143,17 @@ def preprocessor_config(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
             f"preprocessor_config.json does not support crop_mode '{data_config['crop_mode']}' with input size "
             f"{data_config['input_size'][1:]}: set crop_mode to center or squash in pretrained_cfg."
         )
-    height, width = crop.size
-    edges = resize.size if isinstance(resize.size, int) else list(resize.size)
+    one_edge = isinstance(resize.size, int)
     return {
         "image_processor_type": "ImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": edges} if isinstance(edges, int) else {"height": edges[0], "width": edges[1]},
+        "size": {"shortest_edge": resize.size}
+        if one_edge
+        else dict(zip(("height", "width"), resize.size, strict=True)),
         "resample": int(Image.Resampling[resize.interpolation.name]),
         "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
+        "crop_size": dict(zip(("height", "width"), crop.size, strict=True)),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -110,10 +110,9 @@ class Classifier:
         fold: bool = True,
         **hub_kwargs: Any,
     ) -> Classifier:
-        """Load a model from a folder or Hub repository. No code from there is run.
+        """Load a published folder, with or without the projection head, or a Hub id. No code from there is run.
 
         Args:
-            name: A published folder, with or without the projection head, or a Hub id.
             device: A device such as "cuda"; the accelerator, if there is one, where None.
             dtype: Precision of the network. Probabilities and embeddings are always float32.
             fold: Whether to fold BatchNorms into convolutions. Faster; changes the last digits.
@@ -184,20 +183,14 @@ def open_images(
     Args:
         source: A folder (searched with all folders below), an image file, a glob, a list of files, parquet files, a Hub
             dataset as `user/name` or `user/name:split` (default: its test split), or a `datasets.Dataset`. In a folder
-            or glob, files without the name of an image file are skipped.
+            or glob, files without the name of an image file are skipped. Raises ValueError if there are no images.
         image_column: The image column of a dataset.
-
-    Raises:
-        ValueError: There are no images.
     """
     if isinstance(source, (str, Path)):
-        given, files = source, _files(Path(source).expanduser())
-        if files is None:
-            source = load_split(str(source), role="test")
-        else:
-            source = sorted(file for file in files if file.lower().endswith(tuple(ImageFolder.EXTENSIONS)))
-            if not source:
-                raise ValueError(f"{given}: no image files; name a folder, file or glob of images such as photo.jpg.")
+        files = _files(Path(source).expanduser())
+        if files == []:
+            raise ValueError(f"{source}: no image files; name a folder, file or glob of images such as photo.jpg.")
+        source = load_split(str(source), role="test") if files is None else files
     if isinstance(source, Sequence):
         if not source:
             raise ValueError("The list of images is empty: name at least one file.")
@@ -208,14 +201,16 @@ def open_images(
 
 
 def _files(path: Path) -> list[str] | None:
-    """The files of a folder, file or glob; None for parquet files and Hub datasets."""
+    """The image files of a folder, file or glob, sorted; None for parquet files and Hub datasets."""
     if path.suffix.lower() == ".parquet" or any(path.glob("*.parquet")):
         return None
     if path.is_dir():
-        return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    if path.is_file():
-        return [str(path)]
-    return glob.glob(str(path), recursive=True) if glob.has_magic(str(path)) else None
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    elif path.is_file() or glob.has_magic(str(path)):
+        files = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
+    else:
+        return None
+    return sorted(file for file in files if file.lower().endswith(tuple(ImageFolder.EXTENSIONS)))
 
 
 @contextmanager
@@ -309,7 +304,6 @@ def predict_to_parquet(
     with embeddings, `embedding`: see `Classifier.embedding`. Memory does not grow with the number of images.
 
     Args:
-        classifier: The model.
         source, image_column: See `open_images`.
         out: The file. It is replaced at the end: until then rows are in `_<name>.partial` in the same folder. An
             interrupted run leaves that file readable.

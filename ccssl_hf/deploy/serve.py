@@ -103,9 +103,9 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._collect():
-            answers = [answer for _, answer in batch]
+            pixels, answers = zip(*batch, strict=True)
             try:
-                logits = self._predict(torch.stack([pixels for pixels, _ in batch]))
+                logits = self._predict(torch.stack(pixels))
             except Exception as error:
                 for answer in answers:
                     answer.set_exception(error)

@@ -38,7 +38,6 @@ SDK_VERSION = "6.31.0"  # of Gradio: the Hub needs one version, requirements.txt
 QUANTILE = 0.05  # share of the in-distribution validation images below each threshold
 BATCH_SIZE = 16
 THUMBNAIL_SIDE, EXAMPLE_SIDE = 160, 640  # longer side of stored images in pixels, at most
-LOSSLESS_SIDE = 96  # smaller images are stored without loss
 EXAMPLES_PER_SPACE, OOD_EXAMPLES = 6, 2
 
 
@@ -58,13 +57,9 @@ def write_space(
         model: A published folder, which is copied, or a Hub id, which the page loads at the current revision.
         out: The folder to write. An earlier Space in it is replaced.
         labeled: Labeled images (see `load_split`) of which the page shows the nearest. Small copies of all are stored.
-        validation: Labeled images that the thresholds for out-of-distribution (OOD) images are measured on. Images of
-            other classes than the model's, and with label -1, are OOD: the page says how many of them it detects.
+        validation: Labeled images to measure the thresholds for out-of-distribution (OOD) images on. Images of other
+            classes than the model's, and with label -1, are OOD: the page says how many of them it detects.
         title: The page's title; the model's name where None.
-        image_column, label_column: Columns of both splits.
-
-    Returns:
-        The page's settings.
 
     Raises:
         FileNotFoundError: The model does not exist.
@@ -116,7 +111,6 @@ def write_space(
         sdk="gradio",
         sdk_version=SDK_VERSION,
         app_file="app.py",
-        pinned=False,
         models=None if local else [settings.model],
         **_license(Path(model) / "README.md" if local else str(model)),
     )
@@ -158,12 +152,12 @@ class _Split:
 
 
 def _encoded(image: Image.Image, side: int) -> bytes:
-    """WebP of at most `side` pixels, without metadata such as the place where the photo was taken."""
+    """WebP of at most `side` pixels, without metadata such as where the photo was taken. Small images lose nothing."""
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.BICUBIC)
     small.info = {}
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", lossless=max(small.size) <= LOSSLESS_SIDE, quality=85)
+    small.save(buffer, "WEBP", lossless=max(small.size) <= 96, quality=85)
     return buffer.getvalue()
 
 

@@ -303,11 +303,22 @@ class Space:
 
     def answer(self, image: Image.Image) -> Answer:
         logits, features = self.model.logits_and_features([image])
-        out_of_distribution, reason = self._compare(logits)
-        near = [] if self.gallery is None else self.gallery.nearest(features[0])
+        confidence, energy = (score.item() for score in confidence_and_energy(logits))
+        if limits := self.settings.thresholds:
+            ood = bool(possibly_ood(logits, confidence=limits.confidence, energy=limits.energy))
+            usual = f"{1 - limits.quantile:.0%}"
+            reason = (
+                f"Confidence {confidence:.2f}, energy score {energy:.1f}. Of the in-distribution images, {usual} have "
+                f"a confidence of at least {limits.confidence:.2f}, and {usual} an energy score of at least "
+                f"{limits.energy:.1f}."
+            )
+        else:
+            ood = confidence < CONFIDENCE_FLOOR
+            reason = f"Confidence {confidence:.2f}. The threshold is {CONFIDENCE_FLOOR}; it was set by hand."
+        near = self.gallery.nearest(features[0]) if self.gallery else []
         labels, best = self.model.labels, int(logits.argmax())
         return Answer(
-            out_of_distribution=out_of_distribution,
+            out_of_distribution=ood,
             reason=reason,
             confidences=dict(zip(labels, logits.softmax(dim=1)[0].tolist(), strict=True)),
             best=best,
@@ -315,34 +326,19 @@ class Space:
             nearest=[(enlarge(each, 192), f"{labels[number]} · {cosine:.2f}") for each, number, cosine in near],
         )
 
-    def _compare(self, logits: Tensor) -> tuple[bool, str]:
-        """Compare the scores of logits `[1, C]` with the thresholds: the result, and the numbers as text."""
-        confidence, energy = (score.item() for score in confidence_and_energy(logits))
-        limits = self.settings.thresholds
-        if limits is None:
-            text = f"Confidence {confidence:.2f}. The threshold is {CONFIDENCE_FLOOR}; it was set by hand."
-            return confidence < CONFIDENCE_FLOOR, text
-        usual = f"{1 - limits.quantile:.0%}"
-        return bool(possibly_ood(logits, confidence=limits.confidence, energy=limits.energy)), (
-            f"Confidence {confidence:.2f}, energy score {energy:.1f}. Of the in-distribution images, {usual} have a "
-            f"confidence of at least {limits.confidence:.2f}, and {usual} an energy score of at least "
-            f"{limits.energy:.1f}."
-        )
-
     def about(self) -> str:
         """What the numbers mean and what they do not mean, as Markdown."""
-        limits = self.settings.thresholds
         rule = f"if the confidence is below {CONFIDENCE_FLOOR}. This threshold was set by hand and not measured."
-        if limits is not None:
+        if limits := self.settings.thresholds:
             rule = (
                 "if both scores are below their thresholds. Each threshold is the value that "
                 f"{1 - limits.quantile:.0%} of {limits.images:,} in-distribution images reach ({limits.source}; top-1 "
-                f"accuracy {limits.top1:.0%}). The note appears for {limits.flagged:.0%} of these images."
+                f"accuracy {limits.top1:.0%}). The note appears for {limits.flagged:.0%} of these images. "
             )
-            ood = "Out-of-distribution images were not measured."
-            if limits.ood_flagged is not None:
-                ood = f"It appears for {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images."
-            rule = f"{rule} {ood}"
+            if limits.ood_flagged is None:
+                rule += "Out-of-distribution images were not measured."
+            else:
+                rule += f"It appears for {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images."
         lines = [
             f"**Confidence** is the softmax probability. It sums to 100% over the {len(self.model.labels)} classes, "
             "even if the image shows none of them. It is not the probability that the class is right.",
@@ -438,8 +434,7 @@ def build(space: Space) -> Any:
                 nearest = gr.Gallery(label="Nearest labeled images", **look)
         with gr.Accordion("What these numbers mean", open=False):
             gr.Markdown(space.about())
-        parts = [note, classes, details, chosen, overlay, nearest]
-        picture.change(show, picture, parts, api_name="classify")
+        picture.change(show, picture, [note, classes, details, chosen, overlay, nearest], api_name="classify")
         chosen.input(explain, [picture, chosen], overlay, api_name="explain")
     return page
 
