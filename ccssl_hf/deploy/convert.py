@@ -117,8 +117,7 @@ def convert(
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file is damaged or contains more than weights, or a key is unknown, missing or has another
-            shape.
+        ValueError: The file is damaged or holds more than weights, or a key is unknown, missing or of another shape.
     """
     form, architecture = _SOURCES[source], backbone.partition(".")[0]
     if weights not in ("ema", "raw"):

@@ -28,9 +28,7 @@ BATCH_SIZES = (1, 2, 5)  # of the comparison with PyTorch
 def write_handler(folder: str | Path, out: str | Path | None = None) -> list[Path]:
     """Write `handler.py` and its `requirements.txt` to a published folder, or to `out`, and return their paths.
 
-    Raises:
-        FileNotFoundError: The folder has no model.
-        ValueError: `out` cannot be written.
+    Raises FileNotFoundError if the folder has no model, and ValueError if `out` cannot be written.
     """
     folder, out = Path(folder), Path(out or folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -143,17 +141,15 @@ def preprocessor_config(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
             f"preprocessor_config.json does not support crop_mode '{data_config['crop_mode']}' with input size "
             f"{data_config['input_size'][1:]}: set crop_mode to center or squash in pretrained_cfg."
         )
-    one_edge = isinstance(resize.size, int)
+    one_edge, sides = isinstance(resize.size, int), ("height", "width")
     return {
         "image_processor_type": "ImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": resize.size}
-        if one_edge
-        else dict(zip(("height", "width"), resize.size, strict=True)),
+        "size": {"shortest_edge": resize.size} if one_edge else dict(zip(sides, resize.size, strict=True)),
         "resample": int(Image.Resampling[resize.interpolation.name]),
         "do_center_crop": True,
-        "crop_size": dict(zip(("height", "width"), crop.size, strict=True)),
+        "crop_size": dict(zip(sides, crop.size, strict=True)),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class _Service:
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         with ThreadPoolExecutor(os.cpu_count()) as decoders, self._batcher.running(self._workers):
-            self._decoders = decoders
+            self._in_thread = partial(asyncio.get_running_loop().run_in_executor, decoders)
             yield
 
     async def health(self, request: Request) -> JSONResponse:
@@ -141,16 +142,15 @@ class _Service:
         if request.method == "POST":
             return JSONResponse(await self._classify(request))
         name = self.classifier.name
-        return JSONResponse(
-            {
-                "model": Path(name).name if Path(name).is_dir() else name,
-                "task": "image-classification",
-                "classes": self.classifier.labels,
-                "device": str(self.classifier.device),
-                "max_image_mb": self.settings.max_image_mb,
-                "versions": library_versions(),
-            }
-        )
+        about = {
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "task": "image-classification",
+            "classes": self.classifier.labels,
+            "device": str(self.classifier.device),
+            "max_image_mb": self.settings.max_image_mb,
+            "versions": library_versions(),
+        }
+        return JSONResponse(about)
 
     async def _classify(self, request: Request) -> list[Any]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -182,9 +182,6 @@ class _Service:
                     raise error
             return answers
 
-    async def _in_thread(self, function: Callable[[Any], Any], argument: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, argument)
-
     @contextmanager
     def _place(self, images: int) -> Iterator[None]:
         """Reserve places in the queue."""
@@ -212,7 +209,7 @@ class _Service:
     async def _answer(self, encoded: Any, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
         """Labels and scores of an image, given as bytes or base64 text. Errors start with `where`."""
         with _status(400, where):
-            pixels = await self._in_thread(lambda image: self.classifier.pixels(read_image(image)), encoded)
+            pixels = await self._in_thread(lambda: self.classifier.pixels(read_image(encoded)))
         logits = await asyncio.wrap_future(self._batcher.submit(pixels))
         scores = self.classifier.scores(logits, parameters.get("function_to_apply"))
         scores, numbers = scores.sort(descending=True, stable=True)

@@ -74,12 +74,10 @@ def write_space(
         raise ValueError(f"{out} is not a Space and has other files, such as {others[0]}: name a new folder.")
     folder = find_checkpoint(model)
     trained = load_published(folder)
-    splits = {
-        role: _Split(source, role, trained.config.labels, image_column, label_column)
+    gallery, measured = (
+        None if source is None else _Split(source, role, trained.config.labels, image_column, label_column)
         for role, source in (("labeled", labeled), ("validation", validation))
-        if source is not None
-    }
-    gallery, measured = splits.get("labeled"), splits.get("validation")
+    )
 
     for name in (app.MODEL_FOLDER, app.GALLERY_FOLDER, app.EXAMPLES_FOLDER):  # of an earlier Space
         shutil.rmtree(out / name, ignore_errors=True)
@@ -131,10 +129,10 @@ class _Split:
         check_images(dataset, role=role, image_column=image_column)
         measured = role == "validation"
         self.labels = read_labels(dataset, label_column, classes, role=role, allow_ood=measured)
-        count, needed = int((self.labels != OUT_OF_DISTRIBUTION).sum()), round(1 / QUANTILE)
-        if measured and count < needed:
+        images, needed = int((self.labels != OUT_OF_DISTRIBUTION).sum()), round(1 / QUANTILE)
+        if measured and images < needed:
             raise ValueError(
-                f"The {role} split {source} has {count} images of the model's classes. The thresholds need at least "
+                f"The {role} split {source} has {images} images of the model's classes. The thresholds need at least "
                 f"{needed}: add images, or leave the split out."
             )
         self.name = Path(source).resolve().name if Path(source).exists() else source

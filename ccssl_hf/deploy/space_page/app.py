@@ -368,8 +368,6 @@ CSS = """
 #nearest .grid-wrap { min-height: 0; padding-top: 32px; }
 """
 
-FONT = ["system-ui", "sans-serif"]  # the visitor's own: the page loads nothing from other servers
-
 
 def note_html(headline: str, text: str = "", *, warning: bool = False) -> str:
     """The box above the classes."""
@@ -446,8 +444,9 @@ if __name__ == "__main__":
         importlib.import_module("wide_resnet_cifar")
     space = Space(Path(__file__).parent)
     space.answer(Image.new("RGB", (64, 64)))  # the first answer loads more libraries; visitors should not wait for it
+    font = ["system-ui", "sans-serif"]  # the visitor's own: the page loads nothing from other servers
     build(space).launch(
-        theme=gradio.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=FONT),
+        theme=gradio.themes.Default(primary_hue="teal", neutral_hue="slate", font=font, font_mono=font),
         css=CSS,
         max_file_size="20mb",
         footer_links=[],
