@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from ccssl_hf import CCSSLForImageClassification
-from ccssl_hf.deploy.convert import convert_moco, convert_semicls, convert_usb
+from ccssl_hf.deploy.convert import convert
 from conftest import SHARED, needs_shared
 
 LABELS = [f"class {index}" for index in range(10)]
@@ -64,7 +64,7 @@ def semicls(golden, tmp_path) -> Path:
 
 @needs_shared
 def test_the_authors_weights_give_the_authors_outputs(golden, semicls, tmp_path):
-    report = convert_semicls(semicls, tmp_path / "out", labels=LABELS, backbone="wide_resnet10_1_cifar")
+    report = convert("semicls", semicls, tmp_path / "out", labels=LABELS, backbone="wide_resnet10_1_cifar")
     model = CCSSLForImageClassification.from_pretrained(tmp_path / "out")
     images = torch.from_numpy(golden["images"])
     with torch.no_grad():
@@ -83,8 +83,8 @@ def test_the_authors_weights_give_the_authors_outputs(golden, semicls, tmp_path)
 @needs_shared
 def test_raw_weights_without_the_head(semicls, tmp_path):
     out = tmp_path / "out"
-    report = convert_semicls(
-        semicls, out, labels=LABELS, backbone="wide_resnet10_1_cifar", weights="raw", with_head=False
+    report = convert(
+        "semicls", semicls, out, labels=LABELS, backbone="wide_resnet10_1_cifar", weights="raw", with_head=False
     )
     assert not (out / "ccssl_head.safetensors").exists()
     assert report.left_out["the projection head, which was not requested"] == (
@@ -112,7 +112,7 @@ def test_a_resnet_of_the_authors_gives_torchvisions_outputs(tmp_path, proj):
     for name, layer in head.items():
         state |= prefixed(layer.state_dict(), f"{name}.")
     path = save(tmp_path / "checkpoint.pth.tar", state_dict=prefixed(state, "module."), ema_state_dict=None)
-    report = convert_semicls(path, tmp_path / "out", weights="raw", **RESNET)
+    report = convert("semicls", path, tmp_path / "out", weights="raw", **RESNET)
     assert report.mapped["module.classifier.weight"] == "backbone.fc.weight"
     assert (tmp_path / "out" / "ccssl_head.safetensors").exists() == proj
     images = torch.randn(2, 3, 64, 64)
@@ -153,7 +153,7 @@ def test_images_enter_as_in_the_authors_configurations(tmp_path, backbone, argum
             key = key.replace(ours, theirs)
         state[key if "wide" in backbone else re.sub(r"^fc\.", "classifier.", key)] = value
     path = save(tmp_path / "checkpoint.pth.tar", ema_state_dict=state)
-    convert_semicls(path, tmp_path / "out", labels=["a"], backbone=backbone, **arguments)
+    convert("semicls", path, tmp_path / "out", labels=["a"], backbone=backbone, **arguments)
     cfg = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).pretrained_cfg
     assert (*cfg["input_size"][1:], cfg["mean"][0], cfg["crop_pct"]) == (size, size, mean, crop)
 
@@ -176,7 +176,7 @@ def moco_state(architecture: str, prefix: str = "module.") -> dict[str, Tensor]:
 def test_a_moco_backbone_starts_training(tmp_path, architecture):
     state = moco_state(architecture)
     path = save(tmp_path / "moco.pth.tar", epoch=800, arch=architecture, state_dict=state, optimizer={"state": {}})
-    report = convert_moco(path, tmp_path / "out", labels=LABELS[:3], backbone=architecture)
+    report = convert("moco", path, tmp_path / "out", labels=LABELS[:3], backbone=architecture)
     with pytest.warns(UserWarning, match="no projection head"):
         model = CCSSLForImageClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(model.backbone.layer4[1].conv2.weight, state["module.encoder_q.layer4.1.conv2.weight"])
@@ -193,7 +193,7 @@ def test_a_moco_backbone_starts_training(tmp_path, architecture):
 def test_moco_needs_a_query_encoder(tmp_path):
     state = {"module.base_encoder.conv1.weight": torch.zeros(64, 3, 7, 7)}
     with pytest.raises(ValueError, match=r"no query encoder.*MoCo v2"):
-        convert_moco(save(tmp_path / "moco.pth.tar", state_dict=state), tmp_path / "out", labels=LABELS)
+        convert("moco", save(tmp_path / "moco.pth.tar", state_dict=state), tmp_path / "out", labels=LABELS)
 
 
 # --- USB ---------------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_a_usb_network_gives_the_same_logits(tmp_path, version, stages):
         tmp_path / "latest_model.pth", model=state, ema_model=prefixed(state, "module."), it=9, optimizer={}, epoch=1
     )
     backbone = "wide_resnet37_2_cifar" if stages == 4 else "wide_resnet28_2_cifar"
-    report = convert_usb(path, tmp_path / "out", labels=LABELS, backbone=backbone)
+    report = convert("usb", path, tmp_path / "out", labels=LABELS, backbone=backbone)
     assert len(report.mapped) == len(state) and not report.fresh and report.source == "ema_model"
     for model in (
         AutoModelForImageClassification.from_pretrained(tmp_path / "out"),
@@ -317,7 +317,7 @@ def test_usb_wraps_the_networks_of_some_algorithms(tmp_path):
         "module.mlp_proj.0.weight": torch.zeros(128, 128),
     }
     path = save(tmp_path / "model_best.pth", model=wrapped, p_model=torch.ones(10), queue_ptr=0, rho_init=1.0)
-    report = convert_usb(path, tmp_path / "out", weights="raw", **WIDE)
+    report = convert("usb", path, tmp_path / "out", weights="raw", **WIDE)
     assert report.left_out["ReMixMatch's rotation classifier"] == ("module.rot_classifier.weight",)
     assert report.left_out["training state, not weights"] == ("p_model", "queue_ptr", "rho_init")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
@@ -336,9 +336,9 @@ def test_unknown_keys_are_all_listed(usb, tmp_path):
     more = {**usb, "aux_classifier.weight": torch.zeros(1), "block9.layer.0.bn1.weight": torch.zeros(1)}
     path = save(tmp_path / "model.pth", model=more, projector={})
     with pytest.raises(ValueError, match=r"3 keys .*\(projector, aux_classifier.weight, block9.layer.0.bn1.weight\)"):
-        convert_usb(path, tmp_path / "out", weights="raw", **WIDE)
+        convert("usb", path, tmp_path / "out", weights="raw", **WIDE)
     assert not (tmp_path / "out").exists()
-    report = convert_usb(path, tmp_path / "out", weights="raw", allow_unknown=True, **WIDE)
+    report = convert("usb", path, tmp_path / "out", weights="raw", allow_unknown=True, **WIDE)
     assert report.unknown == ("projector", "aux_classifier.weight", "block9.layer.0.bn1.weight")
     assert "left out, unknown: projector, aux_classifier.weight" in str(report)
 
@@ -346,7 +346,7 @@ def test_unknown_keys_are_all_listed(usb, tmp_path):
 def test_one_tensor_under_two_keys_is_not_dropped_in_silence(usb, tmp_path):
     path = save(tmp_path / "model.pth", model={**usb, "module.fc.bias": usb["fc.bias"] + 1})
     with pytest.raises(ValueError, match=r"1 keys .*module\.fc\.bias"):
-        convert_usb(path, tmp_path / "out", weights="raw", **WIDE)
+        convert("usb", path, tmp_path / "out", weights="raw", **WIDE)
 
 
 @pytest.mark.parametrize(
@@ -373,14 +373,14 @@ def test_one_tensor_under_two_keys_is_not_dropped_in_silence(usb, tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_is_written(usb, tmp_path, entry, arguments, message):
     path = save(tmp_path / "model.pth", **{entry: usb})
     with pytest.raises(ValueError, match=message):
-        convert_usb(path, tmp_path / "out", **{**WIDE, **arguments})
+        convert("usb", path, tmp_path / "out", **{**WIDE, **arguments})
     assert not (tmp_path / "out").exists()
 
 
 def test_a_network_without_biases_is_not_of_usb(usb, tmp_path):
     path = save(tmp_path / "model.pth", model={key: value for key, value in usb.items() if key != "conv1.bias"})
-    with pytest.raises(ValueError, match="convert_semicls"):
-        convert_usb(path, tmp_path / "out", weights="raw", **WIDE)
+    with pytest.raises(ValueError, match="convert it as semicls"):
+        convert("usb", path, tmp_path / "out", weights="raw", **WIDE)
 
 
 class Malicious:
@@ -397,9 +397,9 @@ class Malicious:
 def test_a_malicious_file_runs_nothing(tmp_path, zipped):
     path = tmp_path / "model.pth"
     torch.save({"state_dict": {}, "x": Malicious(tmp_path / "trace")}, path, _use_new_zipfile_serialization=zipped)
-    for convert, arguments in ((convert_semicls, RESNET), (convert_usb, WIDE), (convert_moco, dict(labels=LABELS))):
+    for source, arguments in (("semicls", RESNET), ("usb", WIDE), ("moco", dict(labels=LABELS))):
         with pytest.raises(ValueError, match=r"more than weights \((posix|nt)\.mkdir\)"):
-            convert(path, tmp_path / "out", **arguments)
+            convert(source, path, tmp_path / "out", **arguments)
     assert not (tmp_path / "trace").exists() and not (tmp_path / "out").exists()
 
 
@@ -410,18 +410,18 @@ def test_a_malicious_file_runs_nothing(tmp_path, zipped):
 def test_objects_in_a_checkpoint_are_named(tmp_path, value, kind):
     path = save(tmp_path / "model.pth", model={"conv1.bias": torch.zeros(1)}, best_eval_acc=value)
     with pytest.raises(ValueError, match=rf"more than weights \({kind}\).*torch\.save only its state dicts"):
-        convert_usb(path, tmp_path / "out", **WIDE)
+        convert("usb", path, tmp_path / "out", **WIDE)
 
 
 def test_a_file_that_is_no_checkpoint(usb, tmp_path):
     path = tmp_path / "model.pth"
     with pytest.raises(FileNotFoundError, match="no file"):
-        convert_moco(path, tmp_path / "out", labels=LABELS)
+        convert("moco", path, tmp_path / "out", labels=LABELS)
     whole = save(path, model=usb).read_bytes()
     for content in (b"", b"hello world", whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is damaged"):
-            convert_moco(path, tmp_path / "out", labels=LABELS)
+            convert("moco", path, tmp_path / "out", labels=LABELS)
     torch.save(torch.zeros(1), path)
     with pytest.raises(ValueError, match="contains a Tensor"):
-        convert_moco(path, tmp_path / "out", labels=LABELS)
+        convert("moco", path, tmp_path / "out", labels=LABELS)

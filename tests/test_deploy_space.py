@@ -123,7 +123,7 @@ def test_requirements_have_the_bounds_of_the_package(written: Path) -> None:
     bounds = (written / "requirements.txt").read_text().split()
     missing = [line for line in bounds if f'"{line}"' not in ours and not line.startswith("pillow")]
     assert not missing
-    assert '"pillow>=11"' in ours and '"pillow<13"' in ours and "pillow>=11,<13" in bounds
+    assert '"pillow>=11.3"' in ours and '"pillow<13"' in ours and "pillow>=11.3,<13" in bounds
     gradio = next(Requirement(line) for line in bounds if line.startswith("gradio"))
     assert SpaceCard.load(written / "README.md").data.sdk_version in gradio.specifier
 

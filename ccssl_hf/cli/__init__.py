@@ -1,4 +1,4 @@
-"""The `ccssl-hf` command. Each verb has its own module, which imports torch and transformers only when it runs."""
+"""The `ccssl-hf` command. Its verbs import torch and transformers only when they run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import convert, export
+from .deploy import convert, export, predict, serve, space
 from .evaluate import evaluate
-from .predict import predict
 from .push import push
 from .report import report
-from .serve import serve
-from .space import space
 from .train import ANY_FLAG, train
 
 app = typer.Typer(
@@ -28,8 +25,8 @@ app.command(rich_help_panel=RUNS)(report)
 app.command(rich_help_panel=PUBLISHING)(push)
 app.command(rich_help_panel=PUBLISHING)(serve)
 app.command(rich_help_panel=PUBLISHING)(space)
-app.add_typer(export.app, name="export", rich_help_panel=PUBLISHING)
-app.add_typer(convert.app, name="convert", rich_help_panel=PUBLISHING)
+app.add_typer(export, name="export", rich_help_panel=PUBLISHING)
+app.command(rich_help_panel=PUBLISHING)(convert)
 
 
 def _print_version(wanted: bool) -> None:

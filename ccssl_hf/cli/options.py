@@ -9,14 +9,8 @@ import typer
 LABELED_SOURCE = "a folder of class folders, parquet files or a Hub dataset"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A published folder or Hub id.")]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Images per forward pass; default: 16 on a CPU, 64 on an accelerator.")
-]
-NumWorkers = Annotated[
-    int | None, typer.Option(min=1, help="Threads that decode and predict; default: one per core, at most 8.")
-]
-Device = Annotated[
-    str | None, typer.Option(help="A device such as cuda:0; default: an accelerator if there is one, else the CPU.")
-]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass; default: 16 on a CPU, else 64.")]
+NumWorkers = Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core, at most 8.")]
+Device = Annotated[str | None, typer.Option(help="A device such as cuda:0; default: an accelerator, else the CPU.")]
 ImageColumn = Annotated[str, typer.Option(help="The image column of parquet files and datasets.")]
 LabelColumn = Annotated[str, typer.Option(help="The label column of parquet files and datasets.")]

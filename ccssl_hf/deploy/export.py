@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,61 +24,33 @@ OPSET = 18  # the lowest that torch's exporter writes; runtimes since 2023 read 
 TOLERANCE = 1e-4  # maximum difference from PyTorch's logits, as a fraction of the largest logit
 BATCH_SIZES = (1, 2, 5)  # of the comparison with PyTorch
 
-HANDLER_FILE, REQUIREMENTS_FILE = "handler.py", "requirements.txt"
-
 
 def write_handler(folder: str | Path, out: str | Path | None = None) -> list[Path]:
-    """Write `handler.py` and its `requirements.txt` to a published folder, and return their paths.
+    """Write `handler.py` and its `requirements.txt` to a published folder, or to `out`, and return their paths.
 
-    Args:
-        folder: A folder written by `save_pretrained`.
-        out: Another folder to write to. Created if missing.
-
-    Raises:
-        FileNotFoundError: The folder has no model.
-        ValueError: `out` cannot be written.
+    Raises FileNotFoundError if the folder has no model, and ValueError if `out` cannot be written.
     """
-    folder = Path(folder)
-    out = Path(out or folder)
+    folder, out = Path(folder), Path(out or folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"'{folder}' has no {name}: pass a folder written by save_pretrained.")
     check_writable(out)
-    shutil.copyfile(handler.__file__, out / HANDLER_FILE)
-    (out / REQUIREMENTS_FILE).write_text(f"timm>={timm.__version__}\n", encoding="utf-8")
-    return [out / HANDLER_FILE, out / REQUIREMENTS_FILE]
+    code, requirements = out / "handler.py", out / "requirements.txt"
+    shutil.copyfile(handler.__file__, code)
+    requirements.write_text(f"timm>={timm.__version__}\n", encoding="utf-8")
+    return [code, requirements]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An exported ONNX file.
-
-    Attributes:
-        file: `onnx/model.onnx`.
-        difference: The largest difference between its logits and PyTorch's.
-        images: The number of images that were compared.
-    """
-
-    file: Path
-    difference: float
-    images: int
-
-
-def export_onnx(model: CCSSLForImageClassification, out: str | Path, *, opset: int = OPSET) -> Exported:
+def export_onnx(model: CCSSLForImageClassification, out: str | Path, *, opset: int = OPSET) -> float:
     """Write a folder that transformers.js loads: `onnx/model.onnx`, `config.json` and `preprocessor_config.json`.
 
-    The graph maps `pixel_values` `[N, 3, H, W]` to `logits` `[N, C]` for any `N`. onnxruntime runs it on batches of
-    several sizes, and the file gets its name only if the logits equal PyTorch's. The preprocessing is timm's evaluation
-    transform; its pixels are the same if the runtime resizes like Pillow.
-
-    Args:
-        model: The model.
-        out: The folder. Created if missing. Not the published folder: that one needs another `config.json`.
-        opset: Version of the ONNX operators, at least `OPSET`.
+    The graph maps `pixel_values` `[N, 3, H, W]` to `logits` `[N, C]` for any `N`. The pixels are timm's if the runtime
+    resizes like Pillow. The file gets its name only if the logits of onnxruntime and of PyTorch are the same. Returns
+    the largest difference between them, on batches of `BATCH_SIZES`.
 
     Raises:
-        ValueError: `out` cannot be written or is a published folder, the preprocessing or the network cannot be
-            exported, or the logits differ from PyTorch's.
+        ValueError: `out` cannot be written or is a published folder (that needs another `config.json`), `opset` is
+            below `OPSET`, the preprocessing or the network cannot be exported, or the logits differ from PyTorch's.
     """
     out, network = Path(out), model.backbone.eval()
     if (out / WEIGHTS_FILE).exists():
@@ -93,14 +64,23 @@ def export_onnx(model: CCSSLForImageClassification, out: str | Path, *, opset: i
     size = resolve_data_config(pretrained_cfg=network.pretrained_cfg)["input_size"]
     partial.write_bytes(_graph(network, size=size, opset=opset))
     difference = _check(network, partial, size=size)
-    save_json(out / CONFIG_FILE, _config(model))
+    config = {
+        "architectures": ["ResNetForImageClassification"],
+        # transformers.js and optimum lack timm models. They run any image classifier the same under any name they know.
+        "model_type": "resnet",
+        "architecture": model.config.architecture,
+        "id2label": {str(number): label for number, label in enumerate(model.config.labels)},
+        "label2id": {label: number for number, label in enumerate(model.config.labels)},
+        "problem_type": model.config.problem_type,
+        "transformers.js_config": {"dtype": "fp32"},  # in browsers the default is a quantized file
+    }
+    save_json(out / CONFIG_FILE, config)
     save_json(out / "preprocessor_config.json", preprocessing)
     os.replace(partial, file)
-    return Exported(file, difference, sum(BATCH_SIZES))
+    return difference
 
 
 def _graph(network: Any, *, size: tuple[int, int, int], opset: int) -> bytes:
-    """The network as an ONNX file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own code
         try:
@@ -127,16 +107,11 @@ def _graph(network: Any, *, size: tuple[int, int, int], opset: int) -> bytes:
 
 @torch.no_grad()
 def _check(network: nn.Module, file: Path, *, size: tuple[int, int, int]) -> float:
-    """The largest difference between the logits of PyTorch and onnxruntime.
-
-    Raises:
-        ValueError: The difference is too large, or the most probable classes differ.
-    """
+    """The largest difference between the logits of PyTorch and onnxruntime. Raises ValueError if it is too large."""
     import onnxruntime  # optional: write_handler does not need it
 
     session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
-    furthest = 0.0
-    generator = torch.Generator().manual_seed(0)
+    furthest, generator = 0.0, torch.Generator().manual_seed(0)
     for count in BATCH_SIZES:
         # Coarse noise: a network's features of fine noise are nearly the same for every image.
         coarse = torch.randn(count, size[0], 4, 4, generator=generator)
@@ -144,8 +119,8 @@ def _check(network: nn.Module, file: Path, *, size: tuple[int, int, int]) -> flo
         expected = network(images)
         logits = torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])
         difference = (logits - expected).abs().max().item()
-        same_classes = torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
-        if not (same_classes and difference <= TOLERANCE * expected.abs().max().item()):
+        same = torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
+        if not (same and difference <= TOLERANCE * expected.abs().max().item()):
             raise ValueError(
                 f"The logits of the ONNX file and of PyTorch differ by {difference:.2g} on {count} images. The file is "
                 f"kept as {file}: try another opset."
@@ -154,27 +129,10 @@ def _check(network: nn.Module, file: Path, *, size: tuple[int, int, int]) -> flo
     return furthest
 
 
-def _config(model: CCSSLForImageClassification) -> dict[str, Any]:
-    """`config.json` for transformers.js and optimum, which do not support timm models."""
-    labels = model.config.labels
-    return {
-        "architectures": ["ResNetForImageClassification"],
-        # For every backbone: they run the graph of an image classifier in the same way under any supported name.
-        "model_type": "resnet",
-        "architecture": model.config.architecture,
-        "id2label": {str(number): label for number, label in enumerate(labels)},
-        "label2id": {label: number for number, label in enumerate(labels)},
-        "problem_type": model.config.problem_type,
-        # In browsers the default is a quantized file.
-        "transformers.js_config": {"dtype": "fp32"},
-    }
-
-
 def preprocessor_config(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
     """timm's evaluation transform as `preprocessor_config.json`.
 
-    Raises:
-        ValueError: The file cannot express the transform: it pads images, or does not crop a square.
+    Raises ValueError if the file cannot express it: it pads images, or does not crop a square.
     """
     data_config = resolve_data_config(pretrained_cfg=pretrained_cfg)
     resize, crop, *_ = create_transform(**data_config).transforms
@@ -183,16 +141,15 @@ def preprocessor_config(pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
             f"preprocessor_config.json does not support crop_mode '{data_config['crop_mode']}' with input size "
             f"{data_config['input_size'][1:]}: set crop_mode to center or squash in pretrained_cfg."
         )
-    height, width = crop.size
-    edges = resize.size if isinstance(resize.size, int) else list(resize.size)
+    one_edge, sides = isinstance(resize.size, int), ("height", "width")
     return {
         "image_processor_type": "ImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": edges} if isinstance(edges, int) else {"height": edges[0], "width": edges[1]},
+        "size": {"shortest_edge": resize.size} if one_edge else dict(zip(sides, resize.size, strict=True)),
         "resample": int(Image.Resampling[resize.interpolation.name]),
         "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
+        "crop_size": dict(zip(sides, crop.size, strict=True)),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

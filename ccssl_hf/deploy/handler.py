@@ -1,8 +1,4 @@
-"""Request handler for Hugging Face Inference Endpoints. Needs only transformers, timm and the files of this folder.
-
-The inference toolkit builds one `EndpointHandler` from the repository's folder and calls it with each request. Scores
-come from `transformers.pipeline("image-classification")`.
-"""
+"""Request handler for Hugging Face Inference Endpoints. Needs only transformers, timm and the files of this folder."""
 
 from __future__ import annotations
 
@@ -63,11 +59,7 @@ def open_image(
 
 
 def decode_base64(text: Any) -> bytes:
-    """Decode base64 text, with or without the prefix `data:image/...;base64,`.
-
-    Raises:
-        ValueError: The text is not base64, for example a URL. URLs are never fetched.
-    """
+    """Decode base64 text, with or without the prefix `data:image/...;base64,`. Raises ValueError for anything else."""
     if not isinstance(text, str):
         raise ValueError(f"An image must be base64 text, but this is of type {type(text).__name__}.")
     if text.startswith(("http://", "https://")):
@@ -82,9 +74,7 @@ def decode_base64(text: Any) -> bytes:
 def read_image(given: Any) -> Image.Image:
     """Open an image of a request: a PIL image, the bytes of a file, or base64 text.
 
-    Raises:
-        TooLargeError: The image has more than `MAX_PIXELS` pixels. It was not decoded.
-        ValueError: The image cannot be read, or its format is not in `FORMATS`.
+    Raises TooLargeError above `MAX_PIXELS`, and ValueError if it cannot be read or its format is not in `FORMATS`.
     """
     if isinstance(given, Image.Image):
         return upright_rgb(given)
@@ -98,11 +88,7 @@ def read_image(given: Any) -> Image.Image:
 
 
 def check_parameters(parameters: Any) -> dict[str, Any]:
-    """The given ones of a request's parameters `top_k` and `function_to_apply`.
-
-    Raises:
-        ValueError: A parameter is unknown, or a value is invalid.
-    """
+    """The parameters `top_k` and `function_to_apply` of a request that are given. Raises ValueError for all others."""
     if not isinstance(parameters, Mapping):
         raise ValueError(f"parameters must be an object with {' and '.join(PARAMETERS)}, such as {{'top_k': 2}}.")
     given = {name: value for name, value in parameters.items() if value is not None}
@@ -119,11 +105,7 @@ def check_parameters(parameters: Any) -> dict[str, Any]:
 
 
 class EndpointHandler:
-    """The class that the inference toolkit looks for.
-
-    Args:
-        path: The repository's folder.
-    """
+    """The class that the inference toolkit builds from the repository's folder, to call it with each request."""
 
     def __init__(self, path: str = "") -> None:
         self._pipeline = transformers.pipeline(
@@ -136,12 +118,8 @@ class EndpointHandler:
     def __call__(self, data: dict[str, Any]) -> list[Any]:
         """Labels and scores, best first: `[{"label": ..., "score": ...}, ...]`, or a list of those for a list.
 
-        Args:
-            data: `inputs`: a PIL image, an encoded image as bytes or base64 text, or a list of those; and
-                `parameters`: see `check_parameters`.
-
-        Raises:
-            ValueError: The request is invalid; the toolkit answers with the message.
+        `data` has `inputs`, an image of any type that `read_image` takes or a list of those, and `parameters`, see
+        `check_parameters`. Raises ValueError, whose message the toolkit answers.
         """
         inputs, parameters = data.get("inputs"), check_parameters(data.get("parameters") or {})
         if inputs is None or inputs == []:

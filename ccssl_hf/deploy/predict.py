@@ -1,8 +1,7 @@
-"""Predictions of a published model: labels, confidences and embeddings of images, and of whole folders to parquet.
+"""Predict labels, confidences and embeddings of images, and of whole folders to parquet.
 
 On a CPU a few threads each take a batch from file to result, and each runs the network on its own share of the cores.
-So no core waits for another to decode an image or to finish a layer. Pillow and torch release Python's lock while they
-work, so threads suffice and share one copy of the weights.
+Pillow and torch release Python's lock while they work, so threads suffice and share one copy of the weights.
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -44,29 +42,16 @@ MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lo
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it
 ROW_GROUP = 4096  # rows that are written at a time: 32 MiB with embeddings of size 2048
 
-T = TypeVar("T", bound=Sized)
-
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for `N` images, with `C` classes and embedding size `D`.
+    """Predictions for `N` images, with `C` classes and embedding size `D`. All tensors are float32."""
 
-    Attributes:
-        labels: The name of each image's most probable class.
-        confidences: The probability of that class, `[N]`.
-        probabilities: float32 `[N, C]`.
-        logits: float32 `[N, C]`.
-        embeddings: float32 `[N, D]`, see `Classifier.embedding`.
-    """
-
-    labels: list[str]
-    confidences: Tensor
-    probabilities: Tensor
-    logits: Tensor
-    embeddings: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    labels: list[str]  # name of each image's most probable class
+    confidences: Tensor  # probability of that class, `[N]`
+    probabilities: Tensor  # `[N, C]`
+    logits: Tensor  # `[N, C]`
+    embeddings: Tensor  # `[N, D]`, see `Classifier.embedding`
 
 
 class _Network(nn.Module):
@@ -85,8 +70,7 @@ class _Network(nn.Module):
 def _fold(network: nn.Module, image: Tensor) -> nn.Module:
     """Fold BatchNorms into the convolutions before them; return the network itself where that is impossible.
 
-    torch.fx must be able to trace `forward`. The folded network is checked on `image` `[1, 3, H, W]`, because a module
-    that is called in two places would be folded for one of them only.
+    A module that is called in two places would be folded for one of them only: `image` `[1, 3, H, W]` shows that.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
@@ -106,7 +90,7 @@ def load_published(folder: str | Path) -> CCSSLForImageClassification:
 
 
 class Classifier:
-    """A published model, ready to predict. Build one with `from_pretrained`.
+    """A published model, ready to predict.
 
     Attributes:
         name: The folder or Hub id that the model was loaded from.
@@ -115,32 +99,6 @@ class Classifier:
             the backbone's pooled features.
         device: The device of the network.
     """
-
-    @torch.inference_mode()
-    def __init__(
-        self,
-        model: CCSSLForImageClassification,
-        *,
-        name: str,
-        with_head: bool,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        fold: bool = True,
-    ) -> None:
-        data_config = resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
-        # timm's evaluation transform up to uint8. Normalisation runs on whole batches on the device.
-        self._transform = create_transform(**data_config, use_prefetcher=True)
-        self._mean, self._std = (torch.tensor(data_config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-        config = model.config
-        self.name, self.labels, self.device, self._dtype = name, config.labels, device, dtype
-        self.embedding = "projection" if with_head else "pre_logits"
-        # The same rule as in transformers' pipeline.
-        self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
-        network: nn.Module = _Network(model.backbone, model.projection if with_head else None).eval()
-        size = data_config["input_size"]
-        if fold:
-            network = _fold(network, torch.linspace(-1, 1, math.prod(size)).view(1, *size))
-        self._network = network.to(device, dtype).to(memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(
@@ -152,10 +110,9 @@ class Classifier:
         fold: bool = True,
         **hub_kwargs: Any,
     ) -> Classifier:
-        """Load a model from a folder or Hub repository. No code from there is run.
+        """Load a published folder, with or without the projection head, or a Hub id. No code from there is run.
 
         Args:
-            name: A published folder, with or without the projection head, or a Hub id.
             device: A device such as "cuda"; the accelerator, if there is one, where None.
             dtype: Precision of the network. Probabilities and embeddings are always float32.
             fold: Whether to fold BatchNorms into convolutions. Faster; changes the last digits.
@@ -172,9 +129,24 @@ class Classifier:
         except (AssertionError, RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"There is no device '{device}' here ({reason}): use cpu, or leave it out.") from error
-        folder = find_checkpoint(name, **hub_kwargs)
-        with_head = (folder / HEAD_FILE).is_file()
-        return cls(load_published(folder), name=str(name), with_head=with_head, device=place, dtype=dtype, fold=fold)
+        return cls(str(name), find_checkpoint(name, **hub_kwargs), device=place, dtype=dtype, fold=fold)
+
+    @torch.inference_mode()
+    def __init__(self, name: str, folder: Path, *, device: torch.device, dtype: torch.dtype, fold: bool) -> None:
+        model, with_head = load_published(folder), (folder / HEAD_FILE).is_file()
+        config, data_config = model.config, resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
+        self.name, self.labels, self.device, self._dtype = name, config.labels, device, dtype
+        self.embedding = "projection" if with_head else "pre_logits"
+        # The same rule as in transformers' pipeline.
+        self._independent = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        # timm's evaluation transform up to uint8. Normalization runs on whole batches on the device.
+        self._transform = create_transform(**data_config, use_prefetcher=True)
+        self._mean, self._std = (torch.tensor(data_config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+        network: nn.Module = _Network(model.backbone, model.projection if with_head else None).eval()
+        if fold:
+            size = data_config["input_size"]
+            network = _fold(network, torch.linspace(-1, 1, math.prod(size)).view(1, *size))
+        self._network = network.to(device, dtype).to(memory_format=torch.channels_last)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Resize and crop an image of any size and mode as in the published preprocessing: uint8 `[3, H, W]`."""
@@ -182,11 +154,7 @@ class Classifier:
 
     @torch.inference_mode()
     def predict(self, images: Sequence[Image.Image] | Tensor) -> Predictions:
-        """Predict one batch.
-
-        Args:
-            images: PIL images, or a tensor `[N, 3, H, W]`: uint8 as from `pixels`, or normalised floats.
-        """
+        """Predict one batch of PIL images, or a tensor `[N, 3, H, W]`: uint8 as from `pixels`, or normalized floats."""
         batch = images if isinstance(images, Tensor) else torch.stack([self.pixels(image) for image in images])
         batch = batch.to(self.device, memory_format=torch.channels_last)
         if batch.dtype == torch.uint8:
@@ -209,56 +177,40 @@ class Classifier:
 
 def open_images(
     source: str | Path | Sequence[str | Path] | datasets.Dataset, *, image_column: str = "image"
-) -> list[str] | datasets.Dataset:
-    """The image files of a source, sorted by path, or a dataset with undecoded images. Opens no image.
+) -> datasets.Dataset:
+    """The undecoded images of a source; files are sorted by path. Opens no image.
 
     Args:
         source: A folder (searched with all folders below), an image file, a glob, a list of files, parquet files, a Hub
             dataset as `user/name` or `user/name:split` (default: its test split), or a `datasets.Dataset`. In a folder
-            or glob, files without the name of an image file are skipped.
+            or glob, files without the name of an image file are skipped. Raises ValueError if there are no images.
         image_column: The image column of a dataset.
-
-    Raises:
-        ValueError: There are no images.
     """
     if isinstance(source, (str, Path)):
-        given, files = source, _files(Path(source).expanduser())
-        if files is None:
-            source = load_split(str(source), role="test")
-        else:
-            source = sorted(file for file in files if file.lower().endswith(tuple(ImageFolder.EXTENSIONS)))
-            if not source:
-                raise ValueError(f"{given}: no image files; name a folder, file or glob of images such as photo.jpg.")
+        files = _files(Path(source).expanduser())
+        if files == []:
+            raise ValueError(f"{source}: no image files; name a folder, file or glob of images such as photo.jpg.")
+        source = load_split(str(source), role="test") if files is None else files
     if isinstance(source, Sequence):
         if not source:
             raise ValueError("The list of images is empty: name at least one file.")
-        return [str(file) for file in source]
+        features = datasets.Features({image_column: datasets.Image(decode=False)})
+        return datasets.Dataset.from_dict({image_column: [str(file) for file in source]}, features)
     check_images(source, role="test", image_column=image_column)
     return encoded_images(source, image_column)
 
 
 def _files(path: Path) -> list[str] | None:
-    """The files of a folder, file or glob; None for parquet files and Hub datasets."""
+    """The image files of a folder, file or glob, sorted; None for parquet files and Hub datasets."""
     if path.suffix.lower() == ".parquet" or any(path.glob("*.parquet")):
         return None
     if path.is_dir():
-        return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    if path.is_file():
-        return [str(path)]
-    return glob.glob(str(path), recursive=True) if glob.has_magic(str(path)) else None
-
-
-_Batch = list[tuple[str, Mapping[str, Any]]]  # path, or row number where there is none, and the encoded image
-
-
-def _batches(images: list[str] | datasets.Dataset, size: int) -> Iterator[_Batch]:
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        if isinstance(part, list):
-            yield [(path, {"path": path, "bytes": None}) for path in part]
-        else:
-            [column] = part.values()
-            yield [((encoded or {}).get("path") or str(row), encoded) for row, encoded in enumerate(column, start)]
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    elif path.is_file() or glob.has_magic(str(path)):
+        files = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
+    else:
+        return None
+    return sorted(file for file in files if file.lower().endswith(tuple(ImageFolder.EXTENSIONS)))
 
 
 @contextmanager
@@ -274,25 +226,39 @@ def sharing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # a worker's call also sets the default of later threads
 
 
+_Batch = tuple[list[dict[str, Any]], Predictions | None]  # path and error of each image; predictions of those without
+
+
 def _in_batches(
-    classifier: Classifier,
-    images: list[str] | datasets.Dataset,
-    work: Callable[[_Batch], T],
-    batch_size: int | None,
-    num_workers: int | None,
-) -> Generator[T, None, None]:
-    """Apply `work` to batches of images on a few threads. Yields the results in order, and shows a progress bar."""
+    classifier: Classifier, images: datasets.Dataset, batch_size: int | None, num_workers: int | None, strict: bool
+) -> Generator[_Batch, None, None]:
+    """Predict undecoded images on a few threads. Yields the batches in order, and shows a progress bar."""
     on_cpu = classifier.device.type == "cpu"
     workers = num_workers or min(MAX_WORKERS, torch.get_num_threads() if on_cpu else os.cpu_count() or 1)
-    batches = _batches(images, batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH))
+    size = batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH)
+
+    def work(start: int, batch: dict[str, list[Any]]) -> _Batch:
+        rows: list[dict[str, Any]] = []
+        pixels = []
+        for number, encoded in enumerate(next(iter(batch.values())), start):
+            rows.append({"path": (encoded or {}).get("path") or str(number), "error": None})
+            try:
+                pixels.append(classifier.pixels(open_encoded(encoded)))
+            except Exception as error:  # one image must not end the run
+                rows[-1]["error"] = str(error)
+        return rows, classifier.predict(torch.stack(pixels)) if pixels else None
+
+    starts = iter(range(0, len(images), size))
     bar = datasets.utils.tqdm(total=len(images), desc="Predicting", unit=" images")
     with sharing_threads(workers) as pool, bar as progress:
-        waiting = deque(pool.submit(work, batch) for batch in islice(batches, 2 * workers))
+        waiting = deque(pool.submit(work, start, images[start : start + size]) for start in islice(starts, 2 * workers))
         while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(work, batch) for batch in islice(batches, 1))
-            yield result
-            progress.update(len(result))
+            rows, found = waiting.popleft().result()
+            waiting.extend(pool.submit(work, start, images[start : start + size]) for start in islice(starts, 1))
+            if strict and (bad := [row for row in rows if row["error"]]):
+                raise ValueError(f"Image {bad[0]['path']} can't be read ({bad[0]['error']}): repair or remove it.")
+            yield rows, found
+            progress.update(len(rows))
 
 
 def predict_all(
@@ -303,37 +269,16 @@ def predict_all(
     batch_size: int | None = None,
     num_workers: int | None = None,
 ) -> Predictions:
-    """Predict a whole dataset. The predictions are in its order, in memory.
-
-    Args:
-        classifier: The model.
-        dataset: A dataset that passed `data.check_images`.
-        image_column: Its image column.
-        batch_size, num_workers: See `predict_to_parquet`.
-
-    Raises:
-        ValueError: An image cannot be read.
-    """
-
-    def work(batch: _Batch) -> Predictions:
-        pixels = []
-        for path, encoded in batch:
-            try:
-                pixels.append(classifier.pixels(open_encoded(encoded)))
-            except Exception as error:
-                raise ValueError(f"Image {path} can't be read ({error}): repair or remove it.") from error
-        return classifier.predict(torch.stack(pixels))
-
+    """Predict a dataset that passed `data.check_images`, in memory. Raises ValueError if an image cannot be read."""
     images = encoded_images(dataset, image_column)
-    with closing(_in_batches(classifier, images, work, batch_size, num_workers)) as results:
-        parts = list(results)
+    with closing(_in_batches(classifier, images, batch_size, num_workers, strict=True)) as results:
+        parts = [found for _, found in results if found]
     labels = [label for part in parts for label in part.labels]
     names = ("confidences", "probabilities", "logits", "embeddings")
     return Predictions(labels, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """Number of images, how many of them could not be read, and seconds without loading the model."""
 
     images: int
@@ -356,18 +301,14 @@ def predict_to_parquet(
 
     Columns: `path` (the row number of images without one), `label`, `confidence`, `embedding` if requested, and
     `error`: why an image could not be read; the other columns are null then. The file's metadata holds the `model` and,
-    with embeddings, their kind (`embedding`: `projection` or `pre_logits`). Memory does not grow with the number of
-    images.
+    with embeddings, `embedding`: see `Classifier.embedding`. Memory does not grow with the number of images.
 
     Args:
-        classifier: The model.
-        source: See `open_images`.
+        source, image_column: See `open_images`.
         out: The file. It is replaced at the end: until then rows are in `_<name>.partial` in the same folder. An
             interrupted run leaves that file readable.
-        embedding: Whether to write embeddings.
         batch_size: Images per forward pass; where None 16 on a CPU and 64 on an accelerator.
         num_workers: Threads that decode and predict; where None as many as torch uses, at most 8.
-        image_column: The image column of a dataset.
         strict: Whether to stop at the first image that cannot be read.
 
     Raises:
@@ -383,18 +324,19 @@ def predict_to_parquet(
     unfinished = out.with_name(f"_{out.name}.partial")
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
-    work = partial(_rows, classifier, embedding)
     with (
-        closing(_in_batches(classifier, images, work, batch_size, num_workers)) as results,
+        closing(_in_batches(classifier, images, batch_size, num_workers, strict)) as results,
         pq.ParquetWriter(unfinished, schema) as writer,
     ):
         try:
-            for done in results:
-                bad = [row for row in done if row["error"]]
-                if bad and strict:
-                    raise ValueError(f"{bad[0]['path']} can't be read ({bad[0]['error']}): repair or remove it.")
-                unreadable += len(bad)
-                rows += done
+            for new, found in results:
+                readable = [row for row in new if row["error"] is None]
+                unreadable += len(new) - len(readable)
+                if found:
+                    answers = zip(found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True)
+                    for row, answer in zip(readable, answers, strict=True):
+                        row |= zip(("label", "confidence", "embedding"), answer, strict=True)
+                rows += new
                 if len(rows) >= ROW_GROUP:
                     writer.write_table(pa.Table.from_pylist(rows, schema))
                     rows = []
@@ -413,22 +355,3 @@ def check_output(out: str | Path, source: Any) -> Path:
         raise ValueError(f"{out} is also the source: write the predictions to another file.")
     check_writable(out.parent)
     return out
-
-
-def _rows(classifier: Classifier, embedding: bool, batch: _Batch) -> list[dict[str, Any]]:
-    """The rows of a batch of encoded images. Missing keys become nulls."""
-    rows: list[dict[str, Any]] = [{"path": path, "error": None} for path, _ in batch]
-    pixels, readable = [], []
-    for row, (_, encoded) in zip(rows, batch, strict=True):
-        try:
-            pixels.append(classifier.pixels(open_encoded(encoded)))
-            readable.append(row)
-        except Exception as error:  # one image must not end the run
-            row["error"] = str(error)
-    if readable:
-        found = classifier.predict(torch.stack(pixels))
-        for row, label, confidence, vector in zip(
-            readable, found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True
-        ):
-            row.update(label=label, confidence=confidence, **({"embedding": vector} if embedding else {}))
-    return rows

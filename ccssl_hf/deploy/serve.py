@@ -1,10 +1,7 @@
-"""Serve a model over HTTP, with the API of Hugging Face's hosted image classification.
+"""Serve a model over HTTP for `huggingface_hub.InferenceClient(model=URL).image_classification(...)`.
 
 `POST /` takes the bytes of an image, or JSON: `{"inputs": <base64 text, or a list of it>, "parameters": {"top_k": 2}}`.
-It answers `[{"label": ..., "score": ...}, ...]`, or a list of those for a list, as `transformers.pipeline` does. So
-`huggingface_hub.InferenceClient(model=URL).image_classification(...)` works. `GET /` describes the model.
-
-Threads decode the images. Images of different requests then go through the network in one batch.
+It answers as `transformers.pipeline` does. Images of different requests go through the network in one batch.
 """
 
 from __future__ import annotations
@@ -15,9 +12,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,33 +42,20 @@ SHUTDOWN_SECONDS = 30  # for open requests after the server was told to stop
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """Limits of batches and requests.
+    """Limits of batches and requests."""
 
-    Attributes:
-        max_batch_size: Maximum images per forward pass; where None 16 on a CPU and 64 on an accelerator.
-        max_wait_ms: Maximum milliseconds that an image waits for a full batch.
-        max_image_mb: Maximum megabytes of encoded images in one request.
-        max_queue: Maximum images being processed. Further requests are answered with status 503.
-        num_workers: Threads that run the network; where None one per CPU core, at most 8, and 2 on an accelerator.
-    """
-
-    max_batch_size: int | None = None
-    max_wait_ms: float = 5.0
-    max_image_mb: float = 20.0
-    max_queue: int = 256
-    num_workers: int | None = None
+    max_batch_size: int | None = None  # images per forward pass; where None 16 on a CPU and 64 on an accelerator
+    max_wait_ms: float = 5.0  # that an image waits for a full batch
+    max_image_mb: float = 20.0  # megabytes of encoded images in one request
+    max_queue: int = 256  # images being processed; further requests are answered with status 503
+    num_workers: int | None = None  # threads that run the network; where None one per core, at most 8; accelerators: 2
 
 
 class Batcher:
-    """Collects images from many threads into batches for the network.
+    """Collects images from many threads into batches for `predict`: uint8 `[N, 3, H, W]` to logits `[N, C]`.
 
-    A few threads run the network. Only one of them collects at a time, so that slowly arriving images are not divided
-    among idle threads.
-
-    Args:
-        predict: uint8 images `[N, 3, H, W]` to logits `[N, C]`.
-        max_batch_size: Maximum images in a batch.
-        max_wait_ms: Maximum milliseconds that a batch waits to be full, from its first image on.
+    A batch waits at most `max_wait_ms` to be full, from its first image on. A few threads run the network. Only one of
+    them collects at a time, so that slowly arriving images are not divided among idle threads.
     """
 
     def __init__(self, predict: Callable[[Tensor], Tensor], *, max_batch_size: int, max_wait_ms: float) -> None:
@@ -100,9 +84,9 @@ class Batcher:
 
     def _collect(self) -> list[tuple[Tensor, Future[Tensor]]]:
         """The next batch; empty at the end."""
+        batch: list[tuple[Tensor, Future[Tensor]]] = []
+        until = float("inf")
         with self._collecting:
-            batch: list[tuple[Tensor, Future[Tensor]]] = []
-            until = float("inf")
             while len(batch) < self._max_batch_size:
                 try:
                     left = max(until - time.monotonic(), 0)
@@ -116,13 +100,13 @@ class Batcher:
                 until = min(until, time.monotonic() + self._max_wait)
                 if taken[1].set_running_or_notify_cancel():  # else the client has left
                     batch.append(taken)
-            return batch
+        return batch
 
     def _work(self) -> None:
         while batch := self._collect():
-            answers = [answer for _, answer in batch]
+            pixels, answers = zip(*batch, strict=True)
             try:
-                logits = self._predict(torch.stack([pixels for pixels, _ in batch]))
+                logits = self._predict(torch.stack(pixels))
             except Exception as error:
                 for answer in answers:
                     answer.set_exception(error)
@@ -132,8 +116,6 @@ class Batcher:
 
 
 class _Service:
-    """The endpoints and their shared state, on one event loop."""
-
     def __init__(self, classifier: Classifier, settings: ServingSettings) -> None:
         self.classifier, self.settings = classifier, settings
         self._max_bytes = int(settings.max_image_mb * 1e6)
@@ -149,18 +131,16 @@ class _Service:
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         with ThreadPoolExecutor(os.cpu_count()) as decoders, self._batcher.running(self._workers):
-            in_thread = partial(asyncio.get_running_loop().run_in_executor, decoders)
-            self._in_thread: Callable[..., Awaitable[Any]] = in_thread
+            self._in_thread = partial(asyncio.get_running_loop().run_in_executor, decoders)
             yield
 
     async def health(self, request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
     async def root(self, request: Request) -> JSONResponse:
-        return await (self.classify(request) if request.method == "POST" else self.about(request))
-
-    async def about(self, request: Request) -> JSONResponse:
-        """Describe the model."""
+        """Classify images, or describe the model."""
+        if request.method == "POST":
+            return JSONResponse(await self._classify(request))
         name = self.classifier.name
         about = {
             "model": Path(name).name if Path(name).is_dir() else name,
@@ -172,27 +152,25 @@ class _Service:
         }
         return JSONResponse(about)
 
-    async def classify(self, request: Request) -> JSONResponse:
+    async def _classify(self, request: Request) -> list[Any]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_json = kind == "application/json"
         # Clients that have only bytes send them without a type.
         if not is_json and not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
-            raise HTTPException(
-                415,
-                f"Content-Type is '{kind}': send an image with its type, such as image/jpeg, or base64 text in "
-                "application/json.",
-            )
+            fix = "send an image with its type, such as image/jpeg, or base64 text in application/json."
+            raise HTTPException(415, f"Content-Type is '{kind}': {fix}")
         query = request.query_params.items()
         given = {name: int(value) if value.isdecimal() and len(value) < 10 else value for name, value in query}
-        parameters = _parameters(given)
+        with _status(422):
+            parameters = check_parameters(given)
         with self._place(1):
             body = await self._body(request, at_most=self._max_bytes * 4 // 3 + 65536 if is_json else self._max_bytes)
             if not is_json:
-                return JSONResponse(await self._answer(body, "", parameters))
+                return await self._answer(body, "", parameters)
             inputs, more = await self._in_thread(_parse, body)
             parameters |= more
             if not isinstance(inputs, list):
-                return JSONResponse(await self._answer(inputs, "", parameters))
+                return await self._answer(inputs, "", parameters)
             if len(inputs) > self.settings.max_queue:
                 limit = f"at most {self.settings.max_queue} are allowed in one request: send several requests."
                 raise HTTPException(413, f"inputs holds {len(inputs)} images, but {limit}")
@@ -202,14 +180,13 @@ class _Service:
             for error in answers:
                 if isinstance(error, BaseException):
                     raise error
-            return JSONResponse(answers)
+            return answers
 
     @contextmanager
     def _place(self, images: int) -> Iterator[None]:
         """Reserve places in the queue."""
         if self._images + images > self.settings.max_queue:
-            busy = "The server's queue is full: try again in a second."
-            raise HTTPException(503, busy, headers={"Retry-After": "1"})
+            raise HTTPException(503, "The server's queue is full: try again in a second.", headers={"Retry-After": "1"})
         self._images += images
         try:
             yield
@@ -231,7 +208,8 @@ class _Service:
 
     async def _answer(self, encoded: Any, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
         """Labels and scores of an image, given as bytes or base64 text. Errors start with `where`."""
-        pixels = await self._in_thread(self._pixels, encoded, where)
+        with _status(400, where):
+            pixels = await self._in_thread(lambda: self.classifier.pixels(read_image(encoded)))
         logits = await asyncio.wrap_future(self._batcher.submit(pixels))
         scores = self.classifier.scores(logits, parameters.get("function_to_apply"))
         scores, numbers = scores.sort(descending=True, stable=True)
@@ -239,20 +217,14 @@ class _Service:
         answer = [{"label": self.classifier.labels[number], "score": score} for number, score in best]
         return answer[: parameters.get("top_k", TOP_K)]
 
-    def _pixels(self, encoded: Any, where: str) -> Tensor:
-        try:
-            return self.classifier.pixels(read_image(encoded))
-        except TooLargeError as error:
-            raise HTTPException(413, f"{where}{error}") from error
-        except ValueError as error:
-            raise HTTPException(400, f"{where}{error}") from error
 
-
-def _parameters(given: Any) -> dict[str, Any]:
+@contextmanager
+def _status(code: int, where: str = "") -> Iterator[None]:
+    """Answer with this status if the content of a request raises ValueError."""
     try:
-        return check_parameters(given)
+        yield
     except ValueError as error:
-        raise HTTPException(422, str(error)) from error
+        raise HTTPException(413 if isinstance(error, TooLargeError) else code, f"{where}{error}") from error
 
 
 def _parse(body: bytes) -> tuple[Any, dict[str, Any]]:
@@ -266,35 +238,27 @@ def _parse(body: bytes) -> tuple[Any, dict[str, Any]]:
     for name in content.keys() - {"inputs", "parameters"}:
         near = near_misses(name, ("inputs", "parameters"))
         raise HTTPException(422, f"The body has '{name}', but there are only inputs and parameters.{near}")
-    return content["inputs"], _parameters(content.get("parameters") or {})
+    with _status(422):
+        return content["inputs"], check_parameters(content.get("parameters") or {})
 
 
 async def _error(request: Request, error: Exception) -> JSONResponse:
     """Answer with an error message that reveals nothing about the server."""
+    if isinstance(error, ClientDisconnect):  # nobody reads this answer
+        return JSONResponse({"error": "The request ended early."}, 400)
     if not isinstance(error, HTTPException):
         return JSONResponse({"error": "Internal error; see the server log."}, 500)
-    usage = "POST an image to /, or GET / or /health."
-    messages = {
-        404: f"There is nothing at {request.url.path}: {usage}",
-        405: f"{request.url.path} does not accept {request.method}: {usage}",
-    }
+    path, usage = request.url.path, "POST an image to /, or GET / or /health."
+    messages = {404: f"There is nothing at {path}: {usage}", 405: f"{path} does not accept {request.method}: {usage}"}
     message = messages.get(error.status_code, error.detail)
     return JSONResponse({"error": message}, error.status_code, headers=error.headers)
-
-
-async def _gone(request: Request, error: Exception) -> JSONResponse:
-    """The client left while it was sending; nobody reads this answer."""
-    return JSONResponse({"error": "The request ended early."}, 400)
 
 
 def create_app(classifier: Classifier, settings: ServingSettings | None = None) -> Starlette:
     """The ASGI application. Run it in one process, because batches are formed within a process."""
     service = _Service(classifier, settings or ServingSettings())
-    routes = [
-        Route("/", service.root, methods=["GET", "POST"]),
-        Route("/health", service.health, methods=["GET"]),
-    ]
-    handlers = {HTTPException: _error, ClientDisconnect: _gone, Exception: _error}
+    routes = [Route("/", service.root, methods=["GET", "POST"]), Route("/health", service.health)]
+    handlers = dict.fromkeys((HTTPException, ClientDisconnect, Exception), _error)
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=service.lifespan)
 
 
@@ -302,12 +266,5 @@ def serve(
     classifier: Classifier, *, host: str = "127.0.0.1", port: int = 8000, settings: ServingSettings | None = None
 ) -> None:
     """Serve until stopped by Ctrl+C or SIGTERM. Open requests are answered first."""
-    config = uvicorn.Config(
-        create_app(classifier, settings),
-        host=host,
-        port=port,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        server_header=False,
-    )
-    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again at the end
-        uvicorn.Server(config).run()
+    app = create_app(classifier, settings)
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS, server_header=False)

@@ -1,6 +1,6 @@
 """Write a Gradio Space for a published model: the page in `space_page/` and all files that it reads.
 
-The thresholds and embeddings are computed by the page's own code, so that they match what the page computes.
+The page's own code computes the thresholds and embeddings, so that they match what the page computes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ SDK_VERSION = "6.31.0"  # of Gradio: the Hub needs one version, requirements.txt
 QUANTILE = 0.05  # share of the in-distribution validation images below each threshold
 BATCH_SIZE = 16
 THUMBNAIL_SIDE, EXAMPLE_SIDE = 160, 640  # longer side of stored images in pixels, at most
-LOSSLESS_SIDE = 96  # smaller images are stored without loss
 EXAMPLES_PER_SPACE, OOD_EXAMPLES = 6, 2
 
 
@@ -57,25 +57,27 @@ def write_space(
         model: A published folder, which is copied, or a Hub id, which the page loads at the current revision.
         out: The folder to write. An earlier Space in it is replaced.
         labeled: Labeled images (see `load_split`) of which the page shows the nearest. Small copies of all are stored.
-        validation: Labeled images that the thresholds for out-of-distribution (OOD) images are measured on. Images of
-            other classes than the model's, and with label -1, are OOD: the page says how many of them it detects.
+        validation: Labeled images to measure the thresholds for out-of-distribution (OOD) images on. Images of other
+            classes than the model's, and with label -1, are OOD: the page says how many of them it detects.
         title: The page's title; the model's name where None.
-        image_column, label_column: Columns of both splits.
-
-    Returns:
-        The page's settings.
 
     Raises:
         FileNotFoundError: The model does not exist.
         ValueError: A source or an image cannot be read, labels do not fit the model, or `out` has other files.
     """
-    out = _check_output(Path(out))
+    out = Path(out)
+    if out.is_file():
+        raise ValueError(f"{out} is a file: name a folder to write.")
+    check_writable(out)
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if others and app.SETTINGS_FILE not in others:
+        raise ValueError(f"{out} is not a Space and has other files, such as {others[0]}: name a new folder.")
     folder = find_checkpoint(model)
     trained = load_published(folder)
-    splits: dict[str, _Split] = {}
-    for role, source in (("labeled", labeled), ("validation", validation)):
-        if source is not None:
-            splits[role] = _Split(source, role, trained.config.labels, image_column, label_column)
+    gallery, measured = (
+        None if source is None else _Split(source, role, trained.config.labels, image_column, label_column)
+        for role, source in (("labeled", labeled), ("validation", validation))
+    )
 
     for name in (app.MODEL_FOLDER, app.GALLERY_FOLDER, app.EXAMPLES_FOLDER):  # of an earlier Space
         shutil.rmtree(out / name, ignore_errors=True)
@@ -85,17 +87,33 @@ def write_space(
     if local:
         trained.save_pretrained(out / app.MODEL_FOLDER, with_head=False)
     network = app.Model(folder)
-    if "labeled" in splits:
-        _write_gallery(out, network, splits["labeled"])
-    for split in list(splits.values())[-1:]:  # validation images if there are any: the network was not trained on them
-        _write_examples(out / app.EXAMPLES_FOLDER, split)
+    if gallery:
+        _write_gallery(out, network, gallery)
+    if examples := measured or gallery:  # the network was not trained on validation images
+        _write_examples(out / app.EXAMPLES_FOLDER, examples)
+    limits = None
+    if measured:
+        logits = torch.cat([network.logits_and_features(images)[0] for images in measured.batches()])
+        limits = thresholds(logits, measured.labels, source=measured.name)
     settings = app.Settings(
         title=title or Path(model).resolve().name,
         model=app.MODEL_FOLDER if local else str(model),
         revision=None if local else folder.name,
-        thresholds=_measure(network, splits["validation"]) if "validation" in splits else None,
+        thresholds=limits,
     )
-    _write_card(out, settings, model, network.labels, splits)
+    metadata = SpaceCardData(
+        title=settings.title,
+        emoji="🔎",
+        colorFrom="green",
+        colorTo="blue",
+        sdk="gradio",
+        sdk_version=SDK_VERSION,
+        app_file="app.py",
+        models=None if local else [settings.model],
+        **_license(Path(model) / "README.md" if local else str(model)),
+    )
+    facts = dict(asdict(settings), classes=network.labels, labeled=len(gallery or ()), floor=app.CONFIDENCE_FLOOR)
+    SpaceCard.from_template(metadata, template_path=str(TEMPLATE / "README.md.j2"), **facts).save(out / "README.md")
     code = [TEMPLATE / "app.py", TEMPLATE / "requirements.txt"]
     for file in [*code, own_backbone] if is_own_backbone(trained.config.architecture) else code:
         shutil.copyfile(file, out / file.name)
@@ -103,34 +121,18 @@ def write_space(
     return settings
 
 
-def _check_output(out: Path) -> Path:
-    """Raises ValueError if `out` cannot be written or has files of something else. Hidden files are allowed."""
-    if out.is_file():
-        raise ValueError(f"{out} is a file: name a folder to write.")
-    check_writable(out)
-    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    if others and app.SETTINGS_FILE not in others:
-        raise ValueError(f"{out} is not a Space and has other files, such as {others[0]}: name a new folder.")
-    return out
-
-
 class _Split:
-    """Labeled images, checked before any work is done.
-
-    Attributes:
-        name: A Hub id, or the last part of a path.
-        labels: Class numbers `[N]`; -1 is an OOD image, allowed in the validation split only.
-    """
+    """Labeled images, checked before any work is done. `labels` `[N]` are class numbers, and -1 for OOD images."""
 
     def __init__(self, source: str, role: str, classes: list[str], image_column: str, label_column: str) -> None:
         dataset = load_split(source, role=role)
         check_images(dataset, role=role, image_column=image_column)
         measured = role == "validation"
         self.labels = read_labels(dataset, label_column, classes, role=role, allow_ood=measured)
-        count, needed = int((self.labels != OUT_OF_DISTRIBUTION).sum()), round(1 / QUANTILE)
-        if measured and count < needed:
+        images, needed = int((self.labels != OUT_OF_DISTRIBUTION).sum()), round(1 / QUANTILE)
+        if measured and images < needed:
             raise ValueError(
-                f"The {role} split {source} has {count} images of the model's classes. The thresholds need at least "
+                f"The {role} split {source} has {images} images of the model's classes. The thresholds need at least "
                 f"{needed}: add images, or leave the split out."
             )
         self.name = Path(source).resolve().name if Path(source).exists() else source
@@ -143,34 +145,29 @@ class _Split:
         return decode_image(self._images[row][self._column], row, self._role)
 
     def batches(self) -> Iterator[list[Image.Image]]:
-        """All images, with a progress bar."""
-        with datasets.utils.tqdm(total=len(self), desc=f"Reading {self._role} images", unit=" images") as progress:
-            for start in range(0, len(self), BATCH_SIZE):
-                images = [self.image(row) for row in range(start, min(start + BATCH_SIZE, len(self)))]
-                yield images
-                progress.update(len(images))
+        for start in datasets.utils.tqdm(range(0, len(self), BATCH_SIZE), desc=f"Reading {self._role} images"):
+            yield [self.image(row) for row in range(start, min(start + BATCH_SIZE, len(self)))]
 
 
 def _encoded(image: Image.Image, side: int) -> bytes:
-    """WebP of at most `side` pixels, without metadata such as the place where the photo was taken."""
+    """WebP of at most `side` pixels, without metadata such as where the photo was taken. Small images lose nothing."""
     small = image.copy()
     small.thumbnail((side, side), Image.Resampling.BICUBIC)
     small.info = {}
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", lossless=max(small.size) <= LOSSLESS_SIDE, quality=85)
+    small.save(buffer, "WEBP", lossless=max(small.size) <= 96, quality=85)
     return buffer.getvalue()
 
 
 def _write_gallery(out: Path, network: app.Model, split: _Split) -> None:
     (out / app.GALLERY_FOLDER).mkdir()
     features: list[Tensor] = []
-    row = 0
+    rows = count()
     with zipfile.ZipFile(out / app.THUMBNAILS_FILE, "w") as thumbnails:
         for images in split.batches():
             for image in images:
                 # ZipInfo has no time stamp: equal images give equal files.
-                thumbnails.writestr(zipfile.ZipInfo(app.thumbnail_name(row)), _encoded(image, THUMBNAIL_SIDE))
-                row += 1
+                thumbnails.writestr(zipfile.ZipInfo(f"{next(rows)}.webp"), _encoded(image, THUMBNAIL_SIDE))
             features.append(network.logits_and_features(images)[1])
     embeddings = F.normalize(torch.cat(features), dim=1).half()
     tensors = {"embeddings": embeddings, "labels": torch.from_numpy(split.labels)}
@@ -188,19 +185,8 @@ def _write_examples(folder: Path, split: _Split) -> None:
         (folder / f"{number}.webp").write_bytes(_encoded(split.image(row), EXAMPLE_SIDE))
 
 
-def _measure(network: app.Model, split: _Split) -> app.Thresholds:
-    logits = torch.cat([network.logits_and_features(images)[0] for images in split.batches()])
-    return thresholds(logits, split.labels, source=split.name)
-
-
 def thresholds(logits: Tensor, labels: np.ndarray, *, source: str) -> app.Thresholds:
-    """The thresholds for OOD images, and how often images are below them.
-
-    Args:
-        logits: `[N, C]`.
-        labels: `[N]`: class numbers, and -1 for OOD images.
-        source: Name of the images.
-    """
+    """The thresholds for OOD images from logits `[N, C]` and labels `[N]`, and how often images are below them."""
     inside = labels != OUT_OF_DISTRIBUTION
     limits = [float(np.quantile(scores[inside].double(), QUANTILE)) for scores in app.confidence_and_energy(logits)]
     flagged = app.possibly_ood(logits, confidence=limits[0], energy=limits[1]).numpy()
@@ -218,38 +204,10 @@ def thresholds(logits: Tensor, labels: np.ndarray, *, source: str) -> app.Thresh
     )
 
 
-def _write_card(
-    out: Path, settings: app.Settings, model: str | Path, classes: list[str], splits: dict[str, _Split]
-) -> None:
-    local = settings.revision is None
-    data = SpaceCardData(
-        title=settings.title,
-        emoji="🔎",
-        colorFrom="green",
-        colorTo="blue",
-        sdk="gradio",
-        sdk_version=SDK_VERSION,
-        app_file="app.py",
-        pinned=False,
-        models=None if local else [settings.model],
-        **_license(Path(model) / "README.md" if local else str(model)),
-    )
-    card = SpaceCard.from_template(
-        data,
-        template_path=str(TEMPLATE / "README.md.j2"),
-        **asdict(settings),
-        classes=classes,
-        labeled=len(splits["labeled"]) if "labeled" in splits else 0,
-        floor=app.CONFIDENCE_FLOOR,
-    )
-    card.save(out / "README.md")
-
-
 def _license(card: str | Path) -> dict[str, Any]:
     """The license in the metadata of the model's card; empty if there is no card."""
     try:
         found = ModelCard.load(card, ignore_metadata_errors=True).data
     except (OSError, ValueError, HfHubHTTPError):
         return {}
-    keys = ("license", "license_name", "license_link")
-    return {key: found[key] for key in keys if found.get(key)}
+    return {key: found[key] for key in ("license", "license_name", "license_link") if found.get(key)}

@@ -1,7 +1,6 @@
-"""A page for one image classifier: its classes for an image, a heat map, and the nearest labeled images.
+"""A page for one image classifier: `python app.py` serves it from the files in this folder.
 
-`python app.py` serves it. It reads `space.json`, `model/`, `gallery/` and `examples/` from its own folder. All of the
-page is in this one file, so that everything that a Space computes and shows can be read in one place.
+Everything that a Space computes and shows is in this one file, so that it can be read in one place.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -138,36 +137,31 @@ def possibly_ood(logits: Tensor, *, confidence: float, energy: float) -> Tensor:
     return (confidences < confidence) & (energies < energy)
 
 
-def to_map(output: Tensor, *, layout: str, size: tuple[int, int], prefix_tokens: int) -> Tensor:
+def to_map(output: Tensor, *, layout: str, size: tuple[int, int], prefix_tokens: int) -> Tensor | None:
     """A layer's output as a map `[N, C, rows, columns]`, from `layout` NCHW, NHWC or tokens `[N, T, C]`.
 
-    `size` is the height and width of the network's input. Class and register tokens come first. Raises ValueError if
-    the output is not a map of the image, or is too coarse.
+    `size` is the height and width of the network's input. Class and register tokens come first. None if the output is
+    not a map of the image, or is too coarse.
     """
-    if output.ndim == 3 and layout == "tokens":
-        output = _unfold(output, size, prefix_tokens)
-    elif output.ndim == 4 and layout == "NHWC":
+    if (layout, output.ndim) == ("tokens", 3):
+        # Some networks add their class token late: in earlier layers all tokens are patches.
+        for patches in (output[:, prefix_tokens:], output):
+            rows = max(1, round(math.sqrt(patches.shape[1] * size[0] / size[1])))
+            if patches.shape[1] and patches.shape[1] % rows == 0:
+                break
+        else:
+            return None
+        output = patches.unflatten(1, (rows, -1)).permute(0, 3, 1, 2)
+    elif (layout, output.ndim) == ("NHWC", 4):
         output = output.permute(0, 3, 1, 2)
-    elif output.ndim != 4 or layout != "NCHW":
-        raise ValueError(f"{tuple(output.shape)} is not {layout}.")
+    elif (layout, output.ndim) != ("NCHW", 4):
+        return None
     rows, columns = output.shape[-2:]
     # An attention matrix is not a map: its proportions differ from the image's.
-    if min(rows, columns) < MIN_SIDE or abs(rows * size[1] / size[0] - columns) >= 1:
-        raise ValueError(f"{rows} x {columns} is not a map of the image.")
-    return output
+    return None if min(rows, columns) < MIN_SIDE or abs(rows * size[1] / size[0] - columns) >= 1 else output
 
 
-def _unfold(tokens: Tensor, size: tuple[int, int], prefix_tokens: int) -> Tensor:
-    # Some networks add their class token late: in earlier layers all tokens are patches.
-    for skipped in (prefix_tokens, 0):
-        patches = tokens.shape[1] - skipped
-        rows = max(1, round(math.sqrt(max(patches, 0) * size[0] / size[1])))
-        if patches > 0 and patches % rows == 0:
-            return tokens[:, skipped:].unflatten(1, (rows, patches // rows)).permute(0, 3, 1, 2)
-    raise ValueError(f"{tokens.shape[1]} tokens do not form a rectangle.")
-
-
-def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, Callable[[Tensor], Tensor]] | None:
+def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, Callable[[Tensor], Tensor | None]] | None:
     """Find the last layer whose output is a map that the pooled features depend on, and its `to_map`.
 
     `network` is a timm classifier in eval mode, `size` the height and width of its input. In a vision transformer, for
@@ -176,14 +170,12 @@ def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, Callable[[
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, *size, generator=generator).requires_grad_()
     outputs: list[tuple[nn.Module, Any]] = []
-    modules = [module for module in network.modules() if module is not network]
-    hooks = [module.register_forward_hook(lambda module, _, out: outputs.append((module, out))) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in network.modules():
+            hook = module.register_forward_hook(lambda module, _, output: outputs.append((module, output)))
+            hooks.enter_context(hook)
         features = network.forward_features(pixels)
         pooled = network.forward_head(features, pre_logits=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
     # Not the logits: those of an untrained classifier may all be zero.
     score = (pooled * torch.randn(pooled.shape, generator=generator)).sum()
     tokens = isinstance(features, Tensor) and features.ndim == 3
@@ -196,12 +188,10 @@ def find_map(network: Any, size: tuple[int, int]) -> tuple[nn.Module, Callable[[
             continue
         if tokens and output.shape[-1] != features.shape[-1]:  # such as queries, keys and values in one tensor
             continue
-        try:
-            [slope] = torch.autograd.grad(score, output, retain_graph=True, allow_unused=True)
-            if slope is not None and reader(slope).any():
-                return module, reader
-        except ValueError:
-            continue
+        [slope] = torch.autograd.grad(score, output, retain_graph=True, allow_unused=True)
+        found = None if slope is None else reader(slope)
+        if found is not None and found.any():
+            return module, reader
     return None
 
 
@@ -269,13 +259,8 @@ def enlarge(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC)
 
 
-def thumbnail_name(row: int) -> str:
-    """The name in `THUMBNAILS_FILE` of the image of embedding `row`."""
-    return f"{row}.webp"
-
-
 class Gallery:
-    """Labeled images with their embeddings (unit vectors `[N, D]`) and class numbers `[N]`."""
+    """Labeled images with their embeddings (unit vectors `[N, D]`) and class numbers."""
 
     def __init__(self, folder: Path) -> None:
         tensors = load_file(folder / EMBEDDINGS_FILE)
@@ -287,8 +272,9 @@ class Gallery:
         cosines = self.embeddings @ F.normalize(features.float(), dim=0)
         best = cosines.topk(min(count, len(cosines)))
         with zipfile.ZipFile(self._images) as images:
+            names = images.namelist()  # in the order of the embeddings
             return [
-                (Image.open(io.BytesIO(images.read(thumbnail_name(row)))).convert("RGB"), self.labels[row], cosine)
+                (open_image(images.read(names[row])), self.labels[row], cosine)
                 for row, cosine in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             ]
 
@@ -316,50 +302,43 @@ class Space:
         self.examples = sorted(str(path) for path in (folder / EXAMPLES_FOLDER).glob("*.*"))
 
     def answer(self, image: Image.Image) -> Answer:
-        """Everything that the page shows for an RGB image."""
         logits, features = self.model.logits_and_features([image])
-        out_of_distribution, reason = self._compare(logits)
-        near = [] if self.gallery is None else self.gallery.nearest(features[0])
+        confidence, energy = (score.item() for score in confidence_and_energy(logits))
+        if limits := self.settings.thresholds:
+            ood = bool(possibly_ood(logits, confidence=limits.confidence, energy=limits.energy))
+            usual = f"{1 - limits.quantile:.0%}"
+            reason = (
+                f"Confidence {confidence:.2f}, energy score {energy:.1f}. Of the in-distribution images, {usual} have "
+                f"a confidence of at least {limits.confidence:.2f}, and {usual} an energy score of at least "
+                f"{limits.energy:.1f}."
+            )
+        else:
+            ood = confidence < CONFIDENCE_FLOOR
+            reason = f"Confidence {confidence:.2f}. The threshold is {CONFIDENCE_FLOOR}; it was set by hand."
+        near = self.gallery.nearest(features[0]) if self.gallery else []
         labels, best = self.model.labels, int(logits.argmax())
         return Answer(
-            out_of_distribution=out_of_distribution,
+            out_of_distribution=ood,
             reason=reason,
             confidences=dict(zip(labels, logits.softmax(dim=1)[0].tolist(), strict=True)),
             best=best,
             overlay=self.model.explain(image, best),
-            nearest=[
-                (enlarge(thumbnail, 192), f"{labels[number]} · {cosine:.2f}") for thumbnail, number, cosine in near
-            ],
-        )
-
-    def _compare(self, logits: Tensor) -> tuple[bool, str]:
-        """Compare the scores of logits `[1, C]` with the thresholds: the result, and the numbers as text."""
-        confidence, energy = (score.item() for score in confidence_and_energy(logits))
-        limits = self.settings.thresholds
-        if limits is None:
-            text = f"Confidence {confidence:.2f}. The threshold is {CONFIDENCE_FLOOR}; it was set by hand."
-            return bool(possibly_ood(logits, confidence=CONFIDENCE_FLOOR, energy=math.inf)), text
-        usual = f"{1 - limits.quantile:.0%}"
-        return bool(possibly_ood(logits, confidence=limits.confidence, energy=limits.energy)), (
-            f"Confidence {confidence:.2f}, energy score {energy:.1f}. Of the in-distribution images, {usual} have a "
-            f"confidence of at least {limits.confidence:.2f}, and {usual} an energy score of at least "
-            f"{limits.energy:.1f}."
+            nearest=[(enlarge(each, 192), f"{labels[number]} · {cosine:.2f}") for each, number, cosine in near],
         )
 
     def about(self) -> str:
         """What the numbers mean and what they do not mean, as Markdown."""
-        limits = self.settings.thresholds
         rule = f"if the confidence is below {CONFIDENCE_FLOOR}. This threshold was set by hand and not measured."
-        if limits is not None:
+        if limits := self.settings.thresholds:
             rule = (
                 "if both scores are below their thresholds. Each threshold is the value that "
                 f"{1 - limits.quantile:.0%} of {limits.images:,} in-distribution images reach ({limits.source}; top-1 "
-                f"accuracy {limits.top1:.0%}). The note appears for {limits.flagged:.0%} of these images."
+                f"accuracy {limits.top1:.0%}). The note appears for {limits.flagged:.0%} of these images. "
             )
-            ood = "Out-of-distribution images were not measured."
-            if limits.ood_flagged is not None:
-                ood = f"It appears for {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images."
-            rule = f"{rule} {ood}"
+            if limits.ood_flagged is None:
+                rule += "Out-of-distribution images were not measured."
+            else:
+                rule += f"It appears for {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images."
         lines = [
             f"**Confidence** is the softmax probability. It sums to 100% over the {len(self.model.labels)} classes, "
             "even if the image shows none of them. It is not the probability that the class is right.",
@@ -388,8 +367,6 @@ CSS = """
 .tiny img { image-rendering: pixelated; }
 #nearest .grid-wrap { min-height: 0; padding-top: 32px; }
 """
-
-FONT = ["system-ui", "sans-serif"]  # the visitor's own: the page loads nothing from other servers
 
 
 def note_html(headline: str, text: str = "", *, warning: bool = False) -> str:
@@ -455,8 +432,7 @@ def build(space: Space) -> Any:
                 nearest = gr.Gallery(label="Nearest labeled images", **look)
         with gr.Accordion("What these numbers mean", open=False):
             gr.Markdown(space.about())
-        parts = [note, classes, details, chosen, overlay, nearest]
-        picture.change(show, picture, parts, api_name="classify")
+        picture.change(show, picture, [note, classes, details, chosen, overlay, nearest], api_name="classify")
         chosen.input(explain, [picture, chosen], overlay, api_name="explain")
     return page
 
@@ -468,8 +444,9 @@ if __name__ == "__main__":
         importlib.import_module("wide_resnet_cifar")
     space = Space(Path(__file__).parent)
     space.answer(Image.new("RGB", (64, 64)))  # the first answer loads more libraries; visitors should not wait for it
+    font = ["system-ui", "sans-serif"]  # the visitor's own: the page loads nothing from other servers
     build(space).launch(
-        theme=gradio.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=FONT),
+        theme=gradio.themes.Default(primary_hue="teal", neutral_hue="slate", font=font, font_mono=font),
         css=CSS,
         max_file_size="20mb",
         footer_links=[],
