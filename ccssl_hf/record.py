@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-
-from . import __version__
 
 Section = Literal["classes", "pseudo labels", "ood"]
 _PSEUDO: Section = "pseudo labels"
@@ -147,5 +146,17 @@ class RunRecord:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that a run depends on."""
-    names = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface_hub")
-    return {"ccssl_hf": __version__, **{name: metadata.version(name) for name in names}}
+    versions = {}
+    for name in (
+        "ccssl_hf",
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "huggingface_hub",
+    ):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
