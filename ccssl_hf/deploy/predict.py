@@ -217,8 +217,7 @@ def _files(path: Path) -> list[str] | None:
 def sharing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads that divide torch's own threads among them. Restores torch's number of threads at the end."""
     threads = torch.get_num_threads()
-    share = max(1, threads // workers)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
     try:
         yield pool
     finally:
@@ -257,7 +256,7 @@ def _in_batches(
 
     starts = iter(range(0, len(images), size))
     bar = datasets.utils.tqdm(total=len(images), desc="Predicting", unit=" images")
-    with sharing_threads(workers) as pool, bar as progress:
+    with sharing_threads(workers) as pool, bar:
         waiting = deque(pool.submit(work, start, images[start : start + size]) for start in islice(starts, 2 * workers))
         while waiting:
             rows, found = waiting.popleft().result()
@@ -265,7 +264,7 @@ def _in_batches(
             if strict and (bad := [row for row in rows if row["error"]]):
                 raise ValueError(f"Image {bad[0]['path']} can't be read ({bad[0]['error']}): repair or remove it.")
             yield rows, found
-            progress.update(len(rows))
+            bar.update(len(rows))
 
 
 def predict_all(
