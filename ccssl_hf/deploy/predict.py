@@ -217,8 +217,7 @@ def _files(path: Path) -> list[str] | None:
 def sharing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads that divide torch's own threads among them. Restores torch's number of threads at the end."""
     threads = torch.get_num_threads()
-    share = max(1, threads // workers)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, threads // workers),))
     try:
         yield pool
     finally:
@@ -226,7 +225,7 @@ def sharing_threads(workers: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)  # a worker's call also sets the default of later threads
 
 
-_Batch = tuple[list[dict[str, Any]], Predictions | None]  # path and error of each image; predictions of those without
+_Batch = tuple[list[dict[str, Any]], Predictions | None]  # rows of all images, predictions for the readable ones
 
 
 def _in_batches(
@@ -246,11 +245,18 @@ def _in_batches(
                 pixels.append(classifier.pixels(open_encoded(encoded)))
             except Exception as error:  # one image must not end the run
                 rows[-1]["error"] = str(error)
-        return rows, classifier.predict(torch.stack(pixels)) if pixels else None
+        if not pixels:
+            return rows, None
+        found = classifier.predict(torch.stack(pixels))
+        answers = zip(found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True)
+        for row in rows:
+            if row["error"] is None:
+                row["label"], row["confidence"], row["embedding"] = next(answers)
+        return rows, found
 
     starts = iter(range(0, len(images), size))
     bar = datasets.utils.tqdm(total=len(images), desc="Predicting", unit=" images")
-    with sharing_threads(workers) as pool, bar as progress:
+    with sharing_threads(workers) as pool, bar:
         waiting = deque(pool.submit(work, start, images[start : start + size]) for start in islice(starts, 2 * workers))
         while waiting:
             rows, found = waiting.popleft().result()
@@ -258,7 +264,7 @@ def _in_batches(
             if strict and (bad := [row for row in rows if row["error"]]):
                 raise ValueError(f"Image {bad[0]['path']} can't be read ({bad[0]['error']}): repair or remove it.")
             yield rows, found
-            progress.update(len(rows))
+            bar.update(len(rows))
 
 
 def predict_all(
@@ -329,13 +335,8 @@ def predict_to_parquet(
         pq.ParquetWriter(unfinished, schema) as writer,
     ):
         try:
-            for new, found in results:
-                readable = [row for row in new if row["error"] is None]
-                unreadable += len(new) - len(readable)
-                if found:
-                    answers = zip(found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True)
-                    for row, answer in zip(readable, answers, strict=True):
-                        row |= zip(("label", "confidence", "embedding"), answer, strict=True)
+            for new, _ in results:
+                unreadable += sum(row["error"] is not None for row in new)
                 rows += new
                 if len(rows) >= ROW_GROUP:
                     writer.write_table(pa.Table.from_pylist(rows, schema))
