@@ -425,3 +425,18 @@ def test_a_file_that_is_no_checkpoint(usb, tmp_path):
     torch.save(torch.zeros(1), path)
     with pytest.raises(ValueError, match="contains a Tensor"):
         convert("moco", path, tmp_path / "out", labels=LABELS)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "sentence"),
+    [
+        ("moco", dict(weights="raw"), "one set of weights: leave out weights"),
+        ("moco", dict(with_head=False), "of moco has no projection head to write: leave out with_head"),
+        ("usb", dict(with_head=True, backbone="wide_resnet28_2_cifar"), "of usb has no projection head"),
+        ("usb", {}, "backbone of a usb checkpoint is unknown: pass backbone"),
+        ("semicls", {}, "backbone of a semicls checkpoint is unknown: pass backbone"),
+    ],
+)
+def test_an_argument_that_does_not_apply_is_refused(tmp_path, source, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        convert(source, tmp_path / "model.pth", tmp_path / "out", labels=LABELS, **arguments)

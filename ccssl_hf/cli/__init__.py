@@ -7,10 +7,14 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from .deploy import convert, export, predict, serve, space
+from .convert import convert
 from .evaluate import evaluate
+from .export import export
+from .predict import predict
 from .push import push
 from .report import report
+from .serve import serve
+from .space import space
 from .train import ANY_FLAG, train
 
 app = typer.Typer(

@@ -91,12 +91,12 @@ def convert(
     out: str | Path,
     *,
     labels: Sequence[str],
-    backbone: str = "resnet50",
-    weights: Literal["ema", "raw"] = "ema",
+    backbone: str | None = None,
+    weights: Literal["ema", "raw"] | None = None,
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    with_head: bool = True,
+    with_head: bool | None = None,
     allow_unknown: bool = False,
 ) -> ConversionReport:
     """Convert a checkpoint to a published folder. Its report accounts for every key.
@@ -107,18 +107,28 @@ def convert(
 
     Args:
         labels: The class names, in the order of the label numbers.
-        backbone: timm's name of the network, such as "wide_resnet28_2_cifar".
-        weights: Averaged ("ema") or raw weights. MoCo has only one set.
+        backbone: timm's name of the network, such as "wide_resnet28_2_cifar". Only MoCo has a default: "resnet50".
+        weights: Averaged ("ema", the default) or raw weights. MoCo has only one set.
         image_size: Side of the input in pixels; where None, that of the source for this backbone.
         mean, std: Normalization per channel; where None, that of the source: CIFAR-10 for a Wide ResNet. For CIFAR-100
             pass (0.5071, 0.4867, 0.4408) and (0.2675, 0.2565, 0.2761).
-        with_head: Whether to write the projection head of a SemiCLS checkpoint, if it has one.
+        with_head: Whether to write the projection head of a SemiCLS checkpoint, if it has one; default: yes.
         allow_unknown: Whether to leave out unknown keys.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file is damaged or holds more than weights, or a key is unknown, missing or of another shape.
+        ValueError: The file is damaged or holds more than weights, a key is unknown, missing or of another shape, or an
+            argument does not apply to the source.
     """
+    if source == "moco" and weights is not None:
+        raise ValueError("MoCo has one set of weights: leave out weights.")
+    if source != "semicls" and with_head is not None:
+        raise ValueError(f"A checkpoint of {source} has no projection head to write: leave out with_head.")
+    if backbone is None and source != "moco":
+        raise ValueError(
+            f"The backbone of a {source} checkpoint is unknown: pass backbone, timm's name of its network."
+        )
+    backbone, weights = backbone or "resnet50", weights or "ema"
     form, architecture = _SOURCES[source], backbone.partition(".")[0]
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is '{weights}': use 'ema' or 'raw'.")
@@ -131,7 +141,7 @@ def convert(
     reasons, arguments = dict(form.left_out), dict(_IMAGENET)
     if source == "semicls":
         arguments = _SEMICLS.get(architecture, {}) | dict(projection_dim=len(state.get("fc2.weight", range(64))))
-        if not with_head:
+        if with_head is False:
             reasons[r"fc[12]\.(weight|bias)"] = "the projection head, which was not requested"
         if not is_own_backbone(architecture):
             reasons[r"fc\.(weight|bias)"] = "an unused projection, as the network has no proj"
