@@ -134,7 +134,7 @@ def test_two_processes_train_by_it(place: Path) -> None:
     start = "accelerate launch --config_file recipes/accelerate_configs/two_cpu_processes.yaml -m ccssl_hf.cli train"
     done = launch(place, [*shlex.split(start), *flags(output_dir="outputs/train_two")])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 cpu devices" in assert_is_published(place / "outputs" / "train_two", ["blue", "red"])
+    assert "2 x cpu" in assert_is_published(place / "outputs" / "train_two", ["blue", "red"])
     assert done.stdout.count("model, card and metrics are in outputs/train_two.") == 1
 
 

@@ -181,7 +181,7 @@ def test_two_processes_train_together(place: Path) -> None:
     run = launch(place, words)
     assert run.returncode == 0, run.stderr[-3000:]
     card = assert_is_published(place / "outputs" / "two", ["blue", "red"])
-    assert "2 cpu devices" in card
+    assert "2 x cpu" in card
     assert results(place / "outputs" / "two")["train_samples_per_second"] > 0
 
 
@@ -196,7 +196,7 @@ def test_semi_inat_streams_parquet_files_with_workers(place: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     classes = datasets.load_dataset("parquet", data_files=str(place / "semi_inat" / "labeled.parquet"), split="train")
     card = assert_is_published(place / "outputs" / "semi_inat", classes.features["label"].names)
-    assert "1 cpu device " in card
+    assert "1 x cpu" in card
     assert {"validation_top1", "test_top1", "test_top5"} <= results(place / "outputs" / "semi_inat").keys()
 
 
