@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import typer
@@ -395,8 +397,6 @@ def test_the_stored_notebook_has_outputs_and_is_small() -> None:
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel"), pytest.importorskip("ipywidgets")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert_looks_right(notebook)
