@@ -283,7 +283,7 @@ def choice_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def section(data: str, rows: Sequence[dict[str, Any]], steps: int | None) -> str:
-    """The part of the page for one data set: data, settings, results, and how the settings were chosen."""
+    """The part of the page for one dataset: data, settings, results, and how the settings were chosen."""
     changes = {"max_steps": steps} if steps else {}
 
     def current(row: dict[str, Any]) -> bool:

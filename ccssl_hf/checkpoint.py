@@ -139,7 +139,7 @@ def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) ->
     wanted, found = ({name: value.shape for name, value in s.items()} for s in (together.state_dict(), state))
     if other := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
         raise ValueError(
-            f"{folder} is of a run with another model, data set, algorithm or ema_decay ({len(other)} entries differ, "
+            f"{folder} is of a run with another model, dataset, algorithm or ema_decay ({len(other)} entries differ, "
             f"such as {other[0]!r}): resume with the arguments of that run."
         )
     together.load_state_dict(state)

@@ -22,7 +22,7 @@ OWN_IMAGES = CONFIGS / "imagefolder.yaml"  # the settings of `ccssl-hf train`
 @dataclass
 class RecipeArguments:
     """The data and the model of a run. A split is an image folder (`<class>/<image>`; an unlabeled one may be nested in
-    any way), parquet files (a folder, a file or a glob), or a data set on the Hub (`user/name` or `user/name:split`).
+    any way), parquet files (a folder, a file or a glob), or a dataset on the Hub (`user/name` or `user/name:split`).
     """
 
     labeled: str | None = argument(None, "Labeled training images.")
@@ -57,7 +57,7 @@ class FolderArguments(RecipeArguments):
 def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
     """The splits of a run, by role. Raises a ValueError if there is no labeled split, or a split cannot be read."""
     if recipe.labeled is None:
-        raise ValueError("There is no labeled split: set labeled to an image folder, parquet files or a Hub data set.")
+        raise ValueError("There is no labeled split: set labeled to an image folder, parquet files or a Hub dataset.")
     sources = {role: getattr(recipe, role) for role in ROLES}
     return {role: load_split(source, role=role) for role, source in sources.items() if source is not None}
 

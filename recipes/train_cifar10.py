@@ -2,7 +2,7 @@
 
     accelerate launch recipes/train_cifar10.py --data uoft-cs/cifar10 --num_labels 250 --split_seed 0
 
-`--data` is a data set on the Hub, or a folder with train.parquet and test.parquet. Settings are in
+`--data` is a dataset on the Hub, or a folder with train.parquet and test.parquet. Settings are in
 recipes/configs/cifar10.yaml, and those of a ten-minute run on one GPU in recipes/configs/cifar10_speed.yaml. A flag
 overrides the file. The test split is evaluated once, at the end.
 """
@@ -30,7 +30,7 @@ class Cifar10Arguments:
 
     data: str = field(
         default="uoft-cs/cifar10",
-        metadata={"help": "Data set on the Hub, or folder with train.parquet and test.parquet."},
+        metadata={"help": "Dataset on the Hub, or folder with train.parquet and test.parquet."},
     )
     num_labels: int = field(default=250, metadata={"help": "Number of labeled images, the same for each class."})
     split_seed: int = field(default=0, metadata={"help": "Seed that selects the labeled images; seed is for the rest."})

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/train_semi_inat.py --labeled L --unlabeled U --validation V [--test T]
 
-Each split is an image folder, parquet files or a data set on the Hub. Settings are in recipes/configs/semi_inat.yaml. A
+Each split is an image folder, parquet files or a dataset on the Hub. Settings are in recipes/configs/semi_inat.yaml. A
 flag overrides the file, and `--config mine.yaml` replaces it.
 """
 

@@ -141,7 +141,7 @@ def test_branches_tags_commits_and_pull_requests_load(published, tmp_path):
         find_checkpoint(f"{repo_id}@v2", cache_dir=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------ data sets
+# ------------------------------------------------------------------------------------------------------------ datasets
 
 
 def test_every_verb_takes_a_hub_id(published, tmp_path):

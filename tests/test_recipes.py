@@ -356,13 +356,13 @@ def test_cifar10s_settings_are_the_papers_but_where_the_file_says_otherwise(
 
 
 def test_wrong_input_ends_in_one_line_and_no_traceback(place: Path) -> None:
-    """A Hub data set without network."""
+    """A Hub dataset without network."""
     recipe = [sys.executable, "recipes/train_semi_inat.py", "--labeled", "someone/photos:train", "--use_cpu", "true"]
     run = subprocess.run(recipe, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300)
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        "error: The labeled split 'someone/photos:train' is neither a path nor a data set on the Hub ("
+        "error: The labeled split 'someone/photos:train' is neither a path nor a dataset on the Hub ("
     )
     assert "check the spelling and the network, or give an image folder or parquet files" in last
 

@@ -69,7 +69,7 @@ def _wrong_values(card: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_index(index: Any) -> Iterator[str]:
-    """`model-index`: a list of models, each with results on a data set for a task, each with metrics."""
+    """`model-index`: a list of models, each with results on a dataset for a task, each with metrics."""
     if not isinstance(index, list):
         yield '"model-index" must be an array'
         return
