@@ -218,7 +218,8 @@ def classification_metrics(logits: Any, labels: Any, *, open_set_scores: Any = N
     ood = (labels == OUT_OF_DISTRIBUTION).any()
     results = evaluate.combine([*metrics, OutOfDistributionAUROC()] if ood else metrics).compute(logits, labels)
     if ood and open_set_scores is not None:
-        results["auroc_open_set"] = out_of_distribution_auroc(open_set_scores, labels)
+        auroc = OutOfDistributionAUROC().compute(predictions=to_numpy(open_set_scores), references=labels)
+        results["auroc_open_set"] = auroc["auroc"]
     return results
 
 

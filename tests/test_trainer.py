@@ -30,6 +30,7 @@ from tiny_runs import (
     arguments,
     copy_of,
     different,
+    digits,
     everything,
     logs_of_steps,
     model_of,
@@ -102,7 +103,8 @@ def test_training_learns_to_read_digits(tmp_path):
     trainer = trainer_of(
         tmp_path,
         model_of(bn_momentum=0.1),
-        max_steps=60,
+        validation=digits(120, 320),  # with fewer images, a few of them decide on some machines
+        max_steps=150,
         per_device_train_batch_size=8,
         confidence_threshold=0.9,
         push_threshold=0.9,
@@ -111,9 +113,9 @@ def test_training_learns_to_read_digits(tmp_path):
         horizontal_flip=False,
         logging_steps=20,
     )
-    assert trainer.evaluate()["eval_top1"] < 0.6
+    assert trainer.evaluate()["eval_top1"] < 0.4
     trainer.train()
-    assert trainer.evaluate()["eval_top1"] > 0.9
+    assert trainer.evaluate()["eval_top1"] > 0.8
 
 
 # ----------------------------------------------------------------------------------------------------------- parameters
