@@ -59,12 +59,12 @@ def prepare(folder: Path, unlabeled: str, decode: str) -> None:
     """Fill the cache with a first run, which decodes a repeated file only once in each batch."""
     pixels = images._pixels
 
-    def pixels_of_distinct(batch: dict[str, list[Any]], rows: list[int], *, column: str, **given: Any) -> Any:
-        row_of = {image["bytes"]: row for row, image in enumerate(batch[column])}
-        distinct = [batch[column][row] for row in row_of.values()]
-        decoded = pixels({column: distinct}, list(row_of.values()), column=column, **given)["pixels"]
+    def pixels_of_distinct(batch: list[Any], rows: list[int], **given: Any) -> Any:
+        row_of = {image["bytes"]: row for row, image in enumerate(batch)}
+        distinct = [batch[row] for row in row_of.values()]
+        decoded = pixels(distinct, list(row_of.values()), **given)["pixels"]
         by_file = dict(zip(row_of, decoded, strict=True))
-        return {"pixels": [by_file[image["bytes"]] for image in batch[column]]}
+        return {"pixels": [by_file[image["bytes"]] for image in batch]}
 
     images._pixels = pixels_of_distinct
     first_step(folder, unlabeled, decode)
