@@ -103,7 +103,8 @@ def test_training_learns_to_read_digits(tmp_path):
     trainer = trainer_of(
         tmp_path,
         model_of(bn_momentum=0.1),
-        validation=digits(120, 320),  # with fewer images, a few of them decide on some machines
+        labeled=digits(400, 560),  # with 24 images, accuracy is too close to the bound and depends on the processor
+        validation=digits(120, 320),
         max_steps=150,
         per_device_train_batch_size=8,
         confidence_threshold=0.9,
@@ -115,7 +116,7 @@ def test_training_learns_to_read_digits(tmp_path):
     )
     assert trainer.evaluate()["eval_top1"] < 0.4
     trainer.train()
-    assert trainer.evaluate()["eval_top1"] > 0.8
+    assert trainer.evaluate()["eval_top1"] > 0.9
 
 
 # ----------------------------------------------------------------------------------------------------------- parameters

@@ -67,6 +67,7 @@ def trainer_of(
     model: CCSSLForImageClassification | None = None,
     *,
     callbacks: list[TrainerCallback] | None = None,
+    labeled: datasets.Dataset = LABELED,
     unlabeled: datasets.Dataset | None = UNLABELED,
     validation: datasets.Dataset | dict[str, datasets.Dataset] | None = VALIDATION,
     **changes: Any,
@@ -74,7 +75,7 @@ def trainer_of(
     return CCSSLTrainer(
         model or model_of(),
         arguments(output_dir, **changes),
-        train_dataset=LABELED,
+        train_dataset=labeled,
         unlabeled_dataset=unlabeled,
         eval_dataset=validation,
         callbacks=callbacks,
