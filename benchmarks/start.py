@@ -30,7 +30,7 @@ from PIL import Image
 from workload import FEATURES, LABELS, StepEnds, make_trainer
 
 from ccssl_hf import images
-from ccssl_hf.data import load_split
+from ccssl_hf.sources import load_split
 
 DISTINCT = 2000
 """Number of different images; they repeat in the files."""

@@ -22,8 +22,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from . import wide_resnet_cifar
-from .checkpoint import CONFIG_FILE, HEAD_FILE, TRAINING_STATE, WEIGHTS_FILE
+from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
 from .errors import summary
+from .resume import TRAINING_STATE
 
 CARD_FILE = "README.md"
 # Files of a published model, besides the pictures of its card. Others may have the Hub token or local paths.

@@ -10,8 +10,9 @@ import datasets
 from timm.models import get_pretrained_cfg
 from transformers import set_seed
 
-from .data import load_split, read_class_names
+from .data import read_class_names
 from .modeling import CCSSLForImageClassification
+from .sources import load_split
 from .trainer import CCSSLTrainer
 from .training_args import CONFIGS, CCSSLTrainingArguments, argument
 

@@ -27,7 +27,6 @@ from . import data
 from .algorithms import Algorithm, build_algorithm
 from .callbacks import StepMonitor, UpdateAverage, progress_callback
 from .card import write_card
-from .checkpoint import last_checkpoint, load_training_state, save_training_state
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
 from .hub import plan_push, upload, upload_checkpoint
@@ -35,6 +34,7 @@ from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
 from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
+from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments

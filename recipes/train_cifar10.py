@@ -17,9 +17,10 @@ from transformers import set_seed
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.callbacks import TimeLimit
 from ccssl_hf.cli.flags import parse_recipe
-from ccssl_hf.data import load_split, read_class_names, read_labels
+from ccssl_hf.data import read_class_names, read_labels
 from ccssl_hf.errors import errors_in_one_line
 from ccssl_hf.recipe import train
+from ccssl_hf.sources import load_split
 
 CONFIG = Path(__file__).parent / "configs" / "cifar10.yaml"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,14 @@ from ccssl_hf.data import (
     default_workers,
     drop_unreadable,
     fingerprint,
-    load_split,
     read_class_names,
     read_labels,
 )
 from ccssl_hf.images import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
 from ccssl_hf.sampling import UNLABELED, PairedBatchSampler
+from ccssl_hf.sources import load_split
 from ccssl_hf.transforms import View, ViewSettings, crop_boxes, make_view
-from conftest import SHARED, needs_shared
+from pictures import dataset, encoded, mixed_sizes, picture
 
 SIZE = 16
 VIEWS = (View.WEAK, View.STRONG, View.CONTRASTIVE)
@@ -46,88 +45,6 @@ def _quiet() -> None:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def picture(seed: int = 0, width: int = 24, height: int = 20) -> Image.Image:
-    """Smooth, and no two alike."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def dataset(images: list[Any], **columns: list[Any]) -> datasets.Dataset:
-    images = [encoded(image) if isinstance(image, Image.Image) else image for image in images]
-    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
-
-
-def mixed_sizes(count: int, first: int = 0) -> datasets.Dataset:
-    return dataset([picture(first + i, 20 + i % 5, 18 + i % 7) for i in range(count)])
-
-
-def write(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed).save(path, Image.registered_extensions()[path.suffix.lower()])
-
-
-# -------------------------------------------------------------------------------------------------------------- sources
-
-
-def test_an_image_folder_gives_its_class_folders_as_labels(tmp_path: Path) -> None:
-    root = tmp_path / "my [test] images, train"  # names of splits, and characters of a pattern
-    for number, name in enumerate(("test bird/1.PNG", "test bird/2.jpg", "train cat/1.Jpeg", "dog/val/ant/1.png")):
-        write(root / name, number)
-    (root / "train cat" / "notes.txt").write_text("not an image")
-    found = load_split(str(root), role="labeled")
-    assert found.features["label"].names == ["ant", "test bird", "train cat"]
-    assert [found.features["label"].int2str(label) for label in sorted(found["label"])] == [
-        "ant", "test bird", "test bird", "train cat",
-    ]  # fmt: skip
-
-
-def test_unlabeled_folders_may_nest_and_lose_their_labels(tmp_path: Path) -> None:
-    for name in ("1.png", "test/2.png", "train/deep/er/3.JPG"):
-        write(tmp_path / "unlabeled" / name)
-    (tmp_path / "unlabeled" / "metadata.csv").write_text("file_name,label\n1.png,x\n")
-    found = load_split(str(tmp_path / "unlabeled"), role="unlabeled")
-    assert (len(found), found.column_names) == (3, ["image"])
-
-
-def test_a_changed_file_in_a_folder_is_read_again(tmp_path: Path) -> None:
-    file = tmp_path / "folder" / "1.png"
-    rows = []
-    for seed in (0, 1):
-        write(file, seed)
-        images = load_split(str(tmp_path / "folder"), role="unlabeled")
-        rows.append(PixelTable(images, image_column="image", size=SIZE, role="unlabeled").read(np.array([0])))
-        time.sleep(0.02)  # for file systems with coarse clocks
-    assert not torch.equal(*rows)
-
-
-def test_parquet_is_read_from_a_file_a_folder_and_a_glob(tmp_path: Path) -> None:
-    folder = tmp_path / "pack [1]"
-    folder.mkdir()
-    mixed_sizes(2).to_parquet(folder / "a.parquet")
-    mixed_sizes(3, first=2).to_parquet(folder / "b.parquet")
-    assert len(load_split(str(folder / "a.parquet"), role="labeled")) == 2
-    assert len(load_split(str(folder), role="labeled")) == 5
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    mixed_sizes(2).to_parquet(plain / "x-0.parquet")
-    mixed_sizes(3).to_parquet(plain / "x-1.parquet")
-    assert len(load_split(f"{plain}/x-*.parquet", role="test")) == 5
-
-
-@needs_shared
-def test_a_pack_is_read_with_its_class_names() -> None:
-    found = load_split(str(SHARED / "data" / "butterfly10_mini" / "labeled.parquet"), role="labeled")
-    names = read_class_names(found, "label")
-    assert (len(found), len(names)) == (73, 10)
-    assert read_labels(found, "label", names, role="labeled", allow_ood=False).tolist() == found["label"]
 
 
 # --------------------------------------------------------------------------------------------------------------- labels

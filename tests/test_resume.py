@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters
-from ccssl_hf.checkpoint import TRAINING_STATE, is_complete, last_checkpoint
+from ccssl_hf.resume import TRAINING_STATE, is_complete, last_checkpoint
 from tiny_runs import StopAt, different, everything, logs_of_steps, model_of, trainer_of
 
 DROPOUT = {"backbone": "test_vit", "drop_rate": 0.3, "drop_path_rate": 0.3}

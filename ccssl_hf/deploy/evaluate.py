@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import datasets
 
-from ..data import check_images, load_split, read_labels
+from ..data import check_images, read_labels
 from ..metrics import classification_metrics
 from ..record import Provenance, Result, SplitPredictions
+from ..sources import load_split
 from .predict import Classifier, predict_all
 
 
 def load_labeled(source: str, split: str) -> datasets.Dataset:
-    """`data.load_split` of any split with its labels. An unlabeled split would lose them."""
+    """`load_split` of any split with its labels. An unlabeled split would lose them."""
     return load_split(source, role="test" if split in ("labeled", "unlabeled") else split)
 
 

@@ -34,9 +34,10 @@ from torch.fx.proxy import TraceError
 
 from ..backbones import features_and_logits
 from ..checkpoint import HEAD_FILE, find_checkpoint
-from ..data import check_images, check_writable, load_split
+from ..data import check_images, check_writable
 from ..images import encoded_images, open_encoded, upright_rgb
 from ..modeling import CCSSLForImageClassification
+from ..sources import load_split
 
 MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lock
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it

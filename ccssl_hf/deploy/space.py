@@ -26,9 +26,10 @@ from torch import Tensor
 
 from .. import wide_resnet_cifar
 from ..checkpoint import find_checkpoint, is_own_backbone
-from ..data import OUT_OF_DISTRIBUTION, check_images, check_writable, load_split, read_labels
+from ..data import OUT_OF_DISTRIBUTION, check_images, check_writable, read_labels
 from ..images import decode_image, encoded_images
 from ..metrics import top_k_accuracy
+from ..sources import load_split
 from .predict import load_published
 from .space_page import app
 
