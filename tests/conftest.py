@@ -10,7 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +40,13 @@ def hub() -> Iterator[Hub]:
     server = Hub(_PORT).start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def fault_record(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
+    """Adds a row to docs/reliability.md: a fault, what happened, and what was lost. Call it after the assertions."""
+
+    def record(fault: str, what_happened: str, lost: str) -> None:
+        request.node.user_properties.append(("fault", (fault, what_happened, lost)))
+
+    return record
