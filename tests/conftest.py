@@ -12,9 +12,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import reliability
 from hub_server import Hub, open_port
 
 _PORT = open_port()
@@ -50,3 +52,15 @@ def fault_record(request: pytest.FixtureRequest) -> Callable[[str, str, str], No
         request.node.user_properties.append(("fault", (fault, what_happened, lost)))
 
     return record
+
+
+_RECORDER = reliability.Recorder()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _RECORDER.add(report)
+
+
+def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
+    if not hasattr(session.config, "workerinput"):  # the process that collects the reports of all workers
+        reliability.finish(session, _RECORDER, exitstatus)

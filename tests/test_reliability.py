@@ -1,0 +1,28 @@
+"""The page of faults that the test run writes."""
+
+from __future__ import annotations
+
+from reliability import PAGE, Recorder, Row, _exists, read_page, render_page
+
+HERE = "tests/test_reliability.py"
+ROWS = [
+    Row("A file | is cut", "an error names it", "0 bytes", f"{HERE}::test_rows_are_replaced_by_those_of_their_test"),
+    Row("Another fault", "nothing", "1 step", f"{HERE}::test_the_page_is_read_as_it_was_written"),
+]
+
+
+def test_the_page_is_read_as_it_was_written() -> None:
+    assert read_page(render_page(ROWS)) == ROWS
+
+
+def test_rows_are_replaced_by_those_of_their_test() -> None:
+    recorder = Recorder()
+    recorder.ran, recorder.rows = {ROWS[0].test}, [ROWS[0]._replace(lost="1 byte")]
+    gone = Row("x", "y", "z", f"{HERE}::test_that_is_gone")
+    assert recorder.merged([*ROWS, gone]) == [ROWS[0]._replace(lost="1 byte"), ROWS[1]]
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    rows = read_page(PAGE.read_text(encoding="utf-8"))
+    assert len({row.fault for row in rows}) == len(rows) > 0
+    assert [row.test for row in rows if not _exists(row.test)] == []
