@@ -30,6 +30,7 @@ from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
 from .hub import plan_push, upload, upload_checkpoint
+from .metrics import check_best_metric
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
@@ -87,6 +88,9 @@ class CCSSLTrainer(Trainer):
         self.train_dataset, self.unlabeled_dataset, self.eval_dataset = train_dataset, unlabeled_dataset, eval_dataset
         self._read_data()
         self.algorithm = self._build_algorithm(model)
+        if args.metric_for_best_model and args.eval_strategy != "no" and compute_metrics is None and self._has_ood:
+            own = type(self.algorithm).open_set_score is not Algorithm.open_set_score
+            check_best_metric(args.metric_for_best_model, self._has_ood, open_set=own)
         data.check_writable(args.output_dir)
 
         # Freeze parameters that receive no gradient; DDP would wait for them.
@@ -150,9 +154,11 @@ class CCSSLTrainer(Trainer):
                 )
             if args.hidden_label_column is not None:
                 self.hidden_labels = self._read_labels(unlabeled, "unlabeled", args.hidden_label_column)
-        for name, split in (evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}).items():
+        self._has_ood: dict[str, bool] = {}
+        for name, split in (evaluation if isinstance(evaluation, dict) else {"": evaluation}).items():
             if split is not None:
-                self._read_labels(split, name)
+                labels = self._read_labels(split, name or "evaluation")
+                self._has_ood[name] = bool((labels == data.OUT_OF_DISTRIBUTION).any())
 
     def _read_labels(self, split: datasets.Dataset, role: str, column: str | None = None) -> np.ndarray:
         data.check_images(split, role=role, image_column=self.args.image_column)
@@ -236,6 +242,7 @@ class CCSSLTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
             **settings,
         )
         return self.accelerator.prepare(loader)
@@ -275,7 +282,8 @@ class CCSSLTrainer(Trainer):
             result = algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
             return result.loss
-        output, labels = model(pixel_values=inputs["pixel_values"]), inputs["labels"]
+        images, labels = inputs["pixel_values"].to(self.model.dtype), inputs["labels"]  # half with bf16_full_eval
+        output = model(pixel_values=images)
         logits = output.logits.float()
         loss = F.cross_entropy(logits, labels, ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
         # A batch of OOD images only must not turn the split's mean into NaN.

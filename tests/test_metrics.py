@@ -267,3 +267,17 @@ def test_the_loss_is_exact_over_the_in_distribution_images() -> None:
     logits, labels = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]], np.float32), np.array([0, 0, -1])
     expected = np.mean([np.log1p(np.exp(-2.0)), np.log1p(np.exp(1.0))])
     assert m.compute_metrics(EvalPrediction(logits, labels))["loss"] == pytest.approx(expected)
+
+
+def test_the_metric_of_the_best_model_is_measured_or_refused() -> None:
+    for name, splits in (("eval_ece", {"": False}), ("auroc", {"": True}), ("far_auroc", {"near": False, "far": True})):
+        check_best_metric(name, splits, open_set=False)
+    check_best_metric("auroc_open_set", {"": True}, open_set=True)
+    for name, splits in (
+        *(("auroc", {"": False}), ("auroc_open_set", {"": True}), ("precision@0.95", {"": True})),
+        *(("top1", {"near": True}), ("near_auroc", {"near": False, "far": True})),
+    ):
+        with pytest.raises(ValueError, match=f"metric_for_best_model '{name}' is not measured in this run's"):
+            check_best_metric(name, splits, open_set=False)
+    with pytest.raises(ValueError, match=r"Did you mean 'near_top1'.*Choose one of near_loss, near_top1"):
+        check_best_metric("eval_top1", {"near": False}, open_set=False)
