@@ -36,13 +36,24 @@ def to_numpy(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
+def check_outputs(logits: Any) -> None:
+    """Raises a ValueError that names the images whose logits `[N, C]` are NaN or infinite. Ignores other outputs."""
+    if isinstance(logits, np.ndarray) and logits.ndim == 2 and np.issubdtype(logits.dtype, np.floating):
+        rows = np.flatnonzero((np.isnan(logits) | np.isposinf(logits)).any(axis=1))
+        if len(rows):
+            named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+            raise ValueError(
+                f"Logits are NaN or infinite for {len(rows)} of {len(logits)} images (rows {named}): training "
+                "diverged; lower the learning rate, or use float32."
+            )
+
+
 def _arrays(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Logits `[N, C]` and labels `[N]` as arrays, if shapes fit and logits are finite."""
     logits, labels = to_numpy(logits), to_numpy(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"Pass logits [N, C] and labels [N]; their shapes are {logits.shape} and {labels.shape}.")
-    if np.isnan(logits).any() or np.isposinf(logits).any():
-        raise ValueError("Logits are NaN or infinite: training diverged; lower the learning rate, or use float32.")
+    check_outputs(logits)
     return logits, labels
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
 from ccssl_hf.metrics import confidences, out_of_distribution_auroc
@@ -444,10 +444,12 @@ def test_logs_are_means_over_the_steps_between_them(tmp_path):
         assert means[1][name] == pytest.approx(np.mean([entry[name] for entry in steps[3:]]), rel=1e-5)
 
 
-def test_a_diverged_loss_is_seen_in_the_log(tmp_path):
-    trainer = trainer_of(tmp_path, learning_rate=1e12)
-    trainer.train()
-    assert not math.isfinite(logs_of_steps(trainer)[-1]["loss"])
+def test_a_diverged_loss_stops_the_run_and_is_not_in_the_log(tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=1e20)
+    with pytest.raises(ValueError, match=r"Step 2: loss_x, .* are NaN or infinite"):
+        trainer.train()
+    assert [entry["step"] for entry in logs_of_steps(trainer)] == [1]
+    assert all(math.isfinite(entry["loss"]) for entry in logs_of_steps(trainer))
 
 
 def test_tensorboard_gets_the_terms(tmp_path, monkeypatch):
@@ -600,7 +602,13 @@ def test_no_finite_value_is_no_best_model_and_is_said(tmp_path, caplog):
 
 def test_a_run_stops_early_in_the_direction_of_its_metric(tmp_path):
     early = EarlyStoppingCallback(early_stopping_patience=2)
-    args = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    args = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_only_model": True,
+    }
     values = iter([0.3, 0.2, 0.4, 0.5, 0.6, 0.7])
     args = arguments(tmp_path, metric_for_best_model="ece", **args)
     trainer = CCSSLTrainer(
@@ -612,10 +620,10 @@ def test_a_run_stops_early_in_the_direction_of_its_metric(tmp_path):
 
 @pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
 def test_evaluation_in_half_precision_needs_no_training_in_it(name, tmp_path):
-    trainer = trainer_of(tmp_path, max_steps=1, **{name: True})
-    trainer.train()
-    whole = trainer_of(tmp_path, trainer.model, max_steps=1)
+    trainer, whole = trainer_of(tmp_path, max_steps=1, **{name: True}), trainer_of(tmp_path)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], abs=0.05)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
 
 
