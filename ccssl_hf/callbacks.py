@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 class StepMonitor:
-    """Sums what each step reports, on the device, and reads the sums back once per log."""
+    """Sums what each step reports, on the device, and reads the sums back once per log.
 
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self.class_names = list(class_names)
+    With `skips`, steps with a loss that is not finite do not count, and the mean loss is also among the logs.
+    """
+
+    def __init__(self, class_names: Sequence[str], *, skips: bool = False) -> None:
+        self.class_names, self._skips = list(class_names), skips
         self._steps = 0
         self._sums: dict[str, Tensor] = {}
 
@@ -39,6 +43,10 @@ class StepMonitor:
             values["_passed"] = by_class.index_add_(0, result.pseudo_labels, passed.to(by_class.dtype))
             if hidden_labels is not None:
                 values["_correct"] = (passed & (result.pseudo_labels == hidden_labels)).sum()
+        if self._skips:
+            finite = result.loss.detach().isfinite()
+            values = {k: torch.where(finite, v.detach(), 0) for k, v in {**values, "loss": result.loss}.items()}
+            values["_finite"] = finite
         for name, value in values.items():
             value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -51,7 +59,8 @@ class StepMonitor:
         parts = all_reduce_mean(torch.cat(flat)).cpu().split([len(value) for value in flat])
         sums = {name: part.tolist() for name, part in zip(self._sums, parts, strict=True)}
         by_class, correct = sums.pop("_passed", None), sums.pop("_correct", None)
-        logs = {name: total / self._steps for name, [total] in sums.items()}
+        [steps] = sums.pop("_finite", [float(self._steps)])
+        logs = {name: total / (steps or math.nan) for name, [total] in sums.items()}
         if by_class is not None:
             passed = sum(by_class)
             if correct is not None and passed:

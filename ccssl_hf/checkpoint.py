@@ -34,6 +34,17 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     _write(Path(path), save(plain, metadata={"format": "pt", **(metadata or {})}))
 
 
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises a ValueError that names the tensors with a NaN or infinite number. `what` is the start of the sentence."""
+    floating = {key: value for key, value in tensors.items() if value.is_floating_point()}
+    if wrong := [key for key, value in floating.items() if not value.isfinite().all()]:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            f"{what} has NaN or infinite numbers in {len(wrong)} of {len(tensors)} tensors "
+            f"({', '.join(wrong[:10])}{more}): use an earlier checkpoint."
+        )
+
+
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file. An interrupted write keeps the old file."""
     _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -22,7 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from . import wide_resnet_cifar
-from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
+from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, check_finite, load_tensors
 from .errors import summary
 from .resume import TRAINING_STATE
 
@@ -57,6 +57,9 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
         exported = name == WEIGHTS_FILE and any(folder.glob("onnx/*.onnx"))
         if not (folder / name).is_file() and not exported:
             raise FileNotFoundError(f"'{folder}' has no {name}: pass a folder from save_model or export.")
+    for name in (WEIGHTS_FILE, *([HEAD_FILE] if with_head else [])):
+        if (folder / name).is_file():
+            check_finite(load_tensors(folder / name), f"'{folder / name}'")
     pictures = _pictures(folder / CARD_FILE)
     patterns = [*PLAIN_FILES, *map(glob.escape, pictures), *([HEAD_FILE] if with_head else [])]
     if with_training_state:  # a checkpoint's state does not fit a model without the heads

@@ -5,6 +5,7 @@ Values are fractions in [0, 1]. Labels `[N]` lie in 0..C-1, or are -1 for out-of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import datasets
@@ -17,6 +18,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers import EvalPrediction
 
 from .data import OUT_OF_DISTRIBUTION
+from .errors import near_misses
 
 
 def to_numpy(values: Any) -> np.ndarray:
@@ -34,13 +36,24 @@ def to_numpy(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
+def check_outputs(logits: Any) -> None:
+    """Raises a ValueError that names the images whose logits `[N, C]` are NaN or infinite. Ignores other outputs."""
+    if isinstance(logits, np.ndarray) and logits.ndim == 2 and np.issubdtype(logits.dtype, np.floating):
+        rows = np.flatnonzero((np.isnan(logits) | np.isposinf(logits)).any(axis=1))
+        if len(rows):
+            named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+            raise ValueError(
+                f"Logits are NaN or infinite for {len(rows)} of {len(logits)} images (rows {named}): training "
+                "diverged; lower the learning rate, or use float32."
+            )
+
+
 def _arrays(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Logits `[N, C]` and labels `[N]` as arrays, if shapes fit and logits are finite."""
     logits, labels = to_numpy(logits), to_numpy(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"Pass logits [N, C] and labels [N]; their shapes are {logits.shape} and {labels.shape}.")
-    if np.isnan(logits).any() or np.isposinf(logits).any():
-        raise ValueError("Logits are NaN or infinite: training diverged; lower the learning rate, or use float32.")
+    check_outputs(logits)
     return logits, labels
 
 
@@ -231,6 +244,25 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     known_logits, known_labels = _in_distribution(logits, prediction.label_ids)
     loss = F.cross_entropy(torch.from_numpy(known_logits), torch.from_numpy(known_labels)).item()
     return {**classification_metrics(logits, prediction.label_ids, open_set_scores=scores), "loss": loss}
+
+
+def check_best_metric(name: str, splits: Mapping[str, bool], *, open_set: bool) -> None:
+    """Raises a ValueError unless `compute_metrics` measures `metric_for_best_model` in each evaluation of a run.
+
+    `splits` are the names of an evaluation's splits (the name of a single one is ""), and whether each has OOD images.
+    `open_set`: whether the algorithm has an open-set score.
+    """
+    measured = []
+    for split, has_ood in splits.items():
+        names = ["loss", "top1", "top5", "macro_f1", "ece", *(["auroc"] if has_ood else [])]
+        names += ["auroc_open_set"] if has_ood and open_set else []
+        measured += [f"{split}_{each}" if split else each for each in names]
+    plain = name.removeprefix("eval_")
+    if plain not in measured:
+        raise ValueError(
+            f"metric_for_best_model {name!r} is not measured in this run's evaluations.{near_misses(plain, measured)} "
+            f"Choose one of {', '.join(measured)}, or pass your own compute_metrics."
+        )
 
 
 def pseudo_label_quality(*, pseudo_labels: Any, mask: Any, hidden_labels: Any) -> dict[str, float]:

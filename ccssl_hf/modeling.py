@@ -20,7 +20,16 @@ from transformers import PreTrainedModel, TimmWrapperConfig
 from transformers.utils import ModelOutput
 
 from . import backbones
-from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, find_checkpoint, load_tensors, save_tensors, write_config
+from .checkpoint import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    WEIGHTS_FILE,
+    check_finite,
+    find_checkpoint,
+    load_tensors,
+    save_tensors,
+    write_config,
+)
 from .hub import plan_push, upload
 
 
@@ -201,7 +210,7 @@ class CCSSLForImageClassification(PreTrainedModel):
             is_main_process: False: write nothing.
 
         Raises:
-            ValueError: `state_dict` has other keys than the model.
+            ValueError: `state_dict` has other keys than the model, or a number is NaN or infinite.
         """
         if not is_main_process:
             return
@@ -209,6 +218,7 @@ class CCSSLForImageClassification(PreTrainedModel):
         state = own if state_dict is None else state_dict
         if other := sorted(state.keys() ^ own.keys()):
             raise ValueError(f"state_dict must have the model's keys: {len(other)} differ, such as '{other[0]}'.")
+        check_finite(state, "The model")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         prefix = "backbone."
@@ -238,7 +248,7 @@ class CCSSLForImageClassification(PreTrainedModel):
 
         Raises:
             FileNotFoundError: There is no such folder or repository.
-            ValueError: A file is damaged, or timm does not know the backbone.
+            ValueError: A file is damaged, a weight is NaN or infinite, or timm does not know the backbone.
         """
         folder = find_checkpoint(
             name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -264,6 +274,7 @@ class CCSSLForImageClassification(PreTrainedModel):
                 f"The weights in '{name}' do not fit '{model.config.architecture}': {len(other)} keys differ, such as "
                 f"'{other[0]}'. Save the folder again."
             )
+        check_finite(state, f"The model in '{name}'")
         model.load_state_dict(state, strict=has_head)
         return model.eval()
 

@@ -15,11 +15,12 @@ _PSEUDO: Section = "pseudo labels"
 
 
 class Metric(NamedTuple):
-    """A metric's name in the Hub's metadata, its name for readers, and the section of the card that shows it."""
+    """A metric's name in the Hub's metadata, its name for readers, the section of the card, and its direction."""
 
     hub_name: str
     words: str
     section: Section = "classes"
+    greater_is_better: bool = True
 
 
 # By the names of `ccssl_hf.metrics`. A name may carry the confidence threshold, as in `precision@0.95`.
@@ -27,15 +28,33 @@ METRICS = {
     "top1": Metric("accuracy", "Top-1 accuracy"),
     "top5": Metric("top_5_accuracy", "Top-5 accuracy"),
     "macro_f1": Metric("f1", "Macro F1"),
-    "ece": Metric("expected_calibration_error", "Expected calibration error (lower is better)"),
+    "ece": Metric(
+        "expected_calibration_error", "Expected calibration error (lower is better)", greater_is_better=False
+    ),
     "precision": Metric("pseudo_label_precision", "Pseudo-label precision", _PSEUDO),
     "coverage": Metric("pseudo_label_coverage", "Pseudo-label coverage", _PSEUDO),
-    "ood_share_passed": Metric("pseudo_label_ood_share_passed", "Share of OOD images above the threshold", _PSEUDO),
+    "ood_share_passed": Metric(
+        "pseudo_label_ood_share_passed", "Share of OOD images above the threshold", _PSEUDO, False
+    ),
     "mask_rate": Metric("mask_rate", "Mask rate (training)", _PSEUDO),
     "training_precision": Metric("pseudo_label_training_precision", "Pseudo-label precision (training)", _PSEUDO),
     "auroc": Metric("roc_auc", "OOD AUROC (confidence)", "ood"),
     "auroc_open_set": Metric("roc_auc_open_set", "OOD AUROC (open-set score)", "ood"),
 }
+DIRECTIONS = {"loss": False, **{name: metric.greater_is_better for name, metric in METRICS.items()}}
+"""Whether a higher value of a metric is better."""
+
+
+def greater_is_better(name: str) -> bool | None:
+    """Whether higher values of a metric are better; None if it is not in `DIRECTIONS`.
+
+    The name may start with `eval_` and the name of a split, and end with a threshold: `eval_near_precision@0.95`.
+    """
+    plain = name.partition("@")[0]
+    found = [known for known in DIRECTIONS if plain == known or plain.endswith(f"_{known}")]
+    return DIRECTIONS[max(found, key=len)] if found else None
+
+
 PUBLISHED = "published weights"  # the provenance of weights whose run is unknown
 
 

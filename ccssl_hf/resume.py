@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import load_tensors, save_tensors
+from .checkpoint import check_finite, load_tensors, save_tensors
 from .distributed import all_gather, rank, read_batchnorm_buffers, world_size, write_batchnorm_buffers
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ def save_training_state(folder: str | Path, modules: Mapping[str, nn.Module], *,
     statistics = read_batchnorm_buffers(together)
     if world_size() > 1 and len(statistics):
         state[_BATCHNORM] = all_gather(statistics[None])
+    check_finite(state, "The training state")
     if write:
         save_tensors(Path(folder) / TRAINING_STATE, state)
 
@@ -53,6 +54,7 @@ def load_training_state(folder: str | Path, modules: Mapping[str, nn.Module]) ->
             f"{folder} is of a run with another model, dataset, algorithm or ema_decay ({len(other)} entries differ, "
             f"such as {other[0]!r}): resume with the arguments of that run."
         )
+    check_finite(state, f"The training state in {folder}")
     together.load_state_dict(state)
     if statistics is not None:
         own = statistics[rank()] if len(statistics) == world_size() else statistics.mean(0)

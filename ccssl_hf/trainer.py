@@ -30,8 +30,10 @@ from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
 from .hub import plan_push, upload, upload_checkpoint
+from .metrics import check_best_metric, check_outputs
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
+from .nonfinite import FiniteGuard
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
 from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
 from .resume import last_checkpoint, load_training_state, save_training_state
@@ -87,6 +89,9 @@ class CCSSLTrainer(Trainer):
         self.train_dataset, self.unlabeled_dataset, self.eval_dataset = train_dataset, unlabeled_dataset, eval_dataset
         self._read_data()
         self.algorithm = self._build_algorithm(model)
+        if args.metric_for_best_model and args.eval_strategy != "no" and compute_metrics is None and self._has_ood:
+            own = type(self.algorithm).open_set_score is not Algorithm.open_set_score
+            check_best_metric(args.metric_for_best_model, self._has_ood, open_set=own)
         data.check_writable(args.output_dir)
 
         # Freeze parameters that receive no gradient; DDP would wait for them.
@@ -116,7 +121,7 @@ class CCSSLTrainer(Trainer):
         self.model.to(args.device)  # upstream delays this under bf16_full_eval, but the EMA starts as a copy
         copy_from_main_process(self.model)  # DDP copies too late for the EMA
         self.ema = WeightAverage(self.model, args.ema_decay) if args.ema_decay else None
-        self.monitor = StepMonitor(self.class_names)
+        self.monitor = StepMonitor(self.class_names, skips=args.on_nonfinite == "skip")
         # For the record: the last evaluation of each split, and names that the trainer cannot know.
         self.results: dict[str, list[Result]] = {}
         self.predictions: dict[str, SplitPredictions] = {}
@@ -125,6 +130,8 @@ class CCSSLTrainer(Trainer):
         self.base_model: str | None = None
         self._best_step: int | None = None
         self._pushes: list[Future[CommitInfo]] = []  # uploads of checkpoints
+        self.guard = FiniteGuard(self)
+        self.add_callback(self.guard)
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
         if not args.disable_tqdm:
@@ -150,9 +157,11 @@ class CCSSLTrainer(Trainer):
                 )
             if args.hidden_label_column is not None:
                 self.hidden_labels = self._read_labels(unlabeled, "unlabeled", args.hidden_label_column)
-        for name, split in (evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}).items():
+        self._has_ood: dict[str, bool] = {}
+        for name, split in (evaluation if isinstance(evaluation, dict) else {"": evaluation}).items():
             if split is not None:
-                self._read_labels(split, name)
+                labels = self._read_labels(split, name or "evaluation")
+                self._has_ood[name] = bool((labels == data.OUT_OF_DISTRIBUTION).any())
 
     def _read_labels(self, split: datasets.Dataset, role: str, column: str | None = None) -> np.ndarray:
         data.check_images(split, role=role, image_column=self.args.image_column)
@@ -236,6 +245,7 @@ class CCSSLTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
             **settings,
         )
         return self.accelerator.prepare(loader)
@@ -274,8 +284,9 @@ class CCSSLTrainer(Trainer):
             batch = forward_views(model, views, inputs, with_embeddings=with_embeddings, weak_forward=args.weak_forward)
             result = algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
-            return result.loss
-        output, labels = model(pixel_values=inputs["pixel_values"]), inputs["labels"]
+            return self.guard.add(result, batch, inputs)
+        images, labels = inputs["pixel_values"].to(self.model.dtype), inputs["labels"]  # half with bf16_full_eval
+        output = model(pixel_values=images)
         logits = output.logits.float()
         loss = F.cross_entropy(logits, labels, ignore_index=data.OUT_OF_DISTRIBUTION, reduction="sum")
         # A batch of OOD images only must not turn the split's mean into NaN.
@@ -285,12 +296,16 @@ class CCSSLTrainer(Trainer):
             outputs["open_set_scores"] = algorithm.open_set_score(logits, output.heads)
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.guard.after_backward(super().training_step(*args, **kwargs))
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # upstream's estimate is for tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:
             logs = {**logs, **self.monitor.drain()}
+        self.guard.note_skipped(logs)
         super().log(logs, start_time)
 
     def _published_weights(self) -> Any:
@@ -335,11 +350,13 @@ class CCSSLTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         training = self.model.training
+        self.guard.settle()
         with self._published_weights():
             output = super().evaluation_loop(*args, **kwargs)
         self.model.train(training)  # upstream leaves the model in eval mode
         if self._measures_open_set_score and isinstance(output.predictions, tuple):  # scores are for metrics
             output = output._replace(predictions=output.predictions[0])
+        check_outputs(output.predictions)
         self._loop_output = output  # for evaluate
         return output
 
@@ -353,7 +370,7 @@ class CCSSLTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"{folder} has no complete checkpoint: leave out resume_from_checkpoint to start.")
         self._best_step = None
-        self.monitor = StepMonitor(self.class_names)
+        self.monitor = StepMonitor(self.class_names, skips=self.args.on_nonfinite == "skip")
         set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -371,6 +388,11 @@ class CCSSLTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_training_state(resume_from_checkpoint, self._modules_with_state())
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = str(self.args.metric_for_best_model)
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0)
+        return bool(np.isfinite(value)) and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
@@ -444,6 +466,7 @@ class CCSSLTrainer(Trainer):
 
         Call it in every process: the main process writes, but all average the BatchNorm statistics.
         """
+        self.guard.check_state()
         with self._published_weights():  # not in _save, which some releases call on one process only
             super().save_model(output_dir, _internal_call=True)
         if not _internal_call:

@@ -10,13 +10,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .algorithms import ALGORITHMS, algorithm_hyperparameters
+from .argument_checks import ON_METRIC, SET_HERE, accelerator_settings, argument_errors, raise_all
 from .errors import near_misses
+from .record import greater_is_better
 from .transforms import MAX_SIDE_HELD, ViewSettings
 
 CONFIGS = Path(__file__).parent / "configs"  # the packaged YAML files, which `from_config` reads by name
@@ -90,14 +92,6 @@ class ViewArguments:
         return ViewSettings(size, tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"]), **chosen)
 
 
-# Arguments of transformers that have no effect here, or would break reproducibility.
-_WITHOUT_EFFECT = {
-    "num_train_epochs": "has no effect, because each split has its own epochs: set max_steps alone",
-    "auto_find_batch_size": "would change the images of every step: set per_device_train_batch_size",
-    "label_smoothing_factor": "has no effect on the algorithms' losses: leave it out",
-    "data_seed": "would be a second seed, and one seed decides every step: set seed",
-    "ignore_data_skip": "would repeat images that the run has already seen: leave it out",
-}
 # Arguments that the card always shows (of SGD only with SGD).
 _OPTIMIZATION = (
     *("gradient_accumulation_steps", "optim", "learning_rate", "sgd_momentum", "nesterov", "schedule", "warmup_steps"),
@@ -118,8 +112,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     """Arguments of `CCSSLTrainer`. Defaults are those of the paper for CIFAR-10 (arXiv 2203.02261, section 4).
 
     Hyperparameters of the algorithm are None by default, which means the algorithm's default. Batch sizes count labeled
-    images; each step also uses `mu` times as many unlabeled images. Raises a ValueError if arguments contradict each
-    other, a value is out of range, or a launcher is not supported.
+    images; each step also uses `mu` times as many unlabeled images. Raises one ValueError, with a line for each
+    problem, if arguments contradict each other, have no effect, are out of range, or are not supported.
     """
 
     # Arguments of transformers, with the paper's values.
@@ -129,7 +123,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     weight_decay: float = argument(1e-3, "Weight decay. It does not apply to norms and biases.")
     optim: str = argument("sgd", "Optimizer. sgd uses sgd_momentum and nesterov.")
     max_grad_norm: float = argument(0.0, "Clip the gradient to this norm. 0: no clipping.")
-    logging_nan_inf_filter: bool = argument(False, "Hide NaN and infinite losses: leave them out of the logged mean.")
+    logging_nan_inf_filter: bool = argument(False, "Not supported: it would hide that a run diverges.")
+    num_train_epochs: float = argument(-1.0, "Not supported: each split has its own epochs. Set max_steps.")
 
     algorithm: str = argument("fixmatch", "Pseudo-labeling algorithm. supervised uses labeled images only.")
     mu: int = argument(7, "Unlabeled images for each labeled image in a step.")
@@ -146,6 +141,14 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     nesterov: bool = argument(True, "Use Nesterov momentum in SGD.")
     schedule: Literal["cosine_7_16", "lr_scheduler_type"] = argument(
         "cosine_7_16", "Learning rate: FixMatch's cosine from 1 to cos(7/16 pi), or as lr_scheduler_type says."
+    )
+    on_nonfinite: Literal["stop", "skip"] = argument(
+        "stop",
+        "If a loss or gradient is NaN or infinite. stop: end the run with an error that names step, term and rows. "
+        "skip: leave out the update of that step, and count it.",
+    )
+    sync_batchnorm: bool = argument(
+        False, "Compute BatchNorm over the images of all processes, so that their number does not change the result."
     )
 
     # Data
@@ -180,57 +183,31 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         return cls(**{**{name: parsed[name] for name in plain}, **structured, **changes})
 
     def __post_init__(self) -> None:
-        for error in self._errors():
-            raise ValueError(f"{error}.")
+        raise_all(argument_errors(self))
+        given = accelerator_settings(self)
+        if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
+            self.greater_is_better = greater_is_better(self.metric_for_best_model)
         super().__post_init__()
+        raise_all(self._errors_on_device())
+        for name, value in SET_HERE.items():
+            setattr(self, name, value)
+        if self.schedule == "lr_scheduler_type" and self.lr_scheduler_type in ON_METRIC:
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs = {"mode": mode, **(self.lr_scheduler_kwargs or {})}  # type: ignore[has-type]
+        if self.device.type == "cuda" and "non_blocking" not in given:
+            # else the CPU waits until the batch is copied, after the previous step
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    def _errors_on_device(self) -> Iterator[str]:
         compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch's
         needs_compiler = self.torch_compile and self.torch_compile_backend == "inductor" and self.device.type == "cpu"
         if needs_compiler and shutil.which(shlex.split(compiler)[0]) is None:  # the first step would fail
-            raise ValueError(
+            yield (
                 f"torch_compile needs a C++ compiler on a CPU, and {compiler!r} is not found: install g++, set CXX to "
-                "another compiler, or leave out torch_compile."
+                "another compiler, or leave out torch_compile"
             )
-        self.remove_unused_columns = False  # forward does not take the image column, and it must not be dropped
-        self.label_names = ["labels"]
-        self.ddp_find_unused_parameters = False  # one forward reaches every parameter that is trained
-        self.ddp_broadcast_buffers = False  # BatchNorm statistics are averaged before they are read
-        if self.device.type == "cuda":  # else the CPU waits until the batch is copied, after the previous step
-            self.accelerator_config.non_blocking = self.dataloader_pin_memory
-
-    def _errors(self) -> Iterator[str]:
-        """Values out of range and contradictions, each with its fix."""
-        least_values = {"mu": 1, "per_device_train_batch_size": 1, "max_steps": 1, "dataloader_num_workers": -1}
-        for name, least in least_values.items():
-            if getattr(self, name) < least:
-                yield f"{name} is {getattr(self, name)}: set it to {least} or more"
-        if not 0 <= self.ema_decay < 1:
-            yield f"ema_decay is {self.ema_decay}: choose a value from 0 (no averaging) to below 1"
-        for name, hint in get_type_hints(type(self)).items():
-            options = get_args(hint) if get_origin(hint) is Literal else ()
-            if options and getattr(self, name) not in options:
-                yield f"{name} is {getattr(self, name)!r}: choose one of {', '.join(options)}"
-        launched = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
-        if self.fsdp or self.deepspeed or launched:
-            yield "FSDP and DeepSpeed are not supported yet: launch with plain data parallelism (DDP)"
-        for name, reason in _WITHOUT_EFFECT.items():
-            if getattr(self, name) != getattr(CCSSLTrainingArguments, name):
-                yield f"{name}={getattr(self, name)!r} {reason}"
-        if self.schedule != "lr_scheduler_type" and self.lr_scheduler_type != CCSSLTrainingArguments.lr_scheduler_type:
-            yield "lr_scheduler_type has no effect with another schedule: set schedule='lr_scheduler_type' instead"
-        if self.optim == "sgd" and self.nesterov and self.sgd_momentum == 0:
-            yield "nesterov needs momentum: set sgd_momentum above 0, or nesterov=False"
-        if self.optim != "sgd" and (not self.nesterov or self.sgd_momentum != CCSSLTrainingArguments.sgd_momentum):
-            yield f"sgd_momentum and nesterov have no effect with optim={self.optim!r}: leave them out"
-        if self.load_best_model_at_end and self.save_only_model:
-            yield "load_best_model_at_end needs the training state: leave out save_only_model, which does not write it"
-        if self.eval_weights == "ema" and self.ema_decay == 0:
-            yield "eval_weights='ema' with ema_decay=0: there are no averaged weights; set eval_weights='raw'"
-        chosen = self.hyperparameters()
-        for name in ("push_threshold", "contrast_temperature", "own_pair_weight"):
-            if name in chosen and chosen["lambda_contrast"] == 0:
-                yield f"{name} is part of CCSSL: set lambda_contrast above 0, or {name} to none"
-        if self.hidden_label_column == self.image_column:
-            yield "hidden_label_column and image_column name the same column: name a column of labels"
+        if self.fp16 and self.device.type == "cpu":
+            yield "fp16 has no effect on a CPU: set bf16, or leave it out"
 
     def hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters that were set, by name, and always `lambda_contrast`."""

@@ -13,7 +13,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ccssl_hf"
 CORE = (
     *("errors", "distributed", "sampling", "transforms", "images", "sources", "data"),
     *("losses", "algorithms", "wide_resnet_cifar", "backbones", "checkpoint", "resume"),
-    *("metrics", "record", "hub", "modeling", "training_args", "step", "optimization", "ema", "callbacks"),
+    *(
+        "metrics",
+        "record",
+        "hub",
+        "modeling",
+        "argument_checks",
+        "training_args",
+        "step",
+        "optimization",
+        "ema",
+        "callbacks",
+    ),
     *("trainer", "recipe"),
 )
 # What is built on the core, and what of each other these packages may import.

@@ -267,3 +267,29 @@ def test_the_loss_is_exact_over_the_in_distribution_images() -> None:
     logits, labels = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]], np.float32), np.array([0, 0, -1])
     expected = np.mean([np.log1p(np.exp(-2.0)), np.log1p(np.exp(1.0))])
     assert m.compute_metrics(EvalPrediction(logits, labels))["loss"] == pytest.approx(expected)
+
+
+def test_the_metric_of_the_best_model_is_measured_or_refused() -> None:
+    for name, splits in (("eval_ece", {"": False}), ("auroc", {"": True}), ("far_auroc", {"near": False, "far": True})):
+        m.check_best_metric(name, splits, open_set=False)
+    m.check_best_metric("auroc_open_set", {"": True}, open_set=True)
+    for name, splits in (
+        *(("auroc", {"": False}), ("auroc_open_set", {"": True}), ("precision@0.95", {"": True})),
+        *(("top1", {"near": True}), ("near_auroc", {"near": False, "far": True})),
+    ):
+        with pytest.raises(ValueError, match=f"metric_for_best_model '{name}' is not measured in this run's"):
+            m.check_best_metric(name, splits, open_set=False)
+    with pytest.raises(ValueError, match=r"Did you mean 'near_top1'.*Choose one of near_loss, near_top1"):
+        m.check_best_metric("eval_top1", {"near": False}, open_set=False)
+
+
+def test_logits_that_are_not_finite_are_refused_with_their_rows() -> None:
+    logits = np.zeros((30, 3), np.float32)
+    logits[[4, 7]] = np.nan, np.inf
+    with pytest.raises(ValueError, match=r"NaN or infinite for 2 of 30 images \(rows 4, 7\)"):
+        m.classification_metrics(logits, np.full(30, 1))
+    logits[:] = np.nan
+    with pytest.raises(ValueError, match=r"\(rows 0, .*, 9 and 20 more\)"):
+        m.check_outputs(logits)
+    m.check_outputs(np.array([[0.0, -np.inf]]))  # a class that is left out
+    m.check_outputs((logits,))  # outputs of the user's own preprocessing

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
 from ccssl_hf.metrics import confidences, out_of_distribution_auroc
@@ -444,10 +444,12 @@ def test_logs_are_means_over_the_steps_between_them(tmp_path):
         assert means[1][name] == pytest.approx(np.mean([entry[name] for entry in steps[3:]]), rel=1e-5)
 
 
-def test_a_diverged_loss_is_seen_in_the_log(tmp_path):
-    trainer = trainer_of(tmp_path, learning_rate=1e12)
-    trainer.train()
-    assert not math.isfinite(logs_of_steps(trainer)[-1]["loss"])
+def test_a_diverged_loss_stops_the_run_and_is_not_in_the_log(tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=1e20)
+    with pytest.raises(ValueError, match=r"Step 2: loss_x, .* are NaN or infinite"):
+        trainer.train()
+    assert [entry["step"] for entry in logs_of_steps(trainer)] == [1]
+    assert all(math.isfinite(entry["loss"]) for entry in logs_of_steps(trainer))
 
 
 def test_tensorboard_gets_the_terms(tmp_path, monkeypatch):
@@ -548,14 +550,13 @@ def test_the_best_step_comes_back_at_the_end(tmp_path):
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,  # so that it is not the last, which is the best in truth
+        metric_for_best_model="eval_top1",  # the first of equal values is the best, so not the last
         save_total_limit=2,
     )
     trainer.train()
     best = trainer.state.best_global_step
-    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    assert best == max(losses, key=losses.get) and best < 6
+    found = {entry["step"]: entry["eval_top1"] for entry in trainer.state.log_history if "eval_top1" in entry}
+    assert best == max(found, key=found.get) and best < 6
     now = everything(trainer)
     weights = [name for name in now if not name.startswith("optimizer")]
     assert [name for name in weights if not torch.equal(now[name], kept[best][name])] == []
@@ -563,9 +564,67 @@ def test_the_best_step_comes_back_at_the_end(tmp_path):
     assert {(result.provenance.which, result.provenance.step) for result in from_the_log} == {("best", best)}
     assert trainer.predictions == {}
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == losses[best]
+    assert metrics["eval_top1"] == found[best]
     assert trainer.results["validation"] == from_the_log
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-6"}
+
+
+def best_of(tmp_path, values, **changes):
+    """A run of four steps whose own metrics take `values`, one for each step; its best step and its warnings."""
+    found = iter(values)
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    args = arguments(tmp_path, load_best_model_at_end=True, **{**steps, **changes})
+    name = args.metric_for_best_model
+    trainer = CCSSLTrainer(model_of(), args, LABELED, UNLABELED, VALIDATION, lambda _: {name: next(found)})
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("ece", [0.3, 0.1, 0.2, 0.4], 2),
+        ("top1", [0.3, 0.1, 0.5, 0.4], 3),
+        ("top1", [math.nan, 0.1, 0.5, math.nan], 3),
+        ("ece", [math.nan, 0.2, -math.inf, 0.4], 2),
+    ],
+)
+def test_the_best_model_is_that_of_the_best_finite_value(metric, values, best, tmp_path):
+    trainer = best_of(tmp_path, values, metric_for_best_model=metric)
+    assert trainer.state.best_global_step == best and trainer.provenance.step == best
+
+
+def test_no_finite_value_is_no_best_model_and_is_said(tmp_path, caplog):
+    trainer = best_of(tmp_path, [math.nan] * 4, metric_for_best_model="top1")
+    assert trainer.provenance.which == "last"
+    assert "No evaluation gave a finite 'top1'" in caplog.text
+
+
+def test_a_run_stops_early_in_the_direction_of_its_metric(tmp_path):
+    early = EarlyStoppingCallback(early_stopping_patience=2)
+    args = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_only_model": True,
+    }
+    values = iter([0.3, 0.2, 0.4, 0.5, 0.6, 0.7])
+    args = arguments(tmp_path, metric_for_best_model="ece", **args)
+    trainer = CCSSLTrainer(
+        model_of(), args, LABELED, UNLABELED, VALIDATION, lambda _: {"ece": next(values)}, callbacks=[early]
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_evaluation_in_half_precision_needs_no_training_in_it(name, tmp_path):
+    trainer, whole = trainer_of(tmp_path, max_steps=1, **{name: True}), trainer_of(tmp_path)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], abs=0.05)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
 
 
 def test_save_total_limit_keeps_the_last(tmp_path):

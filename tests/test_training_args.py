@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 from transformers import TrainingArguments
 
-from ccssl_hf import CCSSLTrainingArguments
+from ccssl_hf import CCSSLTrainingArguments, argument_checks
 from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters, build_algorithm
+from ccssl_hf.argument_checks import _REFUSED_BELOW, _SUPPORTED, _WITHOUT_EFFECT, SET_HERE
 from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.recipe import OWN_IMAGES, FolderArguments
 from ccssl_hf.training_args import HyperparameterArguments
@@ -89,7 +91,7 @@ def test_a_config_is_read_as_the_command_line_reads_it(tmp_path: Path) -> None:
         "learning_rate: 1e-3\nsave_strategy: no\nnesterov: no\nlr_scheduler_kwargs: {num_cycles: 2}\nmu: null\n"
     )
     with path.open("a") as file:
-        file.write("push_threshold: none\nown_pair_weight: squared\nmax_steps: 7\n")
+        file.write("push_threshold: none\nown_pair_weight: squared\nmax_steps: 7\nschedule: lr_scheduler_type\n")
     args = CCSSLTrainingArguments.from_config(path, output_dir=str(tmp_path), use_cpu=True, max_steps=9)
     assert (args.learning_rate, args.save_strategy, args.nesterov, args.mu) == (1e-3, "no", False, 7)
     assert (args.push_threshold, args.own_pair_weight, args.max_steps) == (None, "squared", 9)
@@ -149,6 +151,80 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"data_seed": 3}, "data_seed=3 .*set seed"),
     ({"hidden_label_column": "image"}, "hidden_label_column and image_column name the same column"),
     ({"bf16": True, "fp16": True}, "[fb][fp]16"),
+    ({"fp16": True}, "fp16 has no effect on a CPU: set bf16"),
+    ({"num_train_epochs": 3}, "num_train_epochs=3 .*set max_steps alone"),
+    ({"num_train_epochs": 0}, "num_train_epochs=0 .*set max_steps alone"),
+    ({"eval_strategy": "epoch"}, "eval_strategy='epoch' would act once.*set eval_steps and eval_strategy='steps'"),
+    ({"save_strategy": "epoch"}, "save_strategy='epoch' would act once"),
+    ({"logging_strategy": "epoch"}, "logging_strategy='epoch' would act once"),
+    ({"eval_strategy": "stpes"}, "eval_strategy is 'stpes': choose one of no, steps"),
+    ({"optim": "adamw_troch"}, "optim is 'adamw_troch'.*Did you mean 'adamw_torch'"),
+    ({"learning_rate": -0.1}, "learning_rate is -0.1: set it to a finite number of 0 or more"),
+    ({"learning_rate": float("nan")}, "learning_rate is nan"),
+    ({"learning_rate": "0.1"}, "learning_rate is '0.1'"),
+    ({"weight_decay": -1}, "weight_decay is -1"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
+    ({"warmup_steps": 10, "max_steps": 5}, r"warmup_steps is 10: set it to a whole number up to max_steps \(5\)"),
+    ({"warmup_steps": 2.5}, "warmup_steps is 2.5"),
+    (
+        {"warmup_steps": 2, "schedule": "lr_scheduler_type", "lr_scheduler_type": "constant"},
+        "warmup_steps has no effect with lr_scheduler_type='constant'",
+    ),
+    (
+        {"lr_scheduler_kwargs": {"num_cycles": 2}},
+        "lr_scheduler_kwargs has no effect .*set schedule=",
+    ),
+    ({"logging_steps": 0}, "logging_steps is 0: set it to a whole number of 1 or more"),
+    ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps is 0"),
+    ({"save_steps": -5}, "save_steps is -5"),
+    ({"save_total_limit": 0}, "save_total_limit is 0: set it to 1 or more"),
+    ({"seed": -1}, "seed is -1: choose a whole number from 0 to 4294967295"),
+    ({"seed": 2**40}, "seed is 1099511627776"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0: set it to 1 or more"),
+    ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5: give a whole number"),
+    ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0: set it to 1 or more"),
+    ({"confidence_threshold": float("nan")}, "confidence_threshold is nan: give a finite float"),
+    ({"lambda_u": float("inf")}, "lambda_u is inf: give a finite float"),
+    ({"n_sigma": 2.0}, "fixmatch has no hyperparameter 'n_sigma'"),
+    ({"cutout_size": -1}, "cutout_size=-1: use 0"),
+    ({"randaugment_ops": -1}, "randaugment_ops=-1: use 0 or more"),
+    ({"randaugment_ops": 1.5}, "randaugment_ops is 1.5: give a whole number"),
+    ({"randaugment_magnitude": 0}, "randaugment_magnitude=0: use between 2 and 11"),
+    ({"randaugment_magnitude": 31}, "randaugment_magnitude=31: use between 2 and 11"),
+    ({"adam_beta1": 0.8}, "adam_beta1 has no effect with optim='sgd'"),
+    ({"optim_args": "momentum=0.8"}, "optim_args has no effect with optim='sgd'"),
+    ({"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches=True would split the pairs"),
+    ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True would mix up"),
+    ({"accelerator_config": {"even_batches": False}}, "even_batches=False would let processes wait"),
+    ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler=False has no effect"),
+    ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, "set gradient_accumulation_steps"),
+    ({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_with_dataloader": False}}}, "sync_with_dataloader"),
+    ({"accelerator_config": {"split_batch": True}}, "no entry 'split_batch'. Did you mean 'split_batches'"),
+    ({"accelerator_config": "nowhere.json"}, "accelerator_config cannot be read"),
+    ({"label_names": ["target"]}, "label_names=.* would be set to"),
+    ({"ddp_find_unused_parameters": True}, "ddp_find_unused_parameters=True would be set to False"),
+    ({"metric_for_best_model": "accuracy"}, "metric_for_best_model 'accuracy' is not known"),
+    ({"metric_for_best_model": "eval_topp1"}, "'eval_topp1' is not known. Did you mean 'top1'"),
+    (
+        {"metric_for_best_model": "ece", "greater_is_better": True},
+        "greater_is_better=True contradicts metric_for_best_model 'ece', of which lower values are better",
+    ),
+    ({"metric_for_best_model": "eval_near_top1", "greater_is_better": False}, "of which higher values are better"),
+    ({"save_strategy": "best"}, "save_strategy='best' needs evaluations"),
+    (
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 2},
+        r"needs a checkpoint of every evaluation: set save_steps to eval_steps \(1\)",
+    ),
+    (
+        {
+            "schedule": "lr_scheduler_type",
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+            "lr_scheduler_kwargs": {"mode": "min"},
+            "metric_for_best_model": "top1",
+            "eval_strategy": "steps",
+        },
+        "mode='min' contradicts metric_for_best_model 'top1'",
+    ),
     ({"load_best_model_at_end": True, "eval_strategy": "no"}, "eval strategy"),
 ]
 
@@ -159,6 +235,103 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 def test_flags_that_contradict_each_other_are_refused(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         arguments(tmp_path, **values)
+
+
+def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        arguments(
+            tmp_path, mu=0, learning_rate=-1.0, num_train_epochs=3, metric_for_best_model="acc", save_strategy="x"
+        )
+    lines = str(caught.value).splitlines()
+    assert [line.split()[0].split("=")[0] for line in lines] == [
+        *("mu", "learning_rate", "save_strategy", "num_train_epochs", "metric_for_best_model")
+    ]
+    assert all(line.endswith(".") for line in lines)
+
+
+def test_every_argument_of_transformers_is_supported_or_refused() -> None:
+    """A future release cannot add an argument that does nothing here."""
+    tables = [set(_SUPPORTED), set(_WITHOUT_EFFECT), set(_REFUSED_BELOW), set(SET_HERE)]
+    named = [name for table in tables for name in table]
+    assert len(named) == len(set(named))
+    upstream = {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert upstream - set(named) == set(), "try each in a run, and add it to a table of argument_checks.py"
+    # Of newer releases than the one that is installed.
+    assert set(named) - upstream <= {"activation_checkpointing", "activation_checkpointing_kwargs"}
+
+
+REFUSED = {
+    **dict.fromkeys(("num_train_epochs", "label_smoothing_factor", "neftune_noise_alpha"), 0.1),
+    **dict.fromkeys(("data_seed", "fsdp_config", "parallelism_config", "liger_kernel_config"), "{}"),
+    **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), "{}"),
+    **dict.fromkeys(("eval_do_concat_batches", "dataloader_in_order", "average_tokens_across_devices"), False),
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name", "include_num_input_tokens_seen"), "all"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(_WITHOUT_EFFECT))
+def test_what_would_do_nothing_is_refused_with_a_reason(name: str, tmp_path: Path) -> None:
+    if name not in {f.name for f in dataclasses.fields(TrainingArguments)}:
+        pytest.skip("not in this release of transformers")
+    with pytest.raises(ValueError, match=rf"{name}=.*{re.escape(_WITHOUT_EFFECT[name])}"):
+        arguments(tmp_path, **{name: REFUSED.get(name, True)})
+
+
+def test_an_argument_of_a_later_release_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(argument_checks, "_SUPPORTED", _SUPPORTED - {"torch_empty_cache_steps"})
+    arguments(tmp_path)
+    with pytest.raises(ValueError, match="torch_empty_cache_steps=5 is an argument of a newer transformers"):
+        arguments(tmp_path, torch_empty_cache_steps=5)
+
+
+def test_arguments_survive_a_copy_and_a_dictionary(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "ece"}
+    args = arguments(tmp_path, gradient_accumulation_steps=2, **changes)
+    assert dataclasses.replace(args).greater_is_better is False
+    known = {f.name for f in dataclasses.fields(args)}
+    again = CCSSLTrainingArguments(**{name: value for name, value in args.to_dict().items() if name in known})
+    assert (again.eval_steps, again.num_train_epochs, again.greater_is_better) == (2, args.num_train_epochs, False)
+    assert dataclasses.replace(args, eval_strategy="no").eval_strategy == "no"  # as the recipe does
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        *(("top1", True), ("eval_top1", True), ("ece", False), ("eval_ece", False), ("loss", False)),
+        *(("eval_near_loss", False), ("near_auroc_open_set", True), ("precision@0.95", True)),
+        *(("eval_ood_share_passed@0.95", False), ("eval_far_macro_f1", True)),
+    ],
+)
+def test_the_direction_comes_with_the_metric(metric: str, greater: bool, tmp_path: Path) -> None:
+    assert arguments(tmp_path, metric_for_best_model=metric).greater_is_better is greater
+    assert arguments(tmp_path, metric_for_best_model=metric, greater_is_better=greater).greater_is_better is greater
+
+
+def test_a_metric_of_ones_own_needs_a_direction(tmp_path: Path) -> None:
+    args = arguments(tmp_path, metric_for_best_model="eval_cost", greater_is_better=False)
+    assert args.greater_is_better is False
+
+
+def test_a_schedule_that_follows_a_metric_knows_its_direction(tmp_path: Path) -> None:
+    plateau: dict[str, Any] = {"schedule": "lr_scheduler_type", "lr_scheduler_type": "reduce_lr_on_plateau"}
+    for metric, mode in (("top1", "max"), ("ece", "min")):
+        args = arguments(tmp_path, metric_for_best_model=metric, eval_strategy="steps", eval_steps=1, **plateau)
+        assert dataclasses.replace(args).lr_scheduler_kwargs == {"mode": mode}
+
+
+@pytest.mark.parametrize("names", [{"sync_each_batch": True}, {}])
+def test_entries_of_accelerator_config_that_work(names: dict[str, Any], tmp_path: Path) -> None:
+    given = {
+        "non_blocking": True,
+        "even_batches": True,
+        "gradient_accumulation_kwargs": names,
+        "dispatch_batches": False,
+    }
+    config = arguments(tmp_path, accelerator_config=given).accelerator_config
+    assert config.non_blocking and not config.dispatch_batches  # type: ignore[union-attr]
+    path = tmp_path / "config.json"
+    path.write_text('{"non_blocking": true}')
+    assert arguments(tmp_path, accelerator_config=str(path)).accelerator_config.non_blocking  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("values", [{"fsdp": "full_shard"}, {"deepspeed": {"zero_optimization": {"stage": 2}}}])

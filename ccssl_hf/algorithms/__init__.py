@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "SSLLoss",
     "algorithm_hyperparameters",
     "build_algorithm",
+    "hyperparameter_errors",
 ]
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -50,6 +52,19 @@ def algorithm_hyperparameters(name: str) -> dict[str, Hyperparameter]:
     return ALGORITHMS[name].hyperparameters_class.table()
 
 
+def hyperparameter_errors(name: str, hyperparameters: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a sentence for each hyperparameter that the algorithm `name` does not take, or that is out of range."""
+    accepted, settings = algorithm_hyperparameters(name), ALGORITHMS[name].hyperparameters_class
+    for key, value in hyperparameters.items():
+        if key not in accepted:
+            yield f"{name} has no hyperparameter {key!r}.{near_misses(key, accepted)} It takes {', '.join(accepted)}."
+            continue
+        try:
+            settings(**{key: value})
+        except ValueError as error:
+            yield str(error)
+
+
 def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> Algorithm:
     """Builds a module without parameters that maps an `SSLBatch` to an `SSLLoss`.
 
@@ -58,14 +73,13 @@ def build_algorithm(name: str, *, num_classes: int, **hyperparameters: Any) -> A
     `embedding_dim`, `batch_size` (labeled images per batch, over all processes), `mu` (unlabeled per labeled image).
     Raises a `ValueError` if a name is unknown, a value is out of range, or a size is missing.
     """
-    accepted, algorithm = algorithm_hyperparameters(name), ALGORITHMS[name]
+    algorithm_hyperparameters(name)  # raises if the name is unknown
+    algorithm = ALGORITHMS[name]
     wanted = {key: each.default for key, each in signature(algorithm).parameters.items() if key in SIZES}
     given = {key: hyperparameters.pop(key, None) for key in SIZES}
     sizes = {key: value for key, value in given.items() if key in wanted and value is not None}
-    for key in (key for key in hyperparameters if key not in accepted):
-        raise ValueError(
-            f"{name} has no hyperparameter {key!r}.{near_misses(key, accepted)} It takes {', '.join(accepted)}."
-        )
+    if errors := list(hyperparameter_errors(name, hyperparameters)):
+        raise ValueError("\n".join(errors))
     missing = [f"{key}=..." for key, value in wanted.items() if value is Parameter.empty and key not in sizes]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)} in addition to num_classes.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import authors_key
-from ..checkpoint import is_own_backbone
+from ..checkpoint import check_finite, is_own_backbone
 from ..modeling import CCSSLForImageClassification
 
 
@@ -177,6 +177,7 @@ def convert(
     new = {target: content[entry][key] for key, target in mapped.items()}
     absent = tuple(prefix for prefix in form.may_lack if not any(key.startswith(prefix) for key in new))
     _check_fit(new, model, absent, checkpoint)
+    check_finite(new, f"'{checkpoint}'")
     model.load_state_dict({**own, **new})
     model.save_pretrained(out, with_head="projection." not in absent)
     fresh = tuple(key for key in own if key not in new and key.startswith("backbone."))

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_json
+from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_finite, load_tensors, save_json
 from ..data import check_writable
 from ..modeling import CCSSLForImageClassification
 from . import handler
@@ -34,6 +34,7 @@ def write_handler(folder: str | Path, out: str | Path | None = None) -> list[Pat
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"'{folder}' has no {name}: pass a folder written by save_pretrained.")
+    check_finite(load_tensors(folder / WEIGHTS_FILE), f"The model in '{folder}'")
     check_writable(out)
     code, requirements = out / "handler.py", out / "requirements.txt"
     shutil.copyfile(handler.__file__, code)
@@ -57,6 +58,7 @@ def export_onnx(model: CCSSLForImageClassification, out: str | Path, *, opset: i
         raise ValueError(f"{out} is a published folder, and ONNX needs another {CONFIG_FILE}: name another folder.")
     if opset < OPSET:
         raise ValueError(f"opset is {opset}, but must be at least {OPSET}: use {OPSET}.")
+    check_finite(network.state_dict(), "The model")
     preprocessing = preprocessor_config(network.pretrained_cfg)
     file = out / "onnx" / "model.onnx"
     check_writable(file.parent)

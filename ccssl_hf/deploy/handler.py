@@ -6,6 +6,7 @@ import base64
 import binascii
 import difflib
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,9 @@ class EndpointHandler:
             device=0 if torch.cuda.is_available() else "cpu",
             trust_remote_code=True,  # the code of a backbone that timm lacks is in this folder
         )
+        weights = self._pipeline.model.state_dict().items()
+        if wrong := [name for name, each in weights if each.is_floating_point() and not each.isfinite().all()]:
+            raise ValueError(f"The model has NaN or infinite numbers in {wrong[0]} and {len(wrong) - 1} other tensors.")
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
         """Labels and scores, best first: `[{"label": ..., "score": ...}, ...]`, or a list of those for a list.
@@ -126,4 +130,7 @@ class EndpointHandler:
             raise ValueError("inputs is missing: send an image, or a list of at least one.")
         images = [read_image(one) for one in (inputs if isinstance(inputs, list) else [inputs])]
         answers = self._pipeline(images, **parameters)
+        for number, answer in enumerate(answers):
+            if not all(math.isfinite(each["score"]) for each in answer):
+                raise ValueError(f"The network's output for image {number} is NaN or infinite.")
         return answers if isinstance(inputs, list) else answers[0]

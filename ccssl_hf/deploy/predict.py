@@ -41,6 +41,7 @@ from ..sources import load_split
 
 MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lock
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it
+NOT_FINITE = "the network's output is NaN or infinite: use float32 or weights of an earlier step"
 ROW_GROUP = 4096  # rows that are written at a time: 32 MiB with embeddings of size 2048
 
 
@@ -53,6 +54,11 @@ class Predictions:
     probabilities: Tensor  # `[N, C]`
     logits: Tensor  # `[N, C]`
     embeddings: Tensor  # `[N, D]`, see `Classifier.embedding`
+
+    def is_finite(self) -> list[bool]:
+        """Whether the output for each image is finite. A logit of minus infinity leaves out a class."""
+        wrong = (self.logits.isnan() | self.logits.isposinf()).any(1) | ~self.embeddings.isfinite().all(1)
+        return (self.confidences.isfinite() & ~wrong).tolist()
 
 
 class _Network(nn.Module):
@@ -153,9 +159,20 @@ class Classifier:
         """Resize and crop an image of any size and mode as in the published preprocessing: uint8 `[3, H, W]`."""
         return self._transform(upright_rgb(image))
 
-    @torch.inference_mode()
     def predict(self, images: Sequence[Image.Image] | Tensor) -> Predictions:
-        """Predict one batch of PIL images, or a tensor `[N, 3, H, W]`: uint8 as from `pixels`, or normalized floats."""
+        """Predict one batch of PIL images, or a tensor `[N, 3, H, W]`: uint8 as from `pixels`, or normalized floats.
+
+        Raises a ValueError if the network's output for an image is NaN or infinite.
+        """
+        found = self.predict_unchecked(images)
+        if wrong := [str(row) for row, finite in enumerate(found.is_finite()) if not finite]:
+            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise ValueError(f"Image {', '.join(wrong[:10])}{more} of the batch: {NOT_FINITE}.")
+        return found
+
+    @torch.inference_mode()
+    def predict_unchecked(self, images: Sequence[Image.Image] | Tensor) -> Predictions:
+        """`predict`, also of images whose output is NaN or infinite: see `Predictions.is_finite`."""
         batch = images if isinstance(images, Tensor) else torch.stack([self.pixels(image) for image in images])
         batch = batch.to(self.device, memory_format=torch.channels_last)
         if batch.dtype == torch.uint8:
@@ -248,11 +265,17 @@ def _in_batches(
                 rows[-1]["error"] = str(error)
         if not pixels:
             return rows, None
-        found = classifier.predict(torch.stack(pixels))
-        answers = zip(found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True)
+        found = classifier.predict_unchecked(torch.stack(pixels))
+        answers = zip(
+            found.is_finite(), found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True
+        )
         for row in rows:
             if row["error"] is None:
-                row["label"], row["confidence"], row["embedding"] = next(answers)
+                finite, *answer = next(answers)
+                if finite:
+                    row["label"], row["confidence"], row["embedding"] = answer
+                else:
+                    row["error"] = NOT_FINITE
         return rows, found
 
     starts = iter(range(0, len(images), size))
@@ -263,6 +286,8 @@ def _in_batches(
             rows, found = waiting.popleft().result()
             waiting.extend(pool.submit(work, start, images[start : start + size]) for start in islice(starts, 1))
             if strict and (bad := [row for row in rows if row["error"]]):
+                if bad[0]["error"] == NOT_FINITE:
+                    raise ValueError(f"Image {bad[0]['path']}: {NOT_FINITE}.")
                 raise ValueError(f"Image {bad[0]['path']} can't be read ({bad[0]['error']}): repair or remove it.")
             yield rows, found
             bar.update(len(rows))

@@ -33,7 +33,7 @@ from torch import Tensor
 from ..errors import near_misses
 from ..record import library_versions
 from .handler import TooLargeError, check_parameters, read_image
-from .predict import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, Classifier, sharing_threads
+from .predict import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, NOT_FINITE, Classifier, sharing_threads
 
 TOP_K = 5  # default number of classes in an answer, as in transformers' pipeline
 UPLOAD_SECONDS = 60  # for a request to arrive: it occupies a place in the queue meanwhile
@@ -122,7 +122,7 @@ class _Service:
         on_cpu = classifier.device.type == "cpu"
         self._workers = settings.num_workers or (min(MAX_WORKERS, torch.get_num_threads()) if on_cpu else 2)
         self._batcher = Batcher(
-            lambda pixels: classifier.predict(pixels).logits,
+            lambda pixels: classifier.predict_unchecked(pixels).logits,
             max_batch_size=settings.max_batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH),
             max_wait_ms=settings.max_wait_ms,
         )
@@ -212,6 +212,8 @@ class _Service:
             pixels = await self._in_thread(lambda: self.classifier.pixels(read_image(encoded)))
         logits = await asyncio.wrap_future(self._batcher.submit(pixels))
         scores = self.classifier.scores(logits, parameters.get("function_to_apply"))
+        if not scores.isfinite().all():
+            raise HTTPException(500, f"{where}For this image {NOT_FINITE}.")
         scores, numbers = scores.sort(descending=True, stable=True)
         best = zip(numbers.tolist(), scores.tolist(), strict=True)
         answer = [{"label": self.classifier.labels[number], "score": score} for number, score in best]

@@ -119,9 +119,9 @@ class ViewSettings:
             "jitter_probability": (0 <= self.jitter_probability <= 1, share),
             "grayscale_probability": (0 <= self.grayscale_probability <= 1, share),
         }
-        for name, (holds, wanted) in checks.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use {wanted}.")
+        wrong = {name: wanted for name, (holds, wanted) in checks.items() if not holds}
+        if wrong:
+            raise ValueError("\n".join(f"{name}={getattr(self, name)!r}: use {fix}." for name, fix in wrong.items()))
 
     def in_effect(self, views: Sequence[View]) -> dict[str, Any]:
         """The settings that affect a run with these views of its unlabeled images, by name."""

@@ -203,6 +203,9 @@ class Model:
         model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
         self.labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
         self.network = model.timm_model.eval().requires_grad_(False)
+        weights = self.network.state_dict().items()
+        if wrong := [name for name, each in weights if each.is_floating_point() and not each.isfinite().all()]:
+            raise ValueError(f"The model has NaN or infinite numbers in {wrong[0]} and {len(wrong) - 1} other tensors.")
         size = self._processor.data_config["input_size"][-2:]
         self.side = max(size)
         self.feature_map = find_map(self.network, size)  # the source of heat maps; None in some networks
@@ -217,7 +220,11 @@ class Model:
         """The logits `[N, C]` and the pooled features `[N, D]` of RGB images."""
         with self._lock:
             features = self.network.forward_features(self.pixels(images))
-            return self.network.forward_head(features), self.network.forward_head(features, pre_logits=True).flatten(1)
+            logits = self.network.forward_head(features)
+            pooled = self.network.forward_head(features, pre_logits=True).flatten(1)
+        if not (logits.isfinite().all() and pooled.isfinite().all()):
+            raise ValueError("The network's output for this image is NaN or infinite.")
+        return logits, pooled
 
     def input_image(self, image: Image.Image) -> Image.Image:
         """The resized and cropped image that the network receives."""
@@ -388,10 +395,9 @@ def build(space: Space) -> Any:
         if path is None:
             return {note: welcome, **hidden}
         try:
-            image = open_upload(path)
+            answer = space.answer(open_upload(path))
         except ValueError as error:
             return {note: note_html("This did not work.", str(error), warning=True), **hidden}
-        answer = space.answer(image)
         ood = answer.out_of_distribution
         verdict = "Possibly out of distribution." if ood else "No sign of an out-of-distribution image."
         return {
