@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,16 +171,16 @@ class EvaluationStopped(Exception):
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM, ends training after the step with a checkpoint. A second Ctrl-C aborts.
 
-    Before the first step, there is nothing to save and the signal ends the run at once. All processes stop after the
-    same step: each hands its signals to the others on the CPU, and reads the answer one step later, without waiting for
-    the accelerator. The end of a launcher counts as SIGTERM: `accelerate launch` forwards no signal to a single process.
-    `evaluate_again` repeats an evaluation that the signal stopped, in the run that resumes.
+    Before the first step, there is nothing to save and the signal ends the run at once. An evaluation within training
+    ends early; the run that resumes repeats it. All processes stop after the same step: each hands its signals to the
+    others on the CPU, and reads the answer one step later, without waiting for the accelerator. The end of a launcher
+    counts as SIGTERM, because `accelerate launch` forwards no signal to a single process.
     """
 
     AGAIN = 1.0  # seconds after which a second signal is meant: launchers send one twice
 
-    def __init__(self, evaluate_again: Callable[[], Any]) -> None:
-        self._evaluate_again = evaluate_again
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
         self.command = "trainer.train(resume_from_checkpoint=True)"  # what continues the run
         self._reset()
 
@@ -214,8 +215,8 @@ class StopOnSignal(TrainerCallback):
             raise
         finally:
             self._in_steps = False
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for each, handler in before.items():
+                signal.signal(each, handler)
             if self._group is not None:
                 dist.destroy_process_group(self._group)
 
@@ -241,7 +242,7 @@ class StopOnSignal(TrainerCallback):
     def agree(self, *, wait: bool = False) -> bool:
         """Whether a process had a signal one call ago, or with `wait` now. All processes must call it, and agree."""
         if self._launcher and os.getppid() != self._launcher.pid:
-            self.number = self.number or signal.SIGTERM
+            self.number = self.number or int(signal.SIGTERM)
         if world_size() == 1 or self._group is None:
             self.stopped = bool(self.number)
             return self.stopped
@@ -262,7 +263,10 @@ class StopOnSignal(TrainerCallback):
             self._group = dist.new_group(backend="gloo")
         if self.evaluation_due:
             self.evaluation_due = False
-            self._evaluate_again()
+            metrics = self._trainer._evaluate(None, None)
+            if self.evaluation_due:  # stopped again
+                raise self.error(self._text)
+            self._trainer._determine_best_metric(metrics, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.agree():
@@ -274,12 +278,23 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_step_end(args, state, control)  # of the last step, or of an evaluation that was stopped
 
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._in_steps and self.agree():
+            self.evaluation_due, control.should_evaluate, control.should_training_stop = True, False, True
             raise EvaluationStopped
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved_step = state.global_step
+
+    def end_training(self) -> None:
+        """Ends the run if a process had a signal, after the checkpoint was saved. Every process must call it."""
+        state, folder = self._trainer.state, self._trainer.args.output_dir
+        if not self.agree(wait=True):
+            return
+        if self.saved_step != state.global_step:  # the signal came after the last step
+            self._trainer._save_checkpoint(self._trainer.model, None)
+        done, saved = f"{state.global_step} of {state.max_steps} steps", f"checkpoint-{state.global_step}"
+        raise self.error(f"Stopped after {done}, saved in {Path(folder, saved)}. Continue with: {self.command}")
 
 
 def ignore_signals(worker: int) -> None:

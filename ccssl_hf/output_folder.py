@@ -9,7 +9,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
 
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -34,17 +33,19 @@ LEFT_BY_A_RUN = (
 
 
 @contextmanager
-def one_run_in(folder: str, *, resume: str | Literal[True] | None, overwrite: bool) -> Iterator[str | None]:
+def one_run_in(folder: str, *, resume: str | bool | None, overwrite: bool) -> Iterator[str | None]:
     """Keeps other runs out of a folder, and yields the checkpoint to resume from, if any. Every process must enter it.
 
     Raises ValueError if a run is alive in the folder, if it holds the results of an earlier run and this one neither
     resumes nor overwrites, or if there is no such checkpoint.
     """
+    named = {"true": True, "false": None, "none": None}  # the command line passes text
+    wanted = named.get(str(resume).lower(), resume)
     with ExitStack() as held:
 
         def enter() -> str | None:
             held.enter_context(_lock(Path(folder)))
-            chosen = choose_checkpoint(folder, resume) if resume else None
+            chosen = choose_checkpoint(folder, wanted) if wanted else None
             if chosen is None or Path(chosen).resolve().parent != Path(folder).resolve():
                 _clear(Path(folder), overwrite=overwrite)
             return chosen

@@ -9,12 +9,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from enum import Enum
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,14 +176,14 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def choose_checkpoint(output_dir: str | os.PathLike[str], wanted: str | Literal[True]) -> str:
+def choose_checkpoint(output_dir: str | os.PathLike[str], wanted: str | bool) -> str:
     """The checkpoint `wanted`, or with True the newest whole one. Raises ValueError if it is not there or not whole."""
     if wanted is True:
         if last := last_checkpoint(output_dir):
             return last
         broken = in_lines(f"{path.name}: {'; '.join(flaws(path))}" for path in checkpoints(output_dir))
         raise UserError(f"{output_dir} has no complete checkpoint: leave out resume_from_checkpoint to start.{broken}")
-    folder = Path(wanted)
+    folder = Path(str(wanted))
     if found := flaws(folder):
         if folder.is_dir() and not checkpoints(folder):
             raise UserError(
@@ -294,8 +294,11 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return json.loads((Path(folder) / RUN).read_text(encoding="utf-8"))
 
 
-def use_new_rates(optimizer: Any, scheduler: Any, created: list[dict[str, Any]]) -> None:
-    """Gives an optimizer that was loaded the rates it was `created` with: a checkpoint holds those of its run."""
+@contextmanager
+def new_rates(optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """Keeps the rates of an optimizer whose state is loaded in the block: a checkpoint holds those of its run."""
+    created = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
     for group, new in zip(optimizer.param_groups, created, strict=True):
         group.update(new)
     if hasattr(scheduler, "lr_lambdas"):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,29 +24,18 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import HubStrategy
 
-from . import data
+from . import data, resume
 from .algorithms import Algorithm, build_algorithm
 from .callbacks import EvaluationStopped, StepMonitor, StopOnSignal, UpdateAverage, ignore_signals, progress_callback
 from .card import write_card
 from .distributed import copy_from_main_process, on_main_process
 from .ema import WeightAverage, published_weights
-from .errors import UserError, in_lines
 from .hub import plan_push, upload, upload_checkpoint
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
 from .output_folder import one_run_in
 from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
-from .resume import (
-    check_settings,
-    flaws,
-    load_training_state,
-    read_run,
-    run_settings,
-    save_checkpoint,
-    save_training_state,
-    use_new_rates,
-)
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
@@ -137,7 +126,7 @@ class CCSSLTrainer(Trainer):
         self.base_model: str | None = None
         self._best_step: int | None = None
         self.given_optimizer = _names(*optimizers, *(optimizer_cls_and_kwargs or ()))
-        self.stop = StopOnSignal(self._evaluate_again)
+        self.stop = StopOnSignal(self)
         self.add_callback(self.stop)
         self._pushes: list[Future[CommitInfo]] = []  # uploads of checkpoints
         if self.ema is not None:
@@ -373,30 +362,28 @@ class CCSSLTrainer(Trainer):
         Raises a ValueError if the output folder is in use or has results, and the run neither resumes nor overwrites
         them, or if the checkpoint is incomplete or of a run with other settings.
         """
-        args, said = self.args, str(resume_from_checkpoint).lower()  # the command line passes text
-        wanted = {"true": True, "false": None, "none": None}.get(said, resume_from_checkpoint)
+        args, folder = self.args, str(self.args.output_dir)
         with (
             self.stop.listening(),
-            one_run_in(str(args.output_dir), resume=wanted, overwrite=args.overwrite) as checkpoint,
+            one_run_in(folder, resume=resume_from_checkpoint, overwrite=args.overwrite) as checkpoint,
         ):
-            self.run_facts = on_main_process(partial(run_settings, self))
+            self.run_facts = on_main_process(partial(resume.run_settings, self))
             if checkpoint is not None:
-                on_main_process(partial(check_settings, checkpoint, self.run_facts, allow_changes=args.allow_changes))
-                self.stop.evaluation_due = read_run(checkpoint)["evaluation_due"]
+                on_main_process(
+                    partial(resume.check_settings, checkpoint, self.run_facts, allow_changes=args.allow_changes)
+                )
+                self.stop.evaluation_due = resume.read_run(checkpoint)["evaluation_due"]
             self._best_step = None
             self.monitor = StepMonitor(self.class_names)
             set_seed(args.seed)  # for dropout: random numbers drawn before must not matter
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
-            if self.stop.agree(wait=True):
-                raise self._stopped()
+            self.stop.end_training()
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
             return super()._evaluate(*args, **kwargs)
         except EvaluationStopped:
-            self.stop.evaluation_due = True
-            self.control.should_evaluate, self.control.should_training_stop = False, True
             return {}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -407,42 +394,38 @@ class CCSSLTrainer(Trainer):
         self.state.compute_steps(self.args, max_steps)  # else save_steps and others would be those of the checkpoint
         return epoch_and_batch
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_checkpoint(self, partial(super()._save_checkpoint, model, trial), trial)
-
     def _modules_with_state(self) -> dict[str, nn.Module]:
         averaged = {} if self.ema is None else {"ema": self.ema.module}
         return {"model": self.model, "algorithm": self.algorithm, **averaged}
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        resume.save_checkpoint(self, partial(super()._save_checkpoint, model, trial), trial)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         state = self._modules_with_state(), self.monitor.state()
-        save_training_state(output_dir, *state, write=self.args.should_save)
+        resume.save_training_state(output_dir, *state, write=self.args.should_save)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the state that is written next marks a complete checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        sums = load_training_state(resume_from_checkpoint, self._modules_with_state())
+        sums = resume.load_training_state(resume_from_checkpoint, self._modules_with_state())
         self.monitor.load(sums, self.args.device)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        created = copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups])
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.args.allow_changes:
-            use_new_rates(self.optimizer, self.lr_scheduler, created)
+        with resume.new_rates(self.optimizer, self.lr_scheduler) if self.args.allow_changes else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         best = os.fspath(self.state.best_model_checkpoint or "")
-        if self.stop.stopped:  # the run goes on from its last step
-            self.state.best_model_checkpoint = None  # with save_total_limit=1 upstream would now keep this one alone
+        if self.state.global_step < self.state.max_steps:  # upstream might delete the checkpoint that continues the run
+            self.state.best_model_checkpoint = None
+        if self.stop.stopped:
             return
-        if found := flaws(best):
-            raise UserError(
-                f"The best model cannot be loaded from {best}: resume the last checkpoint.{in_lines(found)}"
-            )
         logger.info("Loading the best model from %s.", best)
+        resume.choose_checkpoint(str(self.args.output_dir), best)  # raises an error if it is not whole
         self._best_step = self.state.best_global_step
         # The last evaluation was of another step. The log has the results of the best one.
         self.predictions.clear()
@@ -450,9 +433,7 @@ class CCSSLTrainer(Trainer):
         for split in self.results:
             prefix = "eval" if split == "validation" else f"eval_{split}"
             self.add_results(split, _without_prefix({k: v for entry in logged for k, v in entry.items()}, prefix))
-        load_training_state(best, self._modules_with_state())
-        if self.state.global_step < self.state.max_steps:  # upstream may delete the checkpoint that continues the run
-            self.state.best_model_checkpoint = None
+        resume.load_training_state(best, self._modules_with_state())
 
     def run_record(self) -> RunRecord:
         """What the run knows of itself at this moment: the card is written from it."""
