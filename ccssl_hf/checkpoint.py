@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,25 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f"_{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave an empty file under the name
+        os.replace(partial, path)
+    except BaseException:  # a full disk: make room again
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names of the files in a folder are on the disk, where the system can do so."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:

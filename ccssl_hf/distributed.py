@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+T = TypeVar("T")
+_LAUNCHERS = {"accelerate", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
 
 
 def world_size() -> int:
@@ -19,6 +27,15 @@ def world_size() -> int:
 def rank() -> int:
     """Returns the number of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def launcher() -> psutil.Process | None:
+    """The process of `accelerate launch` or `torchrun` that started this process, if one did."""
+    with suppress(psutil.Error):
+        parent = psutil.Process(os.getppid())
+        if any(Path(word).name in _LAUNCHERS for word in parent.cmdline()[:4]):
+            return parent
+    return None
 
 
 @torch.no_grad()
@@ -71,6 +88,22 @@ def copy_from_main_process(model: nn.Module) -> None:
         whole = tensor.contiguous()
         dist.broadcast(whole, src=0)
         tensor.copy_(whole)
+
+
+def on_main_process(work: Callable[[], T]) -> T:
+    """Runs `work` on the main process. Every process must call it, and gets its result or raises its error."""
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def _batchnorm_buffers(model: nn.Module) -> list[Tensor]:

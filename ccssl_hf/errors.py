@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
@@ -32,9 +33,31 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (OSError, TypeError, ValueError) as error:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one per process
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _end(f"error: {error}", 2, error)
+    except KeyboardInterrupt as error:
+        _end("Stopped.", 130, error)
+
+
+@contextmanager
+def errors_of_a_run() -> Iterator[None]:
+    """Turns what ends a run and is not a mistake of the code into one line on stderr and an exit code.
+
+    That is 2 for an error that settings or data explain, 1 for the disk, 130 for Ctrl-C, and 143 for SIGTERM.
+    """
+    try:
+        yield
+    except UserError as error:
+        _end(f"error: {error}", 2, error)
+    except OSError as error:
+        _end(f"error: {error}", 1, error)
+    except KeyboardInterrupt as error:  # the trainer has said it
+        raise SystemExit(130) from error
+
+
+def _end(line: str, code: int, error: BaseException) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":  # one line, not one per process
+        print(line, file=sys.stderr)
+    raise SystemExit(code) from error
 
 
 @contextmanager
@@ -44,3 +67,14 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"The package {error.name} is missing: pip install 'ccssl_hf[{name}]'.") from error
+
+
+class UserError(ValueError):
+    """An error of a run that its message explains. The command line prints it without a traceback."""
+
+
+def in_lines(items: Iterable[str], most: int = 10) -> str:
+    """The items, each on a line of its own after a line break; of many the first ones and how many more there are."""
+    found = list(items)
+    more = [f"and {len(found) - most} more"] if len(found) > most else []
+    return "".join(f"\n  {item}" for item in [*found[:most], *more])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import shutil
@@ -18,13 +17,13 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, run_as_future
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
 from huggingface_hub.utils import get_token, validate_repo_id
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from . import wide_resnet_cifar
 from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, check_finite, load_tensors
 from .errors import summary
-from .resume import TRAINING_STATE
+from .resume import MANIFEST, STATE_FILES, portable_state
 
 CARD_FILE = "README.md"
 # Files of a published model, besides the pictures of its card. Others may have the Hub token or local paths.
@@ -32,7 +31,7 @@ PLAIN_FILES = (
     *(CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, Path(wide_resnet_cifar.__file__).name, "preprocessor_config.json"),
     *("handler.py", "requirements.txt", "onnx/*.onnx"),
 )
-TRAINING_FILES = (TRAINING_STATE, OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME, "rng_state*.pth", TRAINER_STATE_NAME)
+TRAINING_FILES = (*STATE_FILES, MANIFEST)
 HEADS, STATE = "heads, for further training", "training state"  # why a file is left out unless asked for
 
 _SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img[^>]*?\ssrc=["']([^"']+)""")
@@ -116,13 +115,8 @@ def check_texts(files: Mapping[str, Path]) -> None:
 
 
 def _content(path: Path) -> bytes:
-    """A file as it is uploaded: in the trainer's state, the best checkpoint has its name without its folder."""
-    if path.name != TRAINER_STATE_NAME:
-        return path.read_bytes()
-    state = json.loads(path.read_text(encoding="utf-8"))
-    if best := state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = Path(best).name
-    return (json.dumps(state, indent=2, sort_keys=True) + "\n").encode()
+    """A file as it is uploaded."""
+    return portable_state(path) if path.name == TRAINER_STATE_NAME else path.read_bytes()
 
 
 def check_repo_id(repo_id: str) -> None:

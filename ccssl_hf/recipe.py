@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +15,8 @@ from timm.models import get_pretrained_cfg
 from transformers import set_seed
 
 from .data import read_class_names
+from .distributed import launcher
+from .errors import errors_of_a_run
 from .modeling import CCSSLForImageClassification
 from .sources import load_split
 from .trainer import CCSSLTrainer
@@ -97,13 +103,36 @@ def build_trainer(
 
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
     """Train, or resume from `args.resume_from_checkpoint`, evaluate on validation and test splits, save and push."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_metrics("train", {**result.metrics, "train_steps": result.global_step})
-    for role in ("validation", "test"):
-        if role in splits:
-            metrics = trainer.evaluate(splits[role], metric_key_prefix=role)
-            trainer.log_metrics(role, metrics)
-            trainer.save_metrics(role, metrics)
-    trainer.save_model()  # with its card; push_to_hub=True also uploads it
-    if trainer.is_world_process_zero():
-        print(f"Step {trainer.state.global_step}: model, card and metrics are in {trainer.args.output_dir}.")
+    trainer.stop.command = continuing_command()
+    with errors_of_a_run():
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model(_internal_call=True)  # before anything else can fail
+        done = f"model, card and metrics are in {trainer.args.output_dir}"
+        with trainer.stop.listening(f"Stopped during evaluation: the trained model is in {trainer.args.output_dir}."):
+            trainer.save_metrics("train", {**result.metrics, "train_steps": result.global_step})
+            for role in ("validation", "test"):
+                if role in splits:
+                    metrics = trainer.evaluate(splits[role], metric_key_prefix=role)
+                    trainer.log_metrics(role, metrics)
+                    trainer.save_metrics(role, metrics)
+            trainer.save_model()  # with its card; push_to_hub=True also uploads it
+        if trainer.is_world_process_zero():
+            print(f"Step {trainer.state.global_step}: {done}.")
+
+
+def continuing_command() -> str:
+    """The command line of this process, or of its launcher, with `--resume_from_checkpoint true`."""
+    started_by = launcher()
+    words = started_by.cmdline() if started_by else list(sys.orig_argv)
+    script = Path(words[1]).name if len(words) > 1 else ""
+    if Path(words[0]).name.startswith("python") and shutil.which(script):  # an installed command
+        words = [script, *words[2:]]
+    flag, kept = "--resume_from_checkpoint", iter(words)
+    words = []
+    for word in kept:
+        name, _, value = word.replace("-", "_").partition("=")
+        if name != flag.replace("-", "_"):
+            words.append(word)
+        elif not value:
+            next(kept, None)
+    return re.sub(r"\bhf_\w{20,}", "hf_...", shlex.join([*words, flag, "true"]))

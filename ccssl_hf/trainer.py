@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,11 +24,11 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import HubStrategy
 
-from . import data
+from . import data, resume
 from .algorithms import Algorithm, build_algorithm
-from .callbacks import StepMonitor, UpdateAverage, progress_callback
+from .callbacks import EvaluationStopped, StepMonitor, StopOnSignal, UpdateAverage, ignore_signals, progress_callback
 from .card import write_card
-from .distributed import copy_from_main_process
+from .distributed import copy_from_main_process, on_main_process
 from .ema import WeightAverage, published_weights
 from .hub import plan_push, upload, upload_checkpoint
 from .metrics import check_best_metric, check_outputs
@@ -35,8 +36,8 @@ from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .nonfinite import FiniteGuard
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
+from .output_folder import one_run_in
 from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
-from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
 from .training_args import CCSSLTrainingArguments
@@ -129,6 +130,9 @@ class CCSSLTrainer(Trainer):
         self.dataset_names: dict[str, str] = {}
         self.base_model: str | None = None
         self._best_step: int | None = None
+        self.given_optimizer = _names(*optimizers, *(optimizer_cls_and_kwargs or ()))
+        self.stop = StopOnSignal(self)
+        self.add_callback(self.stop)
         self._pushes: list[Future[CommitInfo]] = []  # uploads of checkpoints
         self.guard = FiniteGuard(self)
         self.add_callback(self.guard)
@@ -246,6 +250,7 @@ class CCSSLTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
+            worker_init_fn=ignore_signals,
             **settings,
         )
         return self.accelerator.prepare(loader)
@@ -304,7 +309,10 @@ class CCSSLTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:
-            logs = {**logs, **self.monitor.drain()}
+            filtered = {"loss": logs["loss"]} if self.args.logging_nan_inf_filter else {}
+            logs = {**logs, **self.monitor.drain(), **filtered}
+        if "train_loss" in logs:
+            logs["train_loss"] = self.monitor.mean_loss()  # in place: upstream returns this dictionary
         self.guard.note_skipped(logs)
         super().log(logs, start_time)
 
@@ -351,9 +359,11 @@ class CCSSLTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         training = self.model.training
         self.guard.settle()
-        with self._published_weights():
-            output = super().evaluation_loop(*args, **kwargs)
-        self.model.train(training)  # upstream leaves the model in eval mode
+        try:
+            with self._published_weights():
+                output = super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.model.train(training)  # upstream leaves the model in eval mode
         if self._measures_open_set_score and isinstance(output.predictions, tuple):  # scores are for metrics
             output = output._replace(predictions=output.predictions[0])
         check_outputs(output.predictions)
@@ -363,39 +373,79 @@ class CCSSLTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """As in `transformers.Trainer`. With True, the run resumes from the last complete checkpoint."""
-        if resume_from_checkpoint in (True, "true", "True"):  # the command line passes text
-            folder = self.args.output_dir
-            resume_from_checkpoint = last_checkpoint(folder)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{folder} has no complete checkpoint: leave out resume_from_checkpoint to start.")
-        self._best_step = None
-        self.monitor = StepMonitor(self.class_names, skips=self.args.on_nonfinite == "skip")
-        set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        """As in `transformers.Trainer`. With True, the run resumes from the newest complete checkpoint.
+
+        Ctrl-C and SIGTERM end it with a checkpoint: the first raises KeyboardInterrupt, the second SystemExit(143).
+        Raises a ValueError if the output folder is in use or has results, and the run neither resumes nor overwrites
+        them, or if the checkpoint is incomplete or of a run with other settings.
+        """
+        args, folder = self.args, str(self.args.output_dir)
+        with (
+            self.stop.listening(),
+            one_run_in(folder, resume=resume_from_checkpoint, overwrite=args.overwrite) as checkpoint,
+        ):
+            self.run_facts = on_main_process(partial(resume.run_settings, self))
+            if checkpoint is not None:
+                on_main_process(
+                    partial(resume.check_settings, checkpoint, self.run_facts, allow_changes=args.allow_changes)
+                )
+                self.stop.evaluation_due = resume.read_run(checkpoint)["evaluation_due"]
+            self._best_step = None
+            self.monitor = StepMonitor(self.class_names, skips=args.on_nonfinite == "skip")
+            set_seed(args.seed)  # for dropout: random numbers drawn before must not matter
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            self.stop.end_training()
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            return {}
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        epoch_and_batch = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # else save_steps and others would be those of the checkpoint
+        return epoch_and_batch
 
     def _modules_with_state(self) -> dict[str, nn.Module]:
         averaged = {} if self.ema is None else {"ema": self.ema.module}
         return {"model": self.model, "algorithm": self.algorithm, **averaged}
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        resume.save_checkpoint(self, partial(super()._save_checkpoint, model, trial), trial)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_training_state(output_dir, self._modules_with_state(), write=self.args.should_save)
+        state = self._modules_with_state(), self.monitor.state()
+        resume.save_training_state(output_dir, *state, write=self.args.should_save)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the state that is written next marks a complete checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_training_state(resume_from_checkpoint, self._modules_with_state())
+        sums = resume.load_training_state(resume_from_checkpoint, self._modules_with_state())
+        self.monitor.load(sums, self.args.device)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with resume.new_rates(self.optimizer, self.lr_scheduler) if self.args.allow_changes else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = str(self.args.metric_for_best_model)
         value = metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0)
-        return bool(np.isfinite(value)) and super()._determine_best_metric(metrics, trial)
+        best = bool(np.isfinite(value)) and not self.stop.evaluation_due
+        return best and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best model from %s.", self.state.best_model_checkpoint)
+        best = os.fspath(self.state.best_model_checkpoint or "")
+        if self.state.global_step < self.state.max_steps:  # upstream might delete the checkpoint that continues the run
+            self.state.best_model_checkpoint = None
+        if self.stop.stopped:
+            return
+        logger.info("Loading the best model from %s.", best)
+        resume.choose_checkpoint(str(self.args.output_dir), best)  # raises an error if it is not whole
         self._best_step = self.state.best_global_step
         # The last evaluation was of another step. The log has the results of the best one.
         self.predictions.clear()
@@ -403,7 +453,7 @@ class CCSSLTrainer(Trainer):
         for split in self.results:
             prefix = "eval" if split == "validation" else f"eval_{split}"
             self.add_results(split, _without_prefix({k: v for entry in logged for k, v in entry.items()}, prefix))
-        self._load_from_checkpoint(os.fspath(self.state.best_model_checkpoint or ""))
+        resume.load_training_state(best, self._modules_with_state())
 
     def run_record(self) -> RunRecord:
         """What the run knows of itself at this moment: the card is written from it."""
@@ -545,6 +595,11 @@ class CCSSLTrainer(Trainer):
             if error := job.exception():
                 logger.warning("A checkpoint was not pushed: %s", error)
         self._pushes.clear()
+
+
+def _names(*given: Any) -> list[str]:
+    """The classes of what a user passed to the trainer, with the arguments of a class."""
+    return [str(x) if isinstance(x, (type, dict)) else type(x).__qualname__ for x in given if x is not None]
 
 
 def _without_prefix(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -100,7 +100,20 @@ _OPTIMIZATION = (
 # Starts of the names of arguments that do not affect the weights, or that the record has elsewhere.
 _ELSEWHERE = (
     *("algorithm", "mu", "max_steps", "per_device_train_batch_size", "seed", "decode"),  # in other parts of the record
-    *("output_dir", "run_name", "project", "trackio", "report_to", "log", "disable_tqdm", "save", "hub", "push"),
+    *(
+        "output_dir",
+        "overwrite",
+        "allow_changes",
+        "run_name",
+        "project",
+        "trackio",
+        "report_to",
+        "log",
+        "disable_tqdm",
+        "save",
+        "hub",
+        "push",
+    ),
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval", "prediction_loss", "do_"),
     *("dataloader", "ddp", "use_cpu", "accelerator_config", "skip_memory", "debug", "resume", "restore", "local_rank"),
     *("label_names", "label_column", "image_column", "hidden_label", "remove_unused", "include_"),
@@ -134,6 +147,12 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         "joint",
         "joint: one forward pass over all views, as in the paper. separate: a forward pass without "
         "gradient for the weak views, which is faster; BatchNorm then normalizes them separately.",
+    )
+    overwrite: bool = argument(
+        False, "Delete checkpoints, model, card and metrics of an earlier run in output_dir before the first step."
+    )
+    allow_changes: bool = argument(
+        False, "Resume although settings or data differ from those of the checkpoint. The log names them."
     )
     ema_decay: float = argument(0.999, "Decay of the averaged weights (EMA) in each step. 0: no averaging.")
     eval_weights: Literal["ema", "raw"] = argument("ema", "Evaluated and published weights: averaged (ema) or raw.")

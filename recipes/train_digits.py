@@ -98,7 +98,9 @@ def run(method: str, seed: int, demo: DemoArguments, args: CCSSLTrainingArgument
     started = time.perf_counter()
     splits = load_splits(seed, demo.image_size)
     threshold = args.confidence_threshold
-    args = dataclasses.replace(args, seed=seed, output_dir=str(Path(args.output_dir) / method), **METHODS[method])
+    # The model of the first seed is published. Runs share no folder.
+    folder = Path(args.output_dir) / (method if seed == 0 else f"cards/digits_{method}_seed{seed}")
+    args = dataclasses.replace(args, seed=seed, output_dir=str(folder), **METHODS[method])
     set_seed(seed)
     # With the published BatchNorm momentum, 0.001, half of the initial statistics would remain after 500 steps.
     model = CCSSLForImageClassification.from_timm(

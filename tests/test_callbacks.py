@@ -38,6 +38,7 @@ def test_terms_and_mask_are_means_and_the_histogram_counts_what_passed():
     logs = monitor.drain()
     assert logs == pytest.approx(
         {
+            "loss": 4.5,
             "loss_x": 1.5,
             "loss_u": 3.0,
             "mask_rate": 0.5,
@@ -85,7 +86,7 @@ def test_weights_between_0_and_1_count_as_passed_and_average_as_they_are():
 def test_terms_alone_where_there_are_no_pseudo_labels():
     monitor = StepMonitor(NAMES)
     monitor.add(SSLLoss(loss=torch.tensor(1.0), terms={"loss_x": torch.tensor(1.0)}), None)
-    assert monitor.drain() == {"loss_x": 1.0}
+    assert monitor.drain() == {"loss": 1.0, "loss_x": 1.0}
 
 
 def test_a_nan_term_is_logged_as_nan():

@@ -12,20 +12,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ccssl_hf"
 # The training core from the bottom up: a module imports only modules that stand before it.
 CORE = (
     *("errors", "distributed", "sampling", "transforms", "images", "sources", "data"),
-    *("losses", "algorithms", "wide_resnet_cifar", "backbones", "checkpoint", "resume"),
-    *(
-        "metrics",
-        "record",
-        "hub",
-        "modeling",
-        "argument_checks",
-        "training_args",
-        "step",
-        "optimization",
-        "ema",
-        "callbacks",
-    ),
-    *("trainer", "recipe"),
+    *("losses", "algorithms", "wide_resnet_cifar", "backbones", "checkpoint"),
+    *("metrics", "record", "argument_checks", "training_args", "resume", "hub", "modeling", "output_folder"),
+    *("step", "optimization", "ema", "callbacks", "nonfinite", "trainer", "recipe"),
 )
 # What is built on the core, and what of each other these packages may import.
 ON_TOP: dict[str, set[str]] = {"card": set(), "deploy": {"card"}, "cli": {"card", "deploy"}}
