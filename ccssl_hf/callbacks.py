@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import is_in_notebook
 
 from .algorithms import SSLLoss
-from .distributed import all_reduce_mean
+from .distributed import all_gather_json, all_reduce_mean
 from .ema import WeightAverage
+from .images import REPAIR, encoded_images, listed, name_of_image
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,62 @@ class StepMonitor:
             logs |= {f"pseudo_labels/{name}": share for name, share in zip(self.class_names, shares, strict=True)}
         self._steps, self._sums = 0, {}
         return logs
+
+
+class UnreadableImages:
+    """The unlabeled images of a run that could not be read, which other images replaced.
+
+    They lie in the Trainer's log history, with which a resumed run goes on. Each process may find others.
+    """
+
+    LIMIT = 0.05
+    """The share of the unlabeled images above which a run stops."""
+
+    _ENTRY = "unreadable_images"
+
+    def __init__(self, dataset: datasets.Dataset | None, image_column: str) -> None:
+        self._images: Any = [] if dataset is None else encoded_images(dataset, image_column)
+        self._column = image_column
+        self._new: dict[int, str] = {}
+
+    def add(self, found: Iterable[tuple[int, str]]) -> None:
+        """Keep rows and reasons for the next report."""
+        self._new.update(found)
+
+    def known(self, state: TrainerState) -> dict[int, tuple[str, str]]:
+        """All images of the reports: name without folders, and reason, by row."""
+        entries = (entry.get(self._ENTRY, ()) for entry in state.log_history)
+        return {row: (name, reason) for entry in entries for row, name, reason in entry}
+
+    def report(self, state: TrainerState, device: torch.device) -> None:
+        """Log the images that are new. Call it in every process."""
+        known = self.known(state)
+        merged = {row: why for part in all_gather_json([*self._new.items()], device) for row, why in part}
+        found = [self._named(row, merged[row]) for row in sorted(merged.keys() - known.keys())]
+        self._new = {}
+        if found:
+            public = []  # the history may be published
+            for row, path, why in found:
+                name = Path(path).name
+                public.append([row, name if path == f"row {row}" else f"{name} (row {row})", why.replace(path, name)])
+            entry: dict[str, Any] = {self._ENTRY: public, "step": state.global_step}
+            state.log_history.append(entry)
+            if state.is_world_process_zero:
+                logger.warning(
+                    "%d unlabeled images can't be decoded, others replace them:%s", len(found), listed(found)
+                )
+
+    def check(self, rows: Iterable[int]) -> None:
+        """Raise a ValueError if these unreadable images are too many."""
+        rows = sorted(rows)
+        if len(rows) > self.LIMIT * len(self._images):
+            raise ValueError(
+                f"{len(rows):,} of {len(self._images):,} unlabeled images can't be decoded, more than "
+                f"{self.LIMIT:.0%}: {REPAIR}{listed([self._named(row, '') for row in rows])}"
+            )
+
+    def _named(self, row: int, reason: str) -> tuple[int, str, str]:
+        return row, name_of_image(self._images[row][self._column], row), reason
 
 
 class ProgressBar(ProgressCallback):

@@ -25,7 +25,7 @@ from transformers.trainer_utils import HubStrategy
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
-from .callbacks import StepMonitor, UpdateAverage, progress_callback
+from .callbacks import StepMonitor, UnreadableImages, UpdateAverage, progress_callback
 from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
@@ -117,6 +117,7 @@ class CCSSLTrainer(Trainer):
         copy_from_main_process(self.model)  # DDP copies too late for the EMA
         self.ema = WeightAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names)
+        self.unreadable = UnreadableImages(unlabeled_dataset, args.image_column)
         # For the record: the last evaluation of each split, and names that the trainer cannot know.
         self.results: dict[str, list[Result]] = {}
         self.predictions: dict[str, SplitPredictions] = {}
@@ -214,7 +215,11 @@ class CCSSLTrainer(Trainer):
                 settings=self.settings,
                 seed=args.seed,
                 decode=self.decode,
+                max_pixels=args.max_image_pixels,
+                on_bad_image=args.on_bad_image,
             )
+        self.unreadable.check(row for row, _ in dataset.unreadable)
+        self.unreadable.add(dataset.unreadable)
         sampler = PairedBatchSampler(
             num_labeled=len(self.train_dataset),
             num_unlabeled=len(unlabeled or ()),
@@ -259,7 +264,8 @@ class CCSSLTrainer(Trainer):
     def _evaluation_loader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
         transform = create_transform(**resolve_data_config(pretrained_cfg=self.model.backbone.pretrained_cfg))
         column = self.args.image_column
-        dataset = data.EvaluationDataset(split, labels, image_column=column, transform=transform, role=role)
+        where: dict[str, Any] = {"image_column": column, "role": role, "max_pixels": self.args.max_image_pixels}
+        dataset = data.EvaluationDataset(split, labels, transform=transform, **where)
         own = torch.Generator()  # else an evaluation changes the random numbers of dropout in training
         return self._loader(dataset, decodes=True, batch_size=self.args.per_device_eval_batch_size, generator=own)
 
@@ -274,6 +280,7 @@ class CCSSLTrainer(Trainer):
             batch = forward_views(model, views, inputs, with_embeddings=with_embeddings, weak_forward=args.weak_forward)
             result = algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
+            self.unreadable.add(inputs.get("unreadable", ()))
             return result.loss
         output, labels = model(pixel_values=inputs["pixel_values"]), inputs["labels"]
         logits = output.logits.float()
@@ -291,6 +298,8 @@ class CCSSLTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:
             logs = {**logs, **self.monitor.drain()}
+            self.unreadable.report(self.state, self.args.device)
+            self.unreadable.check(self.unreadable.known(self.state))
         super().log(logs, start_time)
 
     def _published_weights(self) -> Any:
@@ -355,13 +364,16 @@ class CCSSLTrainer(Trainer):
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
         set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.unreadable.report(self.state, self.args.device)
+        return result
 
     def _modules_with_state(self) -> dict[str, nn.Module]:
         averaged = {} if self.ema is None else {"ema": self.ema.module}
         return {"model": self.model, "algorithm": self.algorithm, **averaged}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.unreadable.report(self.state, self.args.device)  # the state of the checkpoint lists them
         super()._save_optimizer_and_scheduler(output_dir)
         save_training_state(output_dir, self._modules_with_state(), write=self.args.should_save)
 
@@ -395,6 +407,7 @@ class CCSSLTrainer(Trainer):
             optimization=args.optimization_settings(),
             views=self.settings.in_effect(self.algorithm.views) | {"decode": self.decode},
             splits=self._splits(),
+            unreadable={"unlabeled": dict(self.unreadable.known(state).values())},
             labeled_per_class=dict(zip(self.class_names, counts, strict=True)),
             base_model=self.base_model,
             steps=state.global_step,

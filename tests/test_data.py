@@ -26,7 +26,7 @@ from ccssl_hf.data import (
     read_class_names,
     read_labels,
 )
-from ccssl_hf.images import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
+from ccssl_hf.pixels import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
 from ccssl_hf.sampling import UNLABELED, PairedBatchSampler
 from ccssl_hf.sources import load_split
 from ccssl_hf.transforms import View, ViewSettings, crop_boxes, make_view
