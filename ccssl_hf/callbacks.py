@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,8 @@ class UnreadableImages:
         entries = (entry.get(self._ENTRY, ()) for entry in state.log_history)
         return {row: (name, reason) for entry in entries for row, name, reason in entry}
 
-    def report(self, state: TrainerState, device: torch.device) -> None:
-        """Log the images that are new. Call it in every process."""
+    def report(self, state: TrainerState, device: torch.device, *, total: bool = False) -> None:
+        """Log the images that are new, or in total. Call it in every process."""
         known = self.known(state)
         merged = {row: why for part in all_gather_json([*self._new.items()], device) for row, why in part}
         found = [self._named(row, merged[row]) for row in sorted(merged.keys() - known.keys())]
@@ -104,17 +104,16 @@ class UnreadableImages:
             entry: dict[str, Any] = {self._ENTRY: public, "step": state.global_step}
             state.log_history.append(entry)
             if state.is_world_process_zero:
-                logger.warning(
-                    "%d unlabeled images can't be decoded, others replace them:%s", len(found), listed(found)
-                )
+                logger.warning("Unreadable unlabeled images, replaced by others (%d new):%s", len(found), listed(found))
+        if total and state.is_world_process_zero and (number := len(self.known(state))):
+            logger.warning("%d of %d unlabeled images were unreadable and replaced.", number, len(self._images))
 
-    def check(self, rows: Iterable[int]) -> None:
-        """Raise a ValueError if these unreadable images are too many."""
-        rows = sorted(rows)
-        if len(rows) > self.LIMIT * len(self._images):
+    def check(self, found: Mapping[int, str]) -> None:
+        """Raise a ValueError if these unreadable images, reasons by row, are too many."""
+        if len(found) > self.LIMIT * len(self._images):
             raise ValueError(
-                f"{len(rows):,} of {len(self._images):,} unlabeled images can't be decoded, more than "
-                f"{self.LIMIT:.0%}: {REPAIR}{listed([self._named(row, '') for row in rows])}"
+                f"{len(found):,} of {len(self._images):,} unlabeled images can't be decoded, more than "
+                f"{self.LIMIT:.0%}: {REPAIR}{listed([self._named(*each) for each in sorted(found.items())])}"
             )
 
     def _named(self, row: int, reason: str) -> tuple[int, str, str]:

@@ -218,7 +218,7 @@ class CCSSLTrainer(Trainer):
                 max_pixels=args.max_image_pixels,
                 on_bad_image=args.on_bad_image,
             )
-        self.unreadable.check(row for row, _ in dataset.unreadable)
+        self.unreadable.check(dict(dataset.unreadable))
         self.unreadable.add(dataset.unreadable)
         sampler = PairedBatchSampler(
             num_labeled=len(self.train_dataset),
@@ -299,7 +299,7 @@ class CCSSLTrainer(Trainer):
         if "loss" in logs and "learning_rate" in logs:
             logs = {**logs, **self.monitor.drain()}
             self.unreadable.report(self.state, self.args.device)
-            self.unreadable.check(self.unreadable.known(self.state))
+            self.unreadable.check({row: why for row, (_, why) in self.unreadable.known(self.state).items()})
         super().log(logs, start_time)
 
     def _published_weights(self) -> Any:
@@ -365,7 +365,7 @@ class CCSSLTrainer(Trainer):
         self.monitor = StepMonitor(self.class_names)
         set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self.unreadable.report(self.state, self.args.device)
+        self.unreadable.report(self.state, self.args.device, total=True)
         return result
 
     def _modules_with_state(self) -> dict[str, nn.Module]:
