@@ -248,6 +248,15 @@ def hash_rows(dataset: datasets.Dataset, column: str) -> np.ndarray:
     return hashes[places]
 
 
+def version_of(files: Sequence[str]) -> str:
+    """A hash that changes when one of the files is written, also in place with its size and modification time kept.
+
+    As `name` of `datasets.load_dataset` it keeps the cache of `datasets` from rows of an earlier file.
+    """
+    states = [os.stat(file) for file in sorted(files)]
+    return xxhash.xxh3_64_hexdigest(repr([(state.st_size, state.st_ctime_ns) for state in states]).encode())
+
+
 def content_hashes(dataset: datasets.Dataset, column: str = "image") -> list[bytes]:
     """The XXH3 hash of the encoded image of each row, 16 bytes; `MISSING` where there is none. Reads all files."""
     return [row.tobytes() for row in hash_rows(dataset, column)]
