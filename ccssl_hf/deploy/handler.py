@@ -6,6 +6,7 @@ import base64
 import binascii
 import difflib
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ MAX_PIXELS = 89_478_485  # the number from which Pillow warns of a decompression
 FUNCTIONS = ("softmax", "sigmoid", "none")
 PARAMETERS = ("top_k", "function_to_apply")
 
+
+# `open_image` checks the number of pixels itself.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # This file runs without the package: these are copies from ccssl_hf/images.py, which a test keeps equal.
 

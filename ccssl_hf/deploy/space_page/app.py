@@ -11,6 +11,7 @@ import io
 import json
 import math
 import threading
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ CONFIDENCE_FLOOR = 0.6  # an image below may be out of distribution, where no th
 NEAREST = 6  # labeled images to show
 SHOWN_SIDE = 448  # longer side of shown images in pixels: the input of many networks is tiny
 
+
+# `open_image` checks the number of pixels itself.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # This file runs without the package: these are copies from ccssl_hf/images.py, which a test keeps equal.
 
