@@ -82,7 +82,9 @@ _ACCELERATOR = {
 }
 # The least whole number of an argument (None: any), which may be None where that is its default.
 _WHOLE: dict[str, int | None] = {
-    **dict.fromkeys(("mu", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"), 1),
+    **dict.fromkeys(
+        ("mu", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "max_image_pixels"), 1
+    ),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "save_total_limit", "ddp_timeout"), 1),
     **dict.fromkeys(("dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_bucket_cap_mb"), 1),
     "dataloader_num_workers": -1,

@@ -26,6 +26,11 @@ _INPUT_KEYS = (
     *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
     *("first_conv", "classifier"),
 )
+_INTERPOLATIONS, _CROP_MODES = (
+    ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"),
+    ("center", "squash", "border"),
+)
+MAX_SIDE = 4096  # pixels of an image's side: a larger input would fill the memory when the model is built
 _RUNTIME_ARGS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path", "scriptable", "exportable")
 
 
@@ -47,16 +52,49 @@ def check_backbone(name: str) -> None:
         raise ValueError(f"timm {timm.__version__} has no weights '{name}': use one of {known}.")
 
 
+def check_input(pretrained_cfg: Mapping[str, Any]) -> None:
+    """Raises ValueError if an entry about the input is missing its form: a size, three means, a share, a known word."""
+
+    def numbers(value: Any, count: int, kind: Any = float) -> bool:
+        fits = isinstance(value, (list, tuple)) and len(value) == count
+        return fits and all(isinstance(v, (kind, int)) and type(v) is not bool and math.isfinite(v) for v in value)
+
+    forms: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "input_size": (
+            f"3 channels (images are read as RGB), height and width from 1 to {MAX_SIDE}",
+            lambda v: numbers(v, 3, int) and v[0] == 3 and 1 <= min(v[1:]) <= max(v[1:]) <= MAX_SIDE,
+        ),
+        "mean": ("three numbers, one for each channel", lambda v: numbers(v, 3)),
+        "std": ("three positive numbers, one for each channel", lambda v: numbers(v, 3) and min(v) > 0),
+        "crop_pct": ("a number above 0, at most 2", lambda v: numbers([v], 1) and 0 < v <= 2),
+        "interpolation": (f"one of {', '.join(_INTERPOLATIONS)}", lambda v: v in _INTERPOLATIONS),
+        "crop_mode": (f"one of {', '.join(_CROP_MODES)}", lambda v: v in _CROP_MODES),
+    }
+    for name, (wanted, holds) in forms.items():
+        if pretrained_cfg.get(name) is not None and not holds(pretrained_cfg[name]):
+            raise ValueError(f"{name} of the model's input is {pretrained_cfg[name]!r}: use {wanted}.")
+
+
 def create_backbone(
     name: str, *, num_classes: int, pretrained: bool = False, image_size: int | None = None, **timm_kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Creates a timm model for `from_timm`, and returns it with the arguments that create it again."""
     check_backbone(name)
     cfg = get_pretrained_cfg(name)
-    img_size = timm_kwargs.get("img_size")
+    img_size, overlay = timm_kwargs.get("img_size"), timm_kwargs.get("pretrained_cfg_overlay") or {}
+    if timm_kwargs.get("in_chans", 3) != 3:
+        raise ValueError(f"in_chans is {timm_kwargs['in_chans']}, but all images are read as RGB: leave it out.")
+    if "input_size" in overlay:
+        raise ValueError("input_size in pretrained_cfg_overlay has no effect: give image_size.")
     if image_size is not None and img_size is not None and to_2tuple(img_size) != to_2tuple(image_size):
         raise ValueError(f"image_size is {image_size} but img_size is {img_size}: give image_size only.")
-    size = to_2tuple(image_size or img_size or cfg.input_size[-2:])
+    size = to_2tuple(next(each for each in (image_size, img_size, cfg.input_size[-2:]) if each is not None))
+    if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in size):
+        raise ValueError(f"image_size is {image_size if img_size is None else img_size!r}: use 1 to {MAX_SIDE} pixels.")
+    check_input(overlay)
+    if size[0] != size[1]:
+        fix = "give one image_size for both sides, such as" if image_size or img_size else "choose image_size, such as"
+        raise ValueError(f"Images of {size[0]} x {size[1]} pixels cannot be trained: {fix} {max(size)}.")
     if cfg.fixed_input_size:
         timm_kwargs.setdefault("img_size", size[0] if size[0] == size[1] else size)
     model_args = {key: value for key, value in timm_kwargs.items() if key not in _RUNTIME_ARGS}
@@ -73,15 +111,24 @@ def create_backbone(
             f"The pretrained weights of '{name}' cannot be loaded ({str(error).splitlines()[0]}): check the network "
             f"and timm.list_pretrained('{name.partition('.')[0]}*'), or use pretrained=False."
         ) from error
+    embedding = getattr(backbone, "patch_embed", getattr(backbone, "stem", None))
+    patch = to_2tuple(getattr(embedding, "patch_size", None) or 1)
+    # Some models drop pixels at their own size, 384 with patches of 14.
+    if size != cfg.input_size[-2:] and size[0] % patch[0] and not getattr(embedding, "dynamic_img_pad", False):
+        raise ValueError(
+            f"'{name}' has patches of {patch[0]} px, which do not fill images of {size[0]} x {size[0]} px; change "
+            f"image_size to a multiple, such as {max(1, size[0] // patch[0]) * patch[0]}."
+        )
     source = {**backbone.pretrained_cfg, "input_size": (backbone.pretrained_cfg["input_size"][0], *size)}
-    if max(size) <= MAX_SIDE_UNCROPPED and "crop_pct" not in (timm_kwargs.get("pretrained_cfg_overlay") or {}):
+    if max(size) <= MAX_SIDE_UNCROPPED and "crop_pct" not in overlay:
         source["crop_pct"] = 1.0
     set_input(backbone, source)
     return backbone, model_args
 
 
 def set_input(backbone: Any, pretrained_cfg: Mapping[str, Any]) -> None:
-    """Sets the backbone's `pretrained_cfg`, reduced to the entries about its input."""
+    """Sets the backbone's `pretrained_cfg`, reduced to the entries about its input. See `check_input` for errors."""
+    check_input(pretrained_cfg)
     architecture = pretrained_cfg.get("architecture") or backbone.pretrained_cfg["architecture"]
     cfg = {"architecture": architecture, "num_classes": backbone.num_classes}
     cfg |= {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg}

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -19,7 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import near_misses
-from .images import ImageFiles, PixelTable, decode_image, encoded_images
+from .images import (
+    MAX_PIXELS,
+    check_local,
+    decode_image,
+    encoded_images,
+    unreadable,
+)
+from .pixels import Found, ImageFiles, PixelTable
 from .sampling import LABELED, UNLABELED, PairedIndices
 from .transforms import View, ViewSettings
 
@@ -38,18 +45,28 @@ def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[s
 
     It is the start of a SHA-256 over the number of rows, `labels` (the class name of each row, if any), and up to
     `FINGERPRINTED_IMAGES` encoded images, evenly spread over the rows. For a PNG it hashes the pixels, because releases
-    of Pillow encode an image differently. `dataset` must pass `check_images`.
+    of Pillow encode an image differently. A file that cannot be read counts as empty. `dataset` must pass
+    `check_images`.
     """
     digest = hashlib.sha256(json.dumps([len(dataset), list(labels)]).encode())
     images = encoded_images(dataset, image_column)
     for row in np.unique(np.linspace(0, len(dataset) - 1, FINGERPRINTED_IMAGES).round().astype(int)).tolist():
-        encoded = images[row][image_column]
-        content = encoded["bytes"] if encoded["bytes"] is not None else Path(encoded["path"]).read_bytes()
+        content = _content(images[row][image_column])
         if content.startswith(b"\x89PNG"):
-            image = Image.open(io.BytesIO(content))
-            content = repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes()
+            with suppress(Exception):  # a damaged PNG is hashed as it is; Pillow raises nearly any type of error
+                image = Image.open(io.BytesIO(content))
+                content = repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes()
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
+
+
+def _content(encoded: dict[str, Any] | None) -> bytes:
+    content, path = (encoded or {}).get("bytes"), (encoded or {}).get("path")
+    if content is None and path is not None:
+        with suppress(OSError, ValueError):
+            check_local(path)
+            content = Path(path).read_bytes()
+    return content or b""
 
 
 def name_of(dataset: datasets.Dataset) -> str:
@@ -150,12 +167,8 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
 
 def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> datasets.Dataset:
     """The rows of `dataset` whose images can be decoded. Reads every image once, with a progress bar."""
-    images, kept = encoded_images(dataset, image_column), []
-    for row in datasets.utils.tqdm(range(len(images)), desc="Checking images"):
-        with suppress(ValueError):
-            decode_image(images[row][image_column], row, "")
-            kept.append(row)
-    return dataset.select(kept)
+    bad = [row for row, _, _ in unreadable(dataset, image_column)]
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
@@ -185,6 +198,10 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     `views` are those of an unlabeled image; a labeled one has the weak view. `decode` is `memory` or `stream`. The
     datasets must pass `check_images`, and labels come from `read_labels`. Hidden labels only measure pseudo labels.
+
+    An image that cannot be read raises a ValueError that names it. With `on_bad_image="skip"`, an unlabeled one is
+    replaced by another, a function of the seed and the draw (`pixels.first_readable`), with its index and hidden label.
+    What was not readable is in `unreadable` if the images are in memory, otherwise in the batch under this name.
     """
 
     def __init__(
@@ -199,35 +216,50 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         settings: ViewSettings,
         seed: int,
         decode: str,
+        max_pixels: int = MAX_PIXELS,
+        on_bad_image: Literal["skip", "stop"] = "stop",
     ) -> None:
         self.labels, self.hidden_labels, self.views = torch.from_numpy(labels), hidden_labels, tuple(views)
+        self._seed, self._skip = seed, on_bad_image == "skip"
 
         def reader(dataset: datasets.Dataset, role: str, stream: int) -> PixelTable | ImageFiles:
-            where: dict[str, Any] = {"image_column": image_column, "role": role}
+            where: dict[str, Any] = {"image_column": image_column, "role": role, "max_pixels": max_pixels}
             if decode == "memory":
-                return PixelTable(dataset, size=settings.image_size, **where)
+                on_bad = "stop" if stream == LABELED else on_bad_image
+                return PixelTable(dataset, size=settings.image_size, on_bad_image=on_bad, **where)
             return ImageFiles(dataset, settings=settings, seed=seed, stream=stream, **where)
 
         self.labeled = reader(labeled, "labeled", LABELED)
         self.unlabeled = None if unlabeled is None else reader(unlabeled, "unlabeled", UNLABELED)
+        self.unreadable: Found = list(getattr(self.unlabeled, "errors", {}).items())
 
     def __len__(self) -> int:
         return len(self.labeled) + (0 if self.unlabeled is None else len(self.unlabeled))
 
-    def _read(self, images: PixelTable | ImageFiles, index: np.ndarray, draw: np.ndarray, *views: View) -> Tensor:
-        return images.read(index) if isinstance(images, PixelTable) else images.read(index, draw, views)
+    def _read(
+        self, images: PixelTable | ImageFiles, index: np.ndarray, draw: np.ndarray, views: Sequence[View], found: Any
+    ) -> Tensor:
+        if isinstance(images, ImageFiles):
+            return images.read(index, draw, views, found)
+        if found is not None:
+            images.replace(index, draw, seed=self._seed, stream=UNLABELED)
+        return images.read(index)
 
     def __getitems__(self, batch: PairedIndices) -> dict[str, Any]:
         """One batch. The DataLoader calls this method instead of `__getitem__`, once per batch."""
+        index, draw = batch.labeled_index, batch.labeled_draw
         out: dict[str, Any] = {
-            "labeled_images": self._read(self.labeled, batch.labeled_index, batch.labeled_draw, View.WEAK),
-            "labels": self.labels[batch.labeled_index],
+            "labeled_images": self._read(self.labeled, index, draw, (View.WEAK,), None),
+            "labels": self.labels[index],
             # Draws stay numpy arrays on the CPU, where random numbers are made. An accelerator does not wait for them.
-            "labeled_draws": batch.labeled_draw,
+            "labeled_draws": draw,
         }
         if self.unlabeled is not None:
-            index, draw = batch.unlabeled_index, batch.unlabeled_draw
-            out["unlabeled_images"] = self._read(self.unlabeled, index, draw, *self.views)
+            index, draw = batch.unlabeled_index.copy(), batch.unlabeled_draw
+            found: Found | None = [] if self._skip else None
+            out["unlabeled_images"] = self._read(self.unlabeled, index, draw, self.views, found)
+            if found:
+                out["unreadable"] = found
             out["unlabeled_draws"], out["unlabeled_index"] = draw, torch.from_numpy(index)
             if self.hidden_labels is not None:
                 out["hidden_labels"] = torch.from_numpy(self.hidden_labels[index])
@@ -238,14 +270,23 @@ class EvaluationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Rows of an evaluation split, with the transform of the published model's image processor."""
 
     def __init__(
-        self, dataset: datasets.Dataset, labels: np.ndarray | None, *, image_column: str, transform: Any, role: str
+        self,
+        dataset: datasets.Dataset,
+        labels: np.ndarray | None,
+        *,
+        image_column: str,
+        transform: Any,
+        role: str,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self._dataset = encoded_images(dataset, image_column)
+        self._dataset, self._max_pixels = encoded_images(dataset, image_column), max_pixels
         self._column, self._labels, self._transform, self._role = image_column, labels, transform, role
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        item = {"pixel_values": self._transform(decode_image(self._dataset[row][self._column], row, self._role))}
+        encoded = self._dataset[row][self._column]
+        image = decode_image(encoded, row, self._role, max_pixels=self._max_pixels)
+        item = {"pixel_values": self._transform(image)}
         return item if self._labels is None else {**item, "labels": int(self._labels[row])}

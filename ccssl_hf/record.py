@@ -148,6 +148,7 @@ class RunRecord:
     views: Mapping[str, Any] = field(default_factory=dict)
     splits: Mapping[str, Split] = field(default_factory=dict)  # by name: labeled, unlabeled, validation, test
     labeled_per_class: Mapping[str, int] = field(default_factory=dict)
+    unreadable: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by split: reasons by image, replaced
     base_model: str | None = None  # Hub id or timm name of the initial weights; None: random weights
     steps: int | None = None
     batch_size: int | None = None  # labeled images in each step, over all processes

@@ -16,6 +16,7 @@ from torch import Tensor
 
 LABELED, UNLABELED = 0, 1  # the streams of images
 _SHUFFLE = 1 << 8  # plus the stream: the stream of its shuffles; those of augmentations are small numbers
+_REPLACEMENT = 1 << 9  # plus the stream: the stream of the images that replace unreadable ones
 _AT_ONCE = 1 << 16  # draws per chunk when shuffling, which bounds temporaries
 
 # 64-bit patterns as signed integers, for torch's int64 arithmetic, which wraps.
@@ -50,6 +51,12 @@ def uniform(seed: int, stream: int, draws: Tensor, columns: int) -> Tensor:
     """Returns uniform numbers in [0, 1), float32 `[N, columns]`: multiples of 2**-24 from `counter_bits`."""
     bits = (counter_bits(seed, stream, draws, columns) >> 40) & ((1 << 24) - 1)
     return bits.to(torch.float32) * 2.0**-24
+
+
+def replacements(seed: int, stream: int, draw: int, num_images: int) -> list[int]:
+    """Row numbers of the images that replace the image of this draw, in the order in which they are tried."""
+    bits = counter_bits(seed, _REPLACEMENT + stream, torch.tensor([draw]), 64)[0]
+    return ((bits & ((1 << 62) - 1)) % num_images).tolist()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from .images import version_of
+
 
 def load_split(source: str | os.PathLike[str], *, role: str) -> datasets.Dataset:
     """Load one split from an image folder, parquet files or the Hub.
@@ -51,10 +53,11 @@ def _load_image_folder(name: str, path: Path, pattern: str, *, labeled: bool) ->
 
 
 def _load_parquet(name: str, files: str) -> datasets.Dataset:
-    if not glob.glob(files):
+    found = glob.glob(files)
+    if not found:
         raise ValueError(f"{name} does not exist (no such parquet file): check the path.")
     try:
-        return datasets.load_dataset("parquet", data_files={"train": [files]}, split="train")
+        return datasets.load_dataset("parquet", version_of(found), data_files={"train": [files]}, split="train")
     except (DatasetGenerationError, ValueError) as error:  # Arrow's errors are ValueErrors
         raise ValueError(f"{name} cannot be read ({error.__cause__ or error}): write the file again.") from error
 

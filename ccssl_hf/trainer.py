@@ -26,7 +26,15 @@ from transformers.trainer_utils import HubStrategy
 
 from . import data, resume
 from .algorithms import Algorithm, build_algorithm
-from .callbacks import EvaluationStopped, StepMonitor, StopOnSignal, UpdateAverage, ignore_signals, progress_callback
+from .callbacks import (
+    EvaluationStopped,
+    StepMonitor,
+    StopOnSignal,
+    UnreadableImages,
+    UpdateAverage,
+    ignore_signals,
+    progress_callback,
+)
 from .card import write_card
 from .distributed import copy_from_main_process, on_main_process
 from .ema import WeightAverage, published_weights
@@ -123,6 +131,7 @@ class CCSSLTrainer(Trainer):
         copy_from_main_process(self.model)  # DDP copies too late for the EMA
         self.ema = WeightAverage(self.model, args.ema_decay) if args.ema_decay else None
         self.monitor = StepMonitor(self.class_names, skips=args.on_nonfinite == "skip")
+        self.unreadable = UnreadableImages(unlabeled_dataset, args.image_column)
         # For the record: the last evaluation of each split, and names that the trainer cannot know.
         self.results: dict[str, list[Result]] = {}
         self.predictions: dict[str, SplitPredictions] = {}
@@ -227,7 +236,11 @@ class CCSSLTrainer(Trainer):
                 settings=self.settings,
                 seed=args.seed,
                 decode=self.decode,
+                max_pixels=args.max_image_pixels,
+                on_bad_image=args.on_bad_image,
             )
+        self.unreadable.check(dict(dataset.unreadable))
+        self.unreadable.add(dataset.unreadable)
         sampler = PairedBatchSampler(
             num_labeled=len(self.train_dataset),
             num_unlabeled=len(unlabeled or ()),
@@ -274,7 +287,8 @@ class CCSSLTrainer(Trainer):
     def _evaluation_loader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
         transform = create_transform(**resolve_data_config(pretrained_cfg=self.model.backbone.pretrained_cfg))
         column = self.args.image_column
-        dataset = data.EvaluationDataset(split, labels, image_column=column, transform=transform, role=role)
+        where: dict[str, Any] = {"image_column": column, "role": role, "max_pixels": self.args.max_image_pixels}
+        dataset = data.EvaluationDataset(split, labels, transform=transform, **where)
         own = torch.Generator()  # else an evaluation changes the random numbers of dropout in training
         return self._loader(dataset, decodes=True, batch_size=self.args.per_device_eval_batch_size, generator=own)
 
@@ -289,6 +303,7 @@ class CCSSLTrainer(Trainer):
             batch = forward_views(model, views, inputs, with_embeddings=with_embeddings, weak_forward=args.weak_forward)
             result = algorithm(batch)
             self.monitor.add(result, inputs.get("hidden_labels"))
+            self.unreadable.add(inputs.get("unreadable", ()))
             return self.guard.add(result, batch, inputs)
         images, labels = inputs["pixel_values"].to(self.model.dtype), inputs["labels"]  # half with bf16_full_eval
         output = model(pixel_values=images)
@@ -311,6 +326,8 @@ class CCSSLTrainer(Trainer):
         if "loss" in logs and "learning_rate" in logs:
             filtered = {"loss": logs["loss"]} if self.args.logging_nan_inf_filter else {}
             logs = {**logs, **self.monitor.drain(), **filtered}
+            self.unreadable.report(self.state, self.args.device)
+            self.unreadable.check({row: why for row, (_, why) in self.unreadable.known(self.state).items()})
         if "train_loss" in logs:
             logs["train_loss"] = self.monitor.mean_loss()  # in place: upstream returns this dictionary
         self.guard.note_skipped(logs)
@@ -394,6 +411,7 @@ class CCSSLTrainer(Trainer):
             self.monitor = StepMonitor(self.class_names, skips=args.on_nonfinite == "skip")
             set_seed(args.seed)  # for dropout: random numbers drawn before must not matter
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
+            self.unreadable.report(self.state, args.device, total=True)
             self.stop.end_training()
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -416,6 +434,7 @@ class CCSSLTrainer(Trainer):
         resume.save_checkpoint(self, partial(super()._save_checkpoint, model, trial), trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.unreadable.report(self.state, self.args.device)  # the state of the checkpoint lists them
         super()._save_optimizer_and_scheduler(output_dir)
         state = self._modules_with_state(), self.monitor.state()
         resume.save_training_state(output_dir, *state, write=self.args.should_save)
@@ -467,6 +486,7 @@ class CCSSLTrainer(Trainer):
             optimization=args.optimization_settings(),
             views=self.settings.in_effect(self.algorithm.views) | {"decode": self.decode},
             splits=self._splits(),
+            unreadable={"unlabeled": dict(self.unreadable.known(state).values())},
             labeled_per_class=dict(zip(self.class_names, counts, strict=True)),
             base_model=self.base_model,
             steps=state.global_step,

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from .algorithms import ALGORITHMS, algorithm_hyperparameters
 from .argument_checks import ON_METRIC, SET_HERE, accelerator_settings, argument_errors, raise_all
 from .errors import near_misses
+from .images import MAX_PIXELS
 from .record import greater_is_better
 from .transforms import MAX_SIDE_HELD, ViewSettings
 
@@ -84,9 +85,17 @@ class ViewArguments:
     normalize_contrastive: bool = argument(True, "Normalize the contrastive view. The authors' CCSSL configs do not.")
 
     def view_settings(self, pretrained_cfg: Mapping[str, Any]) -> ViewSettings:
-        """The views of a run, with the input size, mean and standard deviation of timm's `pretrained_cfg`."""
+        """The views of a run, with the input size, mean and standard deviation of timm's `pretrained_cfg`.
+
+        Raises a ValueError if the input is not square.
+        """
         chosen = {f.name: getattr(self, f.name) for f in fields(ViewArguments)}
-        size = pretrained_cfg["input_size"][-1]
+        height, size = pretrained_cfg["input_size"][-2:]
+        if height != size:
+            raise ValueError(
+                f"The model's images are {height} x {size} pixels, and only square ones can be trained: build it with "
+                "one image_size."
+            )
         if chosen["weak_crop"] == "auto":
             chosen["weak_crop"] = "pad" if size <= MAX_SIDE_HELD else "resized"
         return ViewSettings(size, tuple(pretrained_cfg["mean"]), tuple(pretrained_cfg["std"]), **chosen)
@@ -185,6 +194,12 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
         "Processes that load batches. Results do not depend on it. -1: one for each CPU core of a training "
         "process, up to 8, where images are decoded for an accelerator; otherwise 0, the training process itself.",
     )
+    on_bad_image: Literal["skip", "stop"] = argument(
+        "skip",
+        "Unlabeled image that cannot be read. skip: train on another one, and list it; the run stops above 5% of the "
+        "images. stop: stop the run. Labeled, validation and test images must be readable.",
+    )
+    max_image_pixels: int = argument(MAX_PIXELS, "Pixels of an image above which it counts as unreadable.")
 
     @classmethod
     def from_config(cls, config: str | Path = "imagefolder", **changes: Any) -> CCSSLTrainingArguments:

@@ -13,7 +13,17 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ccssl_hf import CCSSLTrainer
-from tiny_runs import VALIDATION, StopAt, copy_of, everything, logs_of_steps, model_of, trainer_of
+from tiny_runs import (
+    UNLABELED,
+    VALIDATION,
+    StopAt,
+    copy_of,
+    damaged,
+    everything,
+    logs_of_steps,
+    model_of,
+    trainer_of,
+)
 
 WITHOUT_BATCHNORM: dict[str, Any] = {
     "per_device_train_batch_size": 2,
@@ -22,6 +32,14 @@ WITHOUT_BATCHNORM: dict[str, Any] = {
     "hidden_label_column": "true",
 }
 """One run on two processes; with twice the batch the same on one."""
+
+BAD_IMAGES: dict[str, Any] = {
+    "unlabeled": damaged(UNLABELED, (3, 50, 70)),
+    "decode": "stream",
+    "weak_crop": "resized",
+    "logging_steps": 3,
+}
+"""Unreadable unlabeled images, which each process replaces; both list all."""
 
 STOPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batchnorm": ({}, {"distribution_alignment_window": 3}),
@@ -58,6 +76,11 @@ def main(folder: Path) -> None:
     notes["world_size"], notes["batches"] = dist.get_world_size(), batches(trainer)
     trainer.train()
     notes["plain"] = {"logs": logs_of_steps(trainer), "weights": everything(trainer)}
+
+    trainer = trainer_of(folder / "bad_images", model_of("test_vit"), **BAD_IMAGES, **WITHOUT_BATCHNORM)
+    notes["bad_images"] = {"batches": batches(trainer)}
+    trainer.train()
+    notes["bad_images"] |= {"weights": everything(trainer), "known": trainer.unreadable.known(trainer.state)}
 
     for name, (model, changes) in STOPPED.items():
         whole = trainer_of(folder / name / "whole", model_of(**model), eval_strategy="steps", eval_steps=2, **changes)

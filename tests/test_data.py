@@ -26,7 +26,7 @@ from ccssl_hf.data import (
     read_class_names,
     read_labels,
 )
-from ccssl_hf.images import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
+from ccssl_hf.pixels import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
 from ccssl_hf.sampling import UNLABELED, PairedBatchSampler
 from ccssl_hf.sources import load_split
 from ccssl_hf.transforms import View, ViewSettings, crop_boxes, make_view
@@ -326,9 +326,11 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_image_is_named_with_the_fix_and_the_fix_works(broken: str) -> None:
     split = dataset([picture(0), picture(1), BROKEN[broken], picture(2)], number=[0, 1, 2, 3])
-    sentence = r"Image 2 of the unlabeled split can't be decoded .*drop_unreadable"
+    path = (BROKEN[broken] or {}).get("path") or "row 2"
+    sentence = rf"1 of 4 images of the unlabeled split can't be decoded: .*drop_unreadable\(dataset\)\.\n  {path}: \w"
     with pytest.raises(ValueError, match=sentence):
         PixelTable(split, image_column="image", size=SIZE, role="unlabeled")
+    sentence = rf"Image 2 of the unlabeled split can't be decoded \({path}: .*drop_unreadable"
     with pytest.raises(ValueError, match=sentence):
         streamed(split, np.array([0, 2]), np.array([0, 1]))
     with pytest.raises(ValueError, match=r"Image 2 of the test split"):

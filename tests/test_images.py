@@ -6,8 +6,11 @@ import ast
 import base64
 import inspect
 import io
+import os
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,17 +18,26 @@ from types import ModuleType
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from torch import Tensor
 
 from ccssl_hf import images
 from ccssl_hf.data import EvaluationDataset, drop_unreadable
 from ccssl_hf.deploy import handler
+from ccssl_hf.deploy.evaluate import evaluate
 from ccssl_hf.deploy.predict import Classifier, predict_to_parquet
 from ccssl_hf.deploy.space_page import app
-from ccssl_hf.images import PixelTable, decode_image, open_image, upright_rgb
+from ccssl_hf.images import MISSING, content_hashes, decode_image, open_image, upright_rgb
+from ccssl_hf.pixels import ImageFiles, PixelTable
+from ccssl_hf.sources import load_split
+from ccssl_hf.transforms import View, ViewSettings
+from pictures import picture
 from small_models import published
 
 COPIES = {"handler": handler, "Space": app}
+OPENERS = {"package": images, **COPIES}
 ORIENTATION = 0x0112
 WIDTH, HEIGHT = 24, 16
 
@@ -96,15 +108,20 @@ def special_cases() -> Iterator[tuple[str, bytes]]:
             yield f"{len(frames) - first} frames as {kind}", content
 
 
-def as_before(content: bytes) -> Image.Image:
-    """The decoding of `datasets` and a conversion to RGB: an independent definition of the pixels of training."""
+def as_before(content: bytes) -> Image.Image | None:
+    """The decoding of `datasets` and a conversion to RGB: an independent definition of the pixels of training.
+
+    None for 32-bit values without a range.
+    """
     image = datasets.Image().decode_example({"bytes": content, "path": None})
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and content.startswith(b"P5")):
         return Image.fromarray((np.asarray(image).astype(np.int64) // 256).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    return None if image.mode in ("I", "F") else image.convert("RGB")
 
 
-def same(image: Image.Image, expected: Image.Image) -> bool:
+def same(image: Image.Image | str, expected: Image.Image | None) -> bool:
+    if isinstance(image, str) or expected is None:
+        return expected is None and isinstance(image, str) and "without a declared range" in image
     return image.mode == "RGB" and np.array_equal(np.asarray(image), np.asarray(expected))
 
 
@@ -132,7 +149,8 @@ def code_of(item: object) -> str:
 
 @pytest.mark.parametrize("module", COPIES.values(), ids=COPIES)
 def test_the_copies_have_the_same_code(module: ModuleType) -> None:
-    for name in ("TooLargeError", "upright_rgb", "open_image"):
+    assert images.MAX_PIXELS == module.MAX_PIXELS
+    for name in ("TooLargeError", "eight_bits", "upright_rgb", "open_image"):
         assert code_of(getattr(module, name)) == code_of(getattr(images, name))
 
 
@@ -143,32 +161,46 @@ def test_every_function_that_opens_an_image_gives_the_pixels_of_training(
     classifier = Classifier.from_pretrained(published(tmp_path / "model", "wide_resnet10_1_cifar", 16), device="cpu")
     path = tmp_path / "image"
 
-    def opened(content: bytes) -> dict[str, Image.Image]:
+    def opened(content: bytes) -> dict[str, Image.Image | str]:
         path.write_bytes(content)
-        return {
-            "training": decode_image({"bytes": content, "path": None}, 0, "labeled"),
-            "training from a file": decode_image({"bytes": None, "path": str(path)}, 0, "labeled"),
-            "bytes": open_image(content),
-            "path": open_image(path),
-            "handler": handler.open_image(content),
-            "handler, opened": handler.read_image(Image.open(io.BytesIO(content))),
-            "Space": app.open_upload(str(path)),
+        calls: dict[str, Callable[[], Image.Image]] = {
+            "training": lambda: decode_image({"bytes": content, "path": None}, 0, "labeled"),
+            "training from a file": lambda: decode_image({"bytes": None, "path": str(path)}, 0, "labeled"),
+            "bytes": lambda: open_image(content),
+            "path": lambda: open_image(path),
+            "handler": lambda: handler.open_image(content),
+            "handler, opened": lambda: handler.read_image(Image.open(io.BytesIO(content))),
+            "Space": lambda: app.open_upload(str(path)),
+            "Classifier": lambda: to_image(classifier.pixels(Image.open(io.BytesIO(content)))),
         }
+        if Image.open(io.BytesIO(content)).format in handler.FORMATS:
+            calls["handler, base64"] = lambda: handler.read_image(base64.b64encode(content).decode())
+        found: dict[str, Image.Image | str] = {}
+        for name, call in calls.items():
+            try:
+                found[name] = call()
+            except ValueError as error:
+                found[name] = f"{error} {error.__cause__}"
+        return found
+
+    def to_image(pixels: Tensor) -> Image.Image:
+        return (
+            Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            if isinstance(pixels, Tensor)
+            else to_image(torch.from_numpy(pixels))
+        )
 
     different = []
     for name, content in cases.items():
-        found, expected = opened(content), as_before(content)
-        kind = Image.open(io.BytesIO(content)).format
-        if kind in handler.FORMATS:
-            found["handler, base64"] = handler.read_image(base64.b64encode(content).decode())
-        different += [(name, where) for where, image in found.items() if not same(image, expected)]
-        cropped = classifier._transform(expected)
-        if not np.array_equal(classifier.pixels(Image.open(io.BytesIO(content))), cropped):
-            different.append((name, "Classifier"))
+        expected = as_before(content)
+        for where, image in opened(content).items():
+            cropped = to_image(classifier._transform(expected)) if where == "Classifier" and expected else expected
+            if not same(image, cropped):
+                different.append((name, where))
     assert not different
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("I", "F")])
 def test_images_in_memory_of_every_mode_become_rgb(mode: str) -> None:
     image = noise(mode)
     converted = upright_rgb(image)
@@ -185,6 +217,128 @@ def test_16_bits_keep_their_upper_8() -> None:
         assert pixels[0, :, 0].tolist() == [0, 0, 1, 0x40, 0x40, 0xFF]
 
 
+# ------------------------------------------------------------------------------------------------------ depth and shape
+
+
+def tiff(values: np.ndarray, tags: dict[int, object]) -> bytes:
+    """A grey TIFF file with these further tags, by hand: Pillow cannot write all of them."""
+    order = ">" if values.dtype.byteorder == ">" else "<"
+    height, width = values.shape
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    pixels = values.tobytes()
+    entries: dict[int, object] = {256: width, 257: height, 258: 8 * values.dtype.itemsize, 259: 1, 262: 1, 277: 1}
+    entries |= {278: height, 279: len(pixels), 339: kind} | tags
+    head = 8 + 2 + 12 * (len(entries) + 1) + 4
+    entries[273] = head
+    directory = struct.pack(order + "H", len(entries))
+    for tag, value in sorted(entries.items()):
+        code, form = (11, "f") if isinstance(value, float) else (4, "I") if value >= 0 else (9, "i")  # type: ignore[operator]
+        directory += struct.pack(f"{order}HHI{form}", tag, code, 1, value)
+    return (b"MM" if order == ">" else b"II") + struct.pack(order + "HI", 42, 8) + directory + bytes(4) + pixels
+
+
+def grey(content: bytes) -> list[int]:
+    return np.asarray(open_image(content))[..., 0].ravel().tolist()
+
+
+RAMP = np.array([[0, 1, 127, 128, 254, 255]])
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "<u4", "<i4", ">i4", "<f4", ">f4", "<i2", ">i2"])
+@pytest.mark.parametrize("tags", [(340, 341), (280, 281)])
+def test_values_are_scaled_by_the_range_that_a_file_declares(kind: str, tags: tuple[int, int]) -> None:
+    dtype = np.dtype(kind)
+    if dtype.kind == "u" and dtype.itemsize == 2:  # 16 bits have a range of their own
+        assert grey(tiff((RAMP * 257).astype(dtype), {tags[0]: 0, tags[1]: 9})) == RAMP[0].tolist()
+        return
+    for low, step in ((0, 1), (0, 3), (-100, 50) if dtype.kind != "u" and tags[0] == 340 else (10, 1)):
+        values = (low + RAMP * step).astype(dtype)
+        number = float if dtype.kind == "f" else int
+        content = tiff(values, {tags[0]: number(low), tags[1]: number(low + 255 * step)})
+        assert grey(content) == RAMP[0].tolist(), (low, step)
+    beyond = tiff(np.array([[10, 20, 21]]).astype(dtype), {tags[0]: 11, tags[1]: 20})
+    assert grey(beyond) == [0, 255, 255]
+
+
+def test_a_range_of_16_bits_keeps_the_upper_8_and_large_unsigned_values_stay_positive() -> None:
+    values = np.array([[0, 255, 256, 0x4000, 0x40FF, 0xFFFF]])
+    expected = [0, 0, 1, 0x40, 0x40, 0xFF]
+    assert grey(tiff(values.astype("<i4"), {340: 0, 341: 0xFFFF})) == expected
+    assert grey(tiff((values << 16).astype("<u4"), {340: 0, 341: 0xFFFFFFFF})) == expected
+    assert grey(b"P5 6 1 65535\n" + values.astype(">u2").tobytes()) == expected
+
+
+def test_12_bits_in_a_tiff_are_not_nearly_black() -> None:
+    """Two values of 12 bits in three bytes, as scanners write them."""
+    content = tiff(np.array([[0x80, 0x0F, 0xFF]], np.uint8), {256: 2, 258: 12, 279: 3})
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.mode == "I;16" and np.asarray(image).tolist() == [[0x800, 0xFFF]]
+    assert grey(content) == [0x80, 0xFF]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value"),
+    [(1.0, 1.0, 1.0), (5.0, 1.0, 2.0), (0.0, np.inf, 2.0), (np.nan, 1.0, 0.0), (0.0, 1.0, np.nan)],
+)
+def test_a_range_or_values_that_are_no_numbers_are_refused(low: float, high: float, value: float) -> None:
+    content = tiff(np.array([[0, value]], "<f4"), {340: float(low), 341: float(high)})
+    for module in OPENERS.values():
+        with pytest.raises(ValueError, match="not numbers in order"):
+            module.open_image(content)
+
+
+@pytest.mark.parametrize("array", [np.uint16, np.int32, np.uint32, np.float32, np.float64, np.int64])
+def test_arrays_in_a_dataset_follow_the_same_rule(array: type) -> None:
+    """`datasets` stores them as TIFF files: 16 bits as they are, others without a range."""
+    values = (np.arange(256).reshape(16, 16) * 256).astype(array)
+    dataset = datasets.Dataset.from_dict({"image": [values]}, features=datasets.Features({"image": datasets.Image()}))
+    if array is np.uint16:
+        image = EvaluationDataset(dataset, None, image_column="image", transform=np.asarray, role="test")[0]
+        assert np.array_equal(image["pixel_values"][..., 0].ravel(), np.arange(256))
+    else:
+        [(row, name, reason)] = images.unreadable(dataset, "image")
+        assert (row, name) == (0, "row 0") and "convert the image to 8 or 16 bits" in reason
+
+
+def test_transparency_is_dropped() -> None:
+    hidden = Image.new("RGBA", (2, 2), (10, 200, 30, 0))
+    assert open_image(encode(hidden, "PNG")).getpixel((0, 0)) == (10, 200, 30)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 5000), (31, 1)])
+def test_tiny_and_long_images_are_decoded_everywhere(size: tuple[int, int], tmp_path: Path) -> None:
+    """Resizing the shorter side of 1 x 5000 pixels to 256 would make 1.3 million rows of the other."""
+    middle = 3 * (size[0] // 2), 5 * (size[1] // 2)
+    array = np.zeros((size[1], size[0], 3), np.uint8)
+    array[..., 0], array[..., 1] = np.arange(size[0]) * 3 % 256, np.arange(size[1])[:, None] * 5 % 256
+    content = encode(Image.fromarray(array), "PNG")
+    image = open_image(content)
+    assert max(image.size) <= 32 * min(image.size)
+    assert image.getpixel((image.width // 2, image.height // 2))[:2] == (middle[0] % 256, middle[1] % 256)
+    dataset = dataset_of([content] * 2)
+    table = PixelTable(dataset, image_column="image", size=16, role="labeled")
+    assert table.read(np.array([1])).shape == (1, 3, 16, 16)
+    settings = ViewSettings(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3, weak_crop="resized")
+    files = ImageFiles(dataset, image_column="image", role="labeled", settings=settings, seed=0, stream=0)
+    assert files.read(np.array([0]), np.array([3]), [View.WEAK, View.CONTRASTIVE]).shape == (1, 2, 3, 16, 16)
+    transform = create_transform(input_size=(3, 224, 224), crop_pct=0.9)
+    evaluated = EvaluationDataset(dataset, None, image_column="image", transform=transform, role="test")
+    assert evaluated[1]["pixel_values"].shape == (3, 224, 224)
+
+
+def test_the_middle_of_a_long_image_is_seen_as_before() -> None:
+    """What a crop to the central square sees does not depend on the pixels far from it."""
+    wide = picture(5, 66 * 16, 16)  # 66 times as long
+    narrow = np.asarray(ImageOps.fit(upright_rgb(wide), (16, 16)))
+    assert np.array_equal(narrow, np.asarray(ImageOps.fit(wide, (16, 16))))
+
+
+def test_an_image_in_memory_without_pixels_is_an_error() -> None:
+    for size in ((0, 0), (0, 4)):
+        with pytest.raises(ValueError, match="has no pixels"):
+            upright_rgb(Image.new("RGB", size))
+
+
 # ------------------------------------------------------------------------------------------------------------ datasets
 
 
@@ -199,7 +353,7 @@ def test_training_and_evaluation_see_the_pixels_of_a_file(tmp_path: Path, monkey
     """Squares, so that nothing is cropped or resized."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     square = [
-        encode(noise(mode).crop((0, 0, 16, 16)), "TIFF") for mode in ("1", "P", "CMYK", "LA", "LAB", "I;16B", "F")
+        encode(noise(mode).crop((0, 0, 16, 16)), "TIFF") for mode in ("1", "P", "CMYK", "LA", "LAB", "I;16B", "L")
     ]
     dataset = dataset_of(square)
     pixels = [np.asarray(as_before(content)).transpose(2, 0, 1) for content in square]
@@ -219,6 +373,7 @@ def test_a_url_is_never_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     urls = ["https://example.com/a.png", "hf://datasets/user/name/a.png", "file:///etc/a.png"]
+    urls += ["zip://a.png::https://example.com/a.zip", "simplecache::https://example.com/a.png"]
     for url in urls:
         with pytest.raises(
             ValueError, match=rf"Image 7 of the test split .*{re.escape(url)} is a URL.*download the file"
@@ -252,9 +407,6 @@ def test_a_row_without_an_image_is_an_error() -> None:
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
-OPENERS = {"package": images, **COPIES}
-
-
 @pytest.mark.parametrize("module", OPENERS.values(), ids=OPENERS)
 def test_limits_are_arguments(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_it: Callable[..., Image.Image] = module.open_image
@@ -274,3 +426,145 @@ def test_limits_are_arguments(module: ModuleType, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(module.TooLargeError, match="decompression bomb"):
         open_it(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(module.TooLargeError, match="decompression bomb"):
+            open_it(content)
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A grey PNG file whose header promises this size, with few pixels."""
+    header = b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = [header, *chunks, (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+REFUSED = {
+    "a bomb": (png(10_000, 10_000), "too large .*100000000|too large .*10000 x 10000"),
+    "a larger bomb": (png(60_000, 60_000), "too large"),
+    "a bomb of text": (png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 27)))), "not a readable image"),
+    "no pixels": (png(0, 8), "unknown format"),
+    "a cut PNG": (encode(picture(0, 200, 200), "PNG")[:4000], "truncated"),
+    "a cut JPEG": (encode(picture(0, 200, 200), "JPEG")[:2000], "truncated"),
+    "PostScript": (EPS, "decodes EPS with other programs"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_hostile_files_are_refused_everywhere_before_they_are_decoded(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("another program was started")
+
+    monkeypatch.setattr("subprocess.Popen", never)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", never)
+    content, sentence = REFUSED[case]
+    for module in OPENERS.values():
+        with pytest.raises(ValueError, match=sentence):
+            module.open_image(content)
+    good = encode(noise("RGB"), "PNG")
+    dataset = dataset_of([good, content])
+    [(row, _, reason)] = images.unreadable(dataset, "image")
+    assert row == 1 and re.search(sentence, reason) and "\n" not in reason
+    for decode in ("memory", "stream"):
+        with pytest.raises(ValueError, match=sentence):
+            if decode == "memory":
+                PixelTable(dataset, image_column="image", size=16, role="unlabeled")
+            else:
+                settings = ViewSettings(image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+                files = ImageFiles(dataset, image_column="image", role="unlabeled", settings=settings, seed=0, stream=1)
+                files.read(np.array([1]), np.array([0]), [View.WEAK])
+    with pytest.raises(ValueError, match=sentence):
+        EvaluationDataset(dataset, None, image_column="image", transform=np.asarray, role="test")[1]
+    classifier = Classifier.from_pretrained(published(tmp_path / "model", "wide_resnet10_1_cifar", 16), device="cpu")
+    assert predict_to_parquet(classifier, dataset, tmp_path / "out.parquet").unreadable == 1
+
+
+def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also above the limit of Pillow, which is then raised."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    content = encode(noise("RGB"), "PNG")
+    assert open_image(content, max_pixels=WIDTH * HEIGHT).size == (WIDTH, HEIGHT)
+    assert Image.MAX_IMAGE_PIXELS == WIDTH * HEIGHT
+    few = {"max_pixels": WIDTH * HEIGHT - 1}
+    dataset = dataset_of([content])
+    assert len(images.unreadable(dataset, "image", **few)) == 1
+    with pytest.raises(ValueError, match="at most 383 are allowed"):
+        PixelTable(dataset, image_column="image", size=16, role="labeled", **few)
+    with pytest.raises(ValueError, match="at most 383 are allowed"):
+        EvaluationDataset(dataset, None, image_column="image", transform=np.asarray, role="test", **few)[0]
+    classifier = Classifier.from_pretrained(published(tmp_path / "model", "wide_resnet10_1_cifar", 16), device="cpu")
+    assert predict_to_parquet(classifier, dataset, tmp_path / "out.parquet", **few).unreadable == 1
+    with pytest.raises(ValueError, match="at most 383 are allowed"):
+        evaluate(classifier, dataset.add_column("label", ["moth"]), "test", **few)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_devices_and_folders_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    paths = [str(tmp_path / "pipe"), str(tmp_path), "/dev/zero", "a\0b"]
+    assert [row for row, _, _ in images.unreadable(dataset_of([None] * 4, paths))] == [0, 1, 2, 3]
+    assert content_hashes(dataset_of([None] * 4, paths)) == [MISSING] * 4
+
+
+# ------------------------------------------------------------------------------------------------------ content hashes
+
+
+def test_content_hashes_follow_the_rows_and_not_the_place_of_the_bytes(tmp_path: Path) -> None:
+    contents = [encode(picture(seed), "PNG") for seed in range(5)]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    stored = dataset_of([None] * 5, [str(tmp_path / f"{number}.png") for number in range(5)])
+    held = dataset_of([*contents, None], [None] * 5 + [str(tmp_path / "none.png")])
+    hashes = content_hashes(held, "image")
+    assert content_hashes(stored, "image") == hashes[:5] and hashes[5] == MISSING == bytes(16)
+    assert len(set(hashes)) == 6 and {len(each) for each in hashes} == {16}
+    order = [4, 0, 5, 0]
+    assert content_hashes(held.select(order), "image") == [hashes[row] for row in order]
+    parts = datasets.concatenate_datasets([held.select([3]), stored, held])
+    assert content_hashes(parts, "image") == [hashes[3], *hashes[:5], *hashes]
+    assert content_hashes(parts.shard(3, 1).with_format("torch"), "image") == [hashes[each] for each in (3, 4, 0, 1)]
+    assert content_hashes(dataset_of([None]), "image") == [MISSING]
+
+
+def test_files_rewritten_in_place_are_decoded_again_and_the_same_images_elsewhere_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def first(folder: Path) -> list[int]:
+        split = load_split(folder, role="labeled")
+        return PixelTable(split, image_column="image", size=8, role="labeled").read(np.array([0]))[0, :, 0, 0].tolist()
+
+    def write(folder: Path, colours: list[str]) -> None:
+        for number, colour in enumerate(colours):
+            path = folder / "moth" / f"{number}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), colour).save(path)
+            os.utime(path, (10**9, 10**9))
+
+    write(tmp_path / "a", ["red", "lime"])
+    assert first(tmp_path / "a") == [255, 0, 0]
+    write(tmp_path / "a", ["blue", "lime"])
+    assert first(tmp_path / "a") == [0, 0, 255]
+    tables = sorted((tmp_path / "cache" / "ccssl_hf").glob("*.arrow"))
+    write(tmp_path / "b", ["blue", "lime"])
+    assert first(tmp_path / "b") == [0, 0, 255]
+    assert sorted((tmp_path / "cache" / "ccssl_hf").glob("*.arrow")) == tables and len(tables) == 2
+
+
+def test_a_parquet_file_rewritten_in_place_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path, sizes, seen = tmp_path / "rows.parquet", set(), []
+    for colour in ("red", "blue"):
+        dataset_of([encode(Image.new("RGB", (8, 8), colour), "BMP")]).to_parquet(path)
+        os.utime(path, (10**9, 10**9))
+        sizes.add(path.stat().st_size)
+        seen.append(load_split(str(path), role="unlabeled")[0]["image"].getpixel((0, 0)))
+    assert len(sizes) == 1 and seen == [(255, 0, 0), (0, 0, 255)]

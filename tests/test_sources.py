@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ccssl_hf.data import read_class_names, read_labels
-from ccssl_hf.images import PixelTable
+from ccssl_hf.pixels import PixelTable
 from ccssl_hf.sources import load_split
 from conftest import SHARED, needs_shared
 from pictures import mixed_sizes, write

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ccssl_hf import CCSSLForImageClassification
-from distributed_runs import STOPPED, WITHOUT_BATCHNORM, batches
+from distributed_runs import BAD_IMAGES, STOPPED, WITHOUT_BATCHNORM, batches
 from tiny_runs import VALIDATION, different, everything, logs_of_steps, model_of, trainer_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,25 @@ def test_losses_and_weights_are_those_of_one_process(runs, one_process):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
         for name, tensor in notes["plain"]["weights"].items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_unreadable_images_are_replaced_and_listed_as_in_one_process(runs, tmp_path, fault_record):
+    settings = {**BAD_IMAGES, **WITHOUT_BATCHNORM, "per_device_train_batch_size": 4, "dataloader_num_workers": 1}
+    trainer = trainer_of(tmp_path, model_of("test_vit"), **settings)
+    taken = batches(trainer)
+    trainer.train()
+    first, second = (notes["bad_images"] for notes in runs[1])
+    for whole, *parts in zip(taken, first["batches"], second["batches"], strict=True):
+        for name, values in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), values)
+    assert different(first["weights"], second["weights"]) == []
+    for name, tensor in everything(trainer).items():
+        torch.testing.assert_close(first["weights"][name], tensor, rtol=1e-4, atol=1e-5)
+    assert first["known"] == second["known"] == trainer.unreadable.known(trainer.state)
+    assert first["known"].keys() == {3, 50, 70}
+    fault_record(
+        "unreadable unlabeled images, two processes", "the same images as in one process, one list", "3 images"
+    )
 
 
 def test_both_processes_hold_the_same_weights(runs):

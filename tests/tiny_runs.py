@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def digits(start: int, stop: int, *, size: int = 16) -> datasets.Dataset:
         "true": numbers[rows].tolist(),
     }
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def damaged(dataset: datasets.Dataset, rows: Iterable[int]) -> datasets.Dataset:
+    """The dataset with files that are no images in these rows."""
+    columns = dataset.cast_column("image", datasets.Image(decode=False)).to_dict()
+    for row in rows:
+        columns["image"][row] = {"bytes": b"no image", "path": f"/home/anna/photos/{row}.png"}
+    return datasets.Dataset.from_dict(columns, features=dataset.features)
 
 
 LABELED, UNLABELED, VALIDATION = digits(0, 24), digits(24, 120), digits(120, 157)

@@ -28,6 +28,9 @@ PICTURES = CURVES, CONFUSION_MATRIX, RELIABILITY, CONFIDENCE, EMBEDDINGS = tuple
     f"{IMAGES}/{name}.png" for name in ("curves", "confusion_matrix", "reliability", "confidence", "embeddings")
 )
 
+UNREADABLE_FILE = "unreadable_images.txt"
+"""Lists the images that could not be read, if the card has no room for all. It is not uploaded."""
+
 _MARKED = re.compile(r"<!-- results\b[^>]*-->.*?<!-- /results -->", re.DOTALL)
 """Results and pictures of a card. Earlier cards have the same comments with more words in the first."""
 
@@ -129,6 +132,7 @@ def render_card(
         settings=facts.settings,
         limits=limits,
         fingerprinted=FINGERPRINTED_IMAGES,
+        unreadable_file=UNREADABLE_FILE,
         curves={CURVES: pictures[CURVES]} if CURVES in pictures else {},
     )
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 
 from ..data import check_images, read_labels
+from ..images import MAX_PIXELS
 from ..metrics import classification_metrics
 from ..record import Provenance, Result, SplitPredictions
 from ..sources import load_split
@@ -28,19 +30,21 @@ def evaluate(
     label_column: str = "label",
     batch_size: int | None = None,
     num_workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[list[Result], SplitPredictions]:
     """Measure what `CCSSLTrainer.evaluate` measures, except for metrics that need training-only heads.
 
     Labels are aligned by name. A label that is not a class of the model, and -1, marks an out-of-distribution (OOD)
-    image. Load the classifier with `fold=False` if every digit counts. For `batch_size` and `num_workers` see
-    `predict.predict_to_parquet`.
+    image. Load the classifier with `fold=False` if every digit counts. For `batch_size`, `num_workers` and `max_pixels`
+    see `predict.predict_to_parquet`.
 
     Raises:
         ValueError: An image cannot be read, or the columns or labels do not fit.
     """
     check_images(dataset, role=split, image_column=image_column)
     labels = read_labels(dataset, label_column, classifier.labels, role=split, allow_ood=True)
-    found = predict_all(classifier, dataset, image_column=image_column, batch_size=batch_size, num_workers=num_workers)
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "max_pixels": max_pixels}
+    found = predict_all(classifier, dataset, image_column=image_column, **options)
     logits = found.logits.numpy()
     results = [Result(name, value, split, provenance) for name, value in classification_metrics(logits, labels).items()]
     return results, SplitPredictions(split, provenance, logits, labels, found.embeddings.numpy())

@@ -35,7 +35,7 @@ from torch.fx.proxy import TraceError
 from ..backbones import features_and_logits
 from ..checkpoint import HEAD_FILE, find_checkpoint
 from ..data import check_images, check_writable
-from ..images import encoded_images, open_encoded, upright_rgb
+from ..images import MAX_PIXELS, encoded_images, open_encoded, upright_rgb
 from ..modeling import CCSSLForImageClassification
 from ..sources import load_split
 
@@ -247,7 +247,12 @@ _Batch = tuple[list[dict[str, Any]], Predictions | None]  # rows of all images, 
 
 
 def _in_batches(
-    classifier: Classifier, images: datasets.Dataset, batch_size: int | None, num_workers: int | None, strict: bool
+    classifier: Classifier,
+    images: datasets.Dataset,
+    batch_size: int | None,
+    num_workers: int | None,
+    strict: bool,
+    max_pixels: int,
 ) -> Generator[_Batch, None, None]:
     """Predict undecoded images on a few threads. Yields the batches in order, and shows a progress bar."""
     on_cpu = classifier.device.type == "cpu"
@@ -260,7 +265,7 @@ def _in_batches(
         for number, encoded in enumerate(next(iter(batch.values())), start):
             rows.append({"path": (encoded or {}).get("path") or str(number), "error": None})
             try:
-                pixels.append(classifier.pixels(open_encoded(encoded)))
+                pixels.append(classifier.pixels(open_encoded(encoded, max_pixels=max_pixels)))
             except Exception as error:  # one image must not end the run
                 rows[-1]["error"] = str(error)
         if not pixels:
@@ -300,10 +305,11 @@ def predict_all(
     image_column: str = "image",
     batch_size: int | None = None,
     num_workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Predictions:
     """Predict a dataset that passed `data.check_images`, in memory. Raises ValueError if an image cannot be read."""
     images = encoded_images(dataset, image_column)
-    with closing(_in_batches(classifier, images, batch_size, num_workers, strict=True)) as results:
+    with closing(_in_batches(classifier, images, batch_size, num_workers, True, max_pixels)) as results:
         parts = [found for _, found in results if found]
     labels = [label for part in parts for label in part.labels]
     names = ("confidences", "probabilities", "logits", "embeddings")
@@ -328,6 +334,7 @@ def predict_to_parquet(
     num_workers: int | None = None,
     image_column: str = "image",
     strict: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Written:
     """Predict all images of a source and write one row for each, in their order.
 
@@ -342,6 +349,7 @@ def predict_to_parquet(
         batch_size: Images per forward pass; where None 16 on a CPU and 64 on an accelerator.
         num_workers: Threads that decode and predict; where None as many as torch uses, at most 8.
         strict: Whether to stop at the first image that cannot be read.
+        max_pixels: Pixels of an image above which it counts as unreadable. They are not decoded.
 
     Raises:
         ValueError: There are no images, `out` cannot be written, or with `strict` an image cannot be read.
@@ -357,7 +365,7 @@ def predict_to_parquet(
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
     with (
-        closing(_in_batches(classifier, images, batch_size, num_workers, strict)) as results,
+        closing(_in_batches(classifier, images, batch_size, num_workers, strict, max_pixels)) as results,
         pq.ParquetWriter(unfinished, schema) as writer,
     ):
         try:
