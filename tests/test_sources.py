@@ -12,7 +12,7 @@ import torch
 
 from ccssl_hf.data import read_class_names, read_labels
 from ccssl_hf.images import PixelTable
-from ccssl_hf.sources import load_split
+from ccssl_hf.sources import load_split, skipped
 from conftest import SHARED, needs_shared
 from pictures import mixed_sizes, write
 
@@ -30,10 +30,11 @@ def test_an_image_folder_gives_its_class_folders_as_labels(tmp_path: Path) -> No
         write(root / name, number)
     (root / "train cat" / "notes.txt").write_text("not an image")
     found = load_split(str(root), role="labeled")
-    assert found.features["label"].names == ["ant", "test bird", "train cat"]
-    assert [found.features["label"].int2str(label) for label in sorted(found["label"])] == [
-        "ant", "test bird", "test bird", "train cat",
+    assert found.features["label"].names == ["dog", "test bird", "train cat"]  # the first folder below the root
+    assert [found.features["label"].int2str(label) for label in found["label"]] == [
+        "dog", "test bird", "test bird", "train cat",
     ]  # fmt: skip
+    assert skipped(found) == {"files that are no images": ["train cat/notes.txt"]}
 
 
 def test_unlabeled_folders_may_nest_and_lose_their_labels(tmp_path: Path) -> None:
