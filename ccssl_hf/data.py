@@ -181,9 +181,8 @@ def read_labels(
     wrong = wrong | np.isin(numbers, [n for n, name in used.items() if name in alike])
     if wrong.any():
         stray = ["null" if n == _NULL else used.get(int(n), str(n)) for n in np.unique(numbers[wrong])]
-        fix = (
-            f"drop those rows ({listed(np.flatnonzero(wrong))}), or build the model with their classes in labels=[...]."
-        )
+        rows = listed(np.flatnonzero(wrong))
+        fix = f"drop those rows, or build the model with their classes in labels=[...] (rows {rows})."
         if alike:
             same = listed(f"{name!r} as {other!r}" for name, other in alike.items())
             fix = f"write {same}. Case, Unicode form, spaces, hyphens and underscores do not distinguish classes."
@@ -215,11 +214,10 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
         fix = "give them one name, or names that differ by more than case, Unicode form, spaces, hyphens or underscores"
         raise ValueError(f"The labeled split has class names that look like one ({same}): {fix}.")
     if len(names) < 2:
-        only, ood = (
-            ", ".join(names) or "none",
-            " Labels of -1 mean no class." if (numbers == OUT_OF_DISTRIBUTION).any() else "",
-        )
-        raise ValueError(f"The labeled split has one class only ({only}): label images of two or more.{ood}")
+        fix = "label images of two or more"
+        if (numbers == OUT_OF_DISTRIBUTION).any():
+            fix += ", and not with -1, which means no class"
+        raise ValueError(f"The labeled split has one class only ({', '.join(names) or 'none'}): {fix}.")
     return names
 
 

@@ -9,11 +9,13 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageFile
 
+from . import images  # noqa: F401 -- with the plugins of Pillow
 from .errors import listed, warn
 
 logger = logging.getLogger(__name__)
@@ -24,9 +26,9 @@ HIDDEN = "hidden files"
 _SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found"}
 _RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".svg", ".exr", ".hdr", ".jxr", ".dcm", ".nii")
 _FIXES = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
+    **dict.fromkeys((".heic", ".heif", ".hif"), "install pillow-heif"),
     **dict.fromkeys(_RAW, "convert them to PNG"),  # Pillow would open the thumbnail in some of them
-    ".jxl": "pip install pillow-jxl-plugin",
+    ".jxl": "install pillow-jxl-plugin",
     ".avif": "install a Pillow that has AVIF",
 }
 
@@ -53,7 +55,7 @@ class FoundFiles:
 
     def describe(self) -> str:
         """What was skipped in one sentence, hidden files apart; empty if nothing was."""
-        told = [f"{len(names):,} {why} ({listed(names)})" for why, names in self.skipped.items() if why != HIDDEN]
+        told = [f"{why} ({len(names):,}): {listed(names)}" for why, names in self.skipped.items() if why != HIDDEN]
         return f"Skipped: {'; '.join(told)}." if told else ""
 
     def sort_in(self, file: str, name: str, readable: Callable[[str], bool]) -> None:
@@ -71,7 +73,7 @@ class FoundFiles:
         elif os.path.basename(name) in METADATA:
             self.tables.append(file)
         elif not readable(suffix) and suffix in _FIXES:
-            self.skip(f"images that Pillow cannot open here: {_FIXES[suffix]}", name)
+            self.skip(f"images that Pillow cannot open here, {_FIXES[suffix]}", name)
         elif not readable(suffix) and not _is_image(file):
             self.skip("files that are no images", name)
         else:
@@ -79,7 +81,7 @@ class FoundFiles:
                 self.digest.update(f"{file}\0{content}".encode())
                 self.images.append(file)
             except UnicodeEncodeError:
-                self.skip("files whose names are not UTF-8: rename them", ascii(name))
+                self.skip("files whose names are not UTF-8", ascii(name))
 
 
 def find_images(path: Path) -> FoundFiles | None:
@@ -99,9 +101,18 @@ def find_images(path: Path) -> FoundFiles | None:
         found.sort_in(str(path), path.name.lstrip("."), readable)  # also a hidden one, as the user names it
     elif glob.has_magic(str(path)):
         fixed = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+        root = str(Path(*path.parts[:fixed])) if fixed else ""
+
+        @cache
+        def passed_over(folder: str) -> bool:
+            if folder == root:
+                return False
+            name = os.path.basename(folder)
+            return is_hidden(name) or _leads_back(folder, root) or passed_over(os.path.dirname(folder))
+
         for file in filter(os.path.isfile, glob.glob(str(path), recursive=True)):
-            hidden = any(map(is_hidden, Path(file).parts[fixed:]))
-            found.skip(HIDDEN, file) if hidden else found.sort_in(file, file, readable)
+            if not passed_over(os.path.dirname(file)):
+                found.sort_in(file, file, readable)
     else:
         return None
     found.images.sort()

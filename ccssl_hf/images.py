@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .transforms import View, ViewSettings, crop_boxes
+
+for _plugin in ("pillow_jxl", "pillow_heif"):  # where they are installed, Pillow opens .jxl and .heic
+    with suppress(ImportError):
+        getattr(import_module(_plugin), "register_heif_opener", lambda: None)()
 
 CHUNK_BYTES = 1 << 24  # decoded pixels that are written at a time: far below the 2 GiB limit of an Arrow column
 DECODED_AT_ONCE = 8  # images that a worker holds at once; their crop boxes are drawn together

@@ -168,7 +168,8 @@ def _load_tables(
         parts.append(table.drop_columns([*columns]))
         found.digest.update(Path(file).read_bytes())
     counts = Counter(files["image"]) if "image" in files else Counter()
-    problems.raise_if_any(name, **{"are named in several rows": [file for file, count in counts.items() if count > 1]})
+    repeated = [file for file, count in counts.items() if count > 1 and file]
+    problems.raise_if_any(name, **{"files in several rows": repeated})
     try:
         rest = pa.concat_tables(parts, promote_options="default")
         features = datasets.Features.from_arrow_schema(rest.schema)
@@ -209,11 +210,14 @@ class _Problems:
         self.missing: list[str] = []
 
     def raise_if_any(self, name: str, **others: list[str]) -> None:
-        outside = "lie outside of its folder or are URLs, and are not opened (set image_root to allow another folder)"
-        kinds = {outside: self.outside, "do not exist": self.missing, **others}
-        told = [f"{len(files):,} files {what}: {listed(files)}" for what, files in kinds.items() if files]
+        kinds = {
+            "files outside of its folder and of image_root, or URLs, which are not opened": self.outside,
+            "files that do not exist": self.missing,
+            **others,
+        }
+        told = [f"{what} ({len(files):,}): {listed(files)}" for what, files in kinds.items() if files]
         if told:
-            raise ValueError(f"{name} has rows that can't be used: correct or remove them. {'; '.join(told)}.")
+            raise ValueError(f"{name} has rows to correct or remove. It names {'; '.join(told)}.")
 
 
 def _folders(file: str, image_root: str | None) -> list[str]:
