@@ -185,8 +185,7 @@ def _read_table(file: str) -> pa.Table:
     if file.endswith(".parquet"):
         return pa.Table.from_pandas(pd.read_parquet(file), preserve_index=False)
     if file.lower().endswith(".jsonl"):
-        frame = pd.read_json(file, lines=True, dtype=False, convert_dates=False)
-        return pa.Table.from_pandas(frame, preserve_index=False)
+        return pa.Table.from_pandas(pd.read_json(file, lines=True, dtype=False), preserve_index=False)
     with open(file, encoding="utf-8-sig") as lines:
         separator = max(",;\t", key=lines.readline().count)  # spreadsheets of some countries write semicolons
     words: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""], "skipinitialspace": True}

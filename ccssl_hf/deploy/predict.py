@@ -176,7 +176,10 @@ class Classifier:
 
 
 def open_images(
-    source: str | Path | Sequence[str | Path] | datasets.Dataset, *, image_column: str = "image"
+    source: str | Path | Sequence[str | Path] | datasets.Dataset,
+    *,
+    image_column: str = "image",
+    image_root: str | Path | None = None,
 ) -> datasets.Dataset:
     """The undecoded images of a source; files are sorted by path. Opens no image.
 
@@ -186,6 +189,7 @@ def open_images(
             test split), or a `datasets.Dataset`. For the files of a folder or glob that are images see
             `files.find_images`. Raises ValueError if there are no images.
         image_column: The image column of a dataset.
+        image_root: See `load_split`.
     """
     if isinstance(source, (str, Path)):
         found = find_images(Path(source).expanduser())
@@ -194,7 +198,7 @@ def open_images(
                 fix = "name a folder, file or glob of images such as photo.jpg"
                 raise ValueError(f"{source}: no image files; {fix}. {found.describe()}".rstrip())
             found.tell(str(source))
-        source = load_split(str(source), role="test") if found is None else found.images
+        source = load_split(str(source), role="test", image_root=image_root) if found is None else found.images
     if isinstance(source, Sequence):
         if not source:
             raise ValueError("The list of images is empty: name at least one file.")
