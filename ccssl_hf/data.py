@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
@@ -103,17 +104,25 @@ def _label_column(dataset: datasets.Dataset, column: str, role: str) -> tuple[li
     elif kind in _TEXT:
         encoded = values.combine_chunks().dictionary_encode()
         names, values = encoded.dictionary.to_pylist(), encoded.indices
-    elif kind.startswith("float") and pc.all(pc.equal(values, pc.round(values))).as_py() is not False:
-        values = pc.if_else(pc.is_finite(values), values, None)
-    elif not kind.startswith(("int", "uint", "bool", "null")):
-        several = " to a column with one label per image" if kind.startswith("list") or "List" in str(feature) else ""
+    elif not kind.startswith(("int", "uint", "bool", "null")) and not _are_whole(values):
+        several = " to a column with one label per image" if "List" in str(feature) else ""
         raise ValueError(f"Column {column!r} of the {role} split holds {feature}, not labels: set {argument}{several}.")
+    if kind.startswith("float"):
+        values = pc.if_else(pc.is_nan(values), None, values)
     numbers = values.cast("int64").fill_null(_NULL).to_numpy(zero_copy_only=False)
     if dataset._indices is not None:  # shuffled or selected; `datasets` would read the rows one by one
         numbers = numbers[dataset._indices.column(0).to_numpy()]
     if names is not None and (blank := [number for number, name in enumerate(names) if not name.strip()]):
         numbers = np.where(np.isin(numbers, blank), _NULL, numbers)
     return names, numbers
+
+
+def _are_whole(values: pa.ChunkedArray) -> bool:
+    """Whether all values are whole numbers of a floating-point type, NaN and null apart."""
+    if not pa.types.is_floating(values.type):
+        return False
+    numbers = values.cast("float64").to_numpy()
+    return bool(np.all((numbers == np.round(numbers)) & np.isfinite(numbers) | np.isnan(numbers)))
 
 
 def _aligned_numbers(numbers: np.ndarray, class_names: Sequence[str], where: str) -> tuple[list[str], np.ndarray]:

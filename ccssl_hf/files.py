@@ -179,5 +179,7 @@ def _is_image(file: str) -> bool:
             kinds = [kind for kind, accept in accepts.items() if accept and accept(start) is True]
             content.seek(0)
             return bool(kinds) and Image.open(content, formats=kinds) is not None
+    except Image.DecompressionBombError:
+        return True  # for those who read it to refuse
     except Exception:  # Pillow raises nearly any type of error
         return False

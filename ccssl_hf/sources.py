@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import config
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable
@@ -294,8 +295,8 @@ def _load_from_hub(name: str, source: str, role: str) -> datasets.Dataset:
     wanted = [split] if split else [role, "train"] if role in ("labeled", "unlabeled") else [role]
     for each in wanted:
         if each in found:
-            caches, problems = [os.path.abspath(datasets.config.HF_DATASETS_CACHE), HF_HUB_CACHE], _Problems()
-            dataset = _with_resolved_paths(found[each], caches, problems)
+            caches, problems = [config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE], _Problems()
+            dataset = _with_resolved_paths(found[each], [os.path.abspath(cache) for cache in caches], problems)
             problems.raise_if_any(name)
             return dataset
     missing = " or ".join(map(repr, wanted))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +36,7 @@ def space(
     with errors_in_one_line():
         from ..deploy.space import write_space
 
-        columns = dict(image_column=image_column, label_column=label_column, image_root=image_root)
+        columns: dict[str, Any] = dict(image_column=image_column, label_column=label_column, image_root=image_root)
         write_space(model, out, labeled=labeled, validation=validation, title=title, **columns)
     folder = shlex.quote(str(out))
     stored = " It has copies of your images: publish it only if you may publish them." if labeled or validation else ""
