@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,19 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'this' or 'that'?`, with the leading space, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def listed(names: Iterable[object], limit: int = 10) -> str:
+    """The first names, separated by commas, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more
+
+
+def warn(logger: logging.Logger, message: str, *values: object) -> None:
+    """Log a warning in the main process alone, also before the processes are connected."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(message, *values)
 
 
 def summary(error: BaseException) -> str:

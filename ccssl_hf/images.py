@@ -8,6 +8,8 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +25,10 @@ MAX_PIXELS = 89_478_485
 MISSING = bytes(16)
 """The content hash of a row without an image, and of a file that cannot be read."""
 
-CHUNK_BYTES = 1 << 24  # decoded pixels that are written at a time: far below the 2 GiB limit of an Arrow column
-_ROWS = 8  # images that a worker holds at once; their crop boxes are drawn together
+for _plugin in ("pillow_jxl", "pillow_heif"):  # where they are installed, Pillow opens .jxl and .heic
+    with suppress(ImportError):
+        getattr(import_module(_plugin), "register_heif_opener", lambda: None)()
+
 REPAIR = "repair or remove such files, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)."
 
 _THREADS = 8  # that read files and decode images before training

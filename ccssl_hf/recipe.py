@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import shlex
 import shutil
@@ -14,28 +15,43 @@ import datasets
 from timm.models import get_pretrained_cfg
 from transformers import set_seed
 
-from .data import read_class_names
+from .data import read_class_names, split_validation
 from .distributed import launcher
-from .errors import errors_of_a_run
+from .errors import errors_of_a_run, warn
 from .modeling import CCSSLForImageClassification
 from .sources import load_split
 from .trainer import CCSSLTrainer
 from .training_args import CONFIGS, CCSSLTrainingArguments, argument
 
+logger = logging.getLogger(__name__)
+
 ROLES = ("labeled", "unlabeled", "validation", "test")
+_OTHER_NAMES = {
+    **dict.fromkeys(("train", "training", "labelled"), "labeled"),
+    **dict.fromkeys(("val", "valid", "dev", "eval"), "validation"),
+    "unlabelled": "unlabeled",
+    "testing": "test",
+}
 OWN_IMAGES = CONFIGS / "imagefolder.yaml"  # the settings of `ccssl-hf train`
 
 
 @dataclass
 class RecipeArguments:
-    """The data and the model of a run. A split is an image folder (`<class>/<image>`; an unlabeled one may be nested in
-    any way), parquet files (a folder, a file or a glob), or a dataset on the Hub (`user/name` or `user/name:split`).
+    """The data and the model of a run. A split is an image folder (`<class>/**/<image>`, or with `metadata.csv`; an
+    unlabeled one may be nested in any way), a csv or jsonl file (`file_name,label`), parquet files (a folder, a file or
+    a glob), or a dataset on the Hub (`user/name` or `user/name:split`).
     """
 
     labeled: str | None = argument(None, "Labeled training images.")
     unlabeled: str | None = argument(None, "Unlabeled training images. Some may be out-of-distribution (OOD).")
     validation: str | None = argument(None, "Labeled images for evaluation during training.")
     test: str | None = argument(None, "Labeled images that are only evaluated at the end.")
+    validation_fraction: float | None = argument(
+        None, "Without a validation split: share of the labeled images to take for it, by class and seed."
+    )
+    image_root: str | None = argument(
+        None, "Folder in which csv, jsonl and parquet files may name images, next to their own folder."
+    )
     backbone: str = argument("resnet50", "Name of a timm model.")
     pretrained: bool = argument(False, "Start from timm's pretrained weights.")
     model: str | None = argument(None, "Published model to start from, instead of a backbone: a folder or Hub id.")
@@ -53,27 +69,47 @@ class FolderArguments(RecipeArguments):
     def __post_init__(self) -> None:
         if self.data_dir is None:
             return
+        root = Path(self.data_dir).expanduser()
         for role in ROLES:
-            folder = Path(self.data_dir) / role
-            if getattr(self, role) is None and folder.is_dir():
-                setattr(self, role, str(folder))
+            if getattr(self, role) is None and (root / role).is_dir():
+                setattr(self, role, str(root / role))
+        unused = [name for name, role in _OTHER_NAMES.items() if getattr(self, role) is None and (root / name).is_dir()]
+        if unused:
+            fix = ", ".join(f"{name}/ to {_OTHER_NAMES[name]}/" for name in unused)
+            raise ValueError(f"data_dir {self.data_dir!r} has folders of other names than the splits: rename {fix}.")
         if self.labeled is None:
             raise ValueError(f"data_dir {self.data_dir!r} has no folder labeled/: put images into labeled/<class>/.")
 
 
-def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
-    """The splits of a run, by role. Raises a ValueError if there is no labeled split, or a split cannot be read."""
+def load_splits(recipe: RecipeArguments, *, label_column: str = "label", seed: int = 42) -> dict[str, datasets.Dataset]:
+    """The splits of a run, by role. With `validation_fraction`, the validation split comes from the labeled images.
+
+    Raises:
+        ValueError: There is no labeled split, or a split cannot be read.
+    """
     if recipe.labeled is None:
         raise ValueError("There is no labeled split: set labeled to an image folder, parquet files or a Hub dataset.")
-    sources = {role: getattr(recipe, role) for role in ROLES}
-    return {role: load_split(source, role=role) for role, source in sources.items() if source is not None}
+    fraction = recipe.validation_fraction
+    if fraction is not None and recipe.validation is not None:
+        raise ValueError(f"validation is {recipe.validation!r} and validation_fraction is {fraction}: leave one out.")
+    sources = {role: source for role in ROLES if (source := getattr(recipe, role)) is not None}
+    splits = {role: load_split(source, role=role, image_root=recipe.image_root) for role, source in sources.items()}
+    if fraction is not None:
+        labeled, validation = split_validation(splits["labeled"], fraction, label_column=label_column, seed=seed)
+        splits |= {"labeled": labeled, "validation": validation}
+    elif "validation" not in splits:
+        warn(
+            logger,
+            "There is no validation split, so training evaluates nothing: set validation or validation_fraction.",
+        )
+    return splits
 
 
 def build_trainer(
     recipe: RecipeArguments, args: CCSSLTrainingArguments
 ) -> tuple[CCSSLTrainer, dict[str, datasets.Dataset]]:
     """Load the data and build the trainer; also returns the splits by role. Wrong input raises a ValueError here."""
-    splits = load_splits(recipe)
+    splits = load_splits(recipe, label_column=args.label_column, seed=args.seed)
     if "validation" not in splits:
         args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
     set_seed(args.seed)  # the trainer does so only after the model has its initial weights
@@ -95,10 +131,16 @@ def build_trainer(
         unlabeled_dataset=splits.get("unlabeled"),
         eval_dataset=splits.get("validation"),
     )
-    trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}  # for the card
+    trainer.dataset_names = {role: _name_for_card(recipe, role, args.seed) for role in splits}
     pretrained = recipe.pretrained and (get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone)
     trainer.base_model = pretrained or recipe.model
     return trainer, splits
+
+
+def _name_for_card(recipe: RecipeArguments, role: str, seed: int) -> str:
+    if (source := getattr(recipe, role)) is not None:
+        return str(source).split(":")[0]
+    return f"{recipe.labeled}, a fraction of {recipe.validation_fraction:g} by class with seed {seed}"
 
 
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:

@@ -288,10 +288,6 @@ def test_a_recipe_needs_labeled_images(tmp_path: Path) -> None:
         build_trainer(RecipeArguments(backbone=BACKBONE), arguments(tmp_path))
 
 
-def test_numbers_alone_name_no_classes() -> None:
-    with pytest.raises(
-        ValueError, match=r"without class names: cast it with cast_column\('label', datasets.ClassLabel"
-    ):
-        read_class_names(rows(3, feature=datasets.Value("int64")), "label")
+def test_a_misspelt_label_column_is_named() -> None:
     with pytest.raises(ValueError, match=r"labeled split has no column 'lable'.*Did you mean 'label'"):
         read_class_names(rows(3), "lable")

@@ -25,6 +25,7 @@ from ccssl_hf.data import (
     fingerprint,
     read_class_names,
     read_labels,
+    split_validation,
 )
 from ccssl_hf.pixels import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
 from ccssl_hf.sampling import UNLABELED, PairedBatchSampler
@@ -97,6 +98,8 @@ def test_a_fingerprint_of_a_large_split_reads_images_spread_over_it(monkeypatch:
         (["dog", "ant"], datasets.Value("large_string"), [2, 0]),
         ([2, 0, 1], datasets.Value("int64"), [2, 0, 1]),
         ([2, 0, 1], datasets.Value("uint8"), [2, 0, 1]),
+        ([2.0, 0.0, 1.0], datasets.Value("float64"), [2, 0, 1]),  # as pandas writes integers beside nulls
+        ([True, False], datasets.Value("bool"), [1, 0]),
     ],
 )
 def test_labels_are_aligned_by_name(values: list[Any], feature: Any, expected: list[int]) -> None:
@@ -112,6 +115,9 @@ def test_labels_are_aligned_by_name(values: list[Any], feature: Any, expected: l
         (["dog", "unicorn", None], datasets.Value("string"), [2, -1, -1]),
         ([2, -1, None], datasets.Value("int32"), [2, -1, -1]),
         ([-1, -1], datasets.ClassLabel(names=["dog", "unicorn"]), [-1, -1]),
+        (["dog", "", "  "], datasets.Value("string"), [2, -1, -1]),
+        ([2.0, None], datasets.Value("float32"), [2, -1]),
+        ([None, None], datasets.Value("null"), [-1, -1]),
     ],
 )
 def test_other_classes_are_ood_only_if_ood_labels_are_allowed(
@@ -133,12 +139,134 @@ def test_other_classes_are_ood_only_if_ood_labels_are_allowed(
         ([0, 3], datasets.Value("int64"), r"1 labels .*\(3\)"),
         ([0, -2], datasets.Value("int64"), r"1 labels .*\(-2\)"),
         ([0.5, 1.0], datasets.Value("float32"), "not labels: set label_column"),
-        ([[0], [1]], datasets.List(datasets.Value("int64")), "not labels: set label_column"),
+        ([1, 2, 3], datasets.Value("int64"), "holds 1 to 3, so its labels seem to start at 1 and not at 0: subtract 1"),
+        (
+            ["Ant", "CAT ", "ant", "fly"],
+            datasets.Value("string"),
+            r"\(Ant, CAT \): write 'Ant' as 'ant', 'CAT ' as 'cat'",
+        ),
+        ([[0], [1]], datasets.List(datasets.Value("int64")), "label_column to a column with one label per image"),
     ],
 )
 def test_labels_that_can_not_be_meant_are_an_error_anywhere(values: list[Any], feature: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         read_labels(labeled(values, feature), "label", ["ant", "cat", "dog"], role="validation", allow_ood=True)
+
+
+ALIKE = [
+    ("Cow", "cow"),
+    ("Cafe\u0301", "Caf\u00e9"),
+    ("sea-lion", "Sea_Lion"),
+    (" cow", "cow"),
+    ("STRASSE", "straße"),
+    ("01", "1"),
+]
+
+
+@pytest.mark.parametrize(("written", "name"), ALIKE)
+@pytest.mark.parametrize("as_class_label", [False, True])
+def test_a_class_that_is_written_in_another_way_is_no_ood_class(written: str, name: str, as_class_label: bool) -> None:
+    """Such images would not count, and accuracy would be that of the other classes."""
+    classes, names = [name, "sheep"], ["sheep", written, "unicorn", name]
+    feature = datasets.ClassLabel(names=names) if as_class_label else datasets.Value("string")
+    values: list[Any] = [0, 1, 2, 3] if as_class_label else names
+    for role in ("validation", "test", "unlabeled"):
+        with pytest.raises(ValueError, match=f"1 labels of the {role} split .*write {written!r} as {name!r}"):
+            read_labels(labeled(values, feature), "label", classes, role=role, allow_ood=True)
+    with pytest.raises(ValueError, match="names that look like one"):
+        read_class_names(labeled(values, feature), "label")
+
+
+def test_letters_and_signs_are_classes_of_their_own() -> None:
+    names = ["A", "a", "-", "_"]
+    assert read_class_names(labeled(names, datasets.Value("string")), "label") == sorted(names)
+    read = read_labels(labeled(["A", "a"], datasets.Value("string")), "label", ["A", "b"], role="test", allow_ood=True)
+    assert read.tolist() == [0, -1]
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "others", "expected"),
+    [
+        ([1, 2, 3, 2], ["1", "2", "3"], [3, 1, 7, -1], [2, 0, -1, -1]),  # from 1
+        ([7, 0, 3], ["0", "3", "7"], [3, 3, 5, None], [1, 1, -1, -1]),  # with gaps
+        ([2.0, 10.0], ["2", "10"], [10, 2], [1, 0]),
+        ([True, False], ["0", "1"], [1, 0], [1, 0]),
+    ],
+)
+def test_numbers_are_names_and_other_splits_follow_them(
+    values: list[Any], names: list[str], others: list[Any], expected: list[int]
+) -> None:
+    split = datasets.Dataset.from_dict({"label": values})
+    assert read_class_names(split, "label") == names
+    own = read_labels(split, "label", names, role="labeled", allow_ood=False)
+    assert [names[label] for label in own] == [str(int(value)) for value in values]
+    for rows in (others, [None if value is None else float(value) for value in others]):
+        read = read_labels(datasets.Dataset.from_dict({"label": rows}), "label", names, role="test", allow_ood=True)
+        assert read.tolist() == expected
+    text = labeled([None if value is None else str(value) for value in others], datasets.Value("string"))
+    assert read_labels(text, "label", names, role="test", allow_ood=True).tolist() == expected
+
+
+def test_numbers_of_two_splits_that_start_at_different_numbers_are_refused() -> None:
+    for classes, values in ((["1", "2", "3"], [0, 1, 2]), (["0", "1"], [2, 1, 2])):
+        with pytest.raises(
+            ValueError, match=r"and the classes are numbered from [01]: number the labels of all splits alike"
+        ):
+            read_labels(labeled(values, datasets.Value("int64")), "label", classes, role="validation", allow_ood=True)
+
+
+def test_rows_without_a_label_are_counted_and_named() -> None:
+    split = labeled([None, "cat", " ", *["cat"] * 3, *[None] * 12], datasets.Value("string"))
+    with pytest.raises(
+        ValueError, match=r"14 labels of the labeled split .*\(null\).*\(rows 0, 2, 6, .*, 13 and 4 more\)"
+    ):
+        read_labels(split, "label", ["cat", "dog"], role="labeled", allow_ood=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "sentence"),
+    [
+        ([0], datasets.ClassLabel(names=["a", " ", "b", ""]), r"have no name \(numbers 1, 3\)"),
+        (["a b", "a-b", "d", "C_", "c_"], datasets.Value("string"), "'a-b' and 'a b', 'c_' and 'C_'"),
+        ([-1, 1], datasets.Value("int8"), r"one class only \(1\).*not with -1, which means no class"),
+        ([0.5, 1.5], datasets.Value("float64"), "not labels: set label_column"),
+        ([[0, 1]], datasets.List(datasets.Value("int64")), "with one label per image"),
+        ([None], datasets.Value("null"), r"one class only \(none\)"),
+    ],
+)
+def test_class_names_that_cannot_be_meant_are_refused(values: list[Any], feature: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_class_names(labeled(values, feature), "label")
+
+
+def test_a_validation_split_is_drawn_by_class_and_seed(caplog: pytest.LogCaptureFixture) -> None:
+    split = labeled([*["a"] * 20, *["b"] * 10, *["c"] * 3], datasets.Value("string")).add_column("row", list(range(33)))
+    kept, taken = split_validation(split, 0.2, seed=1)
+    assert sorted([*kept["row"], *taken["row"]]) == list(range(33))
+    assert [list(taken["label"]).count(name) for name in "abc"] == [4, 2, 1]
+    by_class = "a 4 of 20, b 2 of 10, c 1 of 3"
+    assert caplog.messages == [
+        f"The validation split is 7 of the 33 labeled images, drawn by class with seed 1: {by_class}."
+    ]
+    assert split_validation(split, 0.2, seed=1)[1]["row"] == taken["row"]
+    assert split_validation(split, 0.2, seed=2)[1]["row"] != taken["row"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "fraction", "sentence"),
+    [
+        ([*"aaaabbbbcd"], 0.4, r"2 classes would keep no labeled image \(c, d\): label more images"),
+        ([*"aabb"], 0.25, "0.25 of 4 labeled images does not suit 2 classes"),
+        ([*"aabb"], 0.75, "0.75 of 4 labeled images does not suit 2 classes"),
+        ([*"aabb"], 1.0, "fraction of validation images is 1.0: choose a value between 0 and 1"),
+        ([*"aabb", None], 0.5, r"1 labels of the labeled split .*\(rows 4\)"),
+    ],
+)
+def test_a_validation_split_leaves_labeled_images_of_each_class(
+    labels: list[Any], fraction: float, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        split_validation(labeled(labels, datasets.Value("string")), fraction)
 
 
 def test_labels_follow_the_rows_of_a_selection_in_any_format() -> None:

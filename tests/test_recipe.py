@@ -12,7 +12,8 @@ import yaml
 from ccssl_hf import CCSSLTrainingArguments
 from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.errors import errors_in_one_line
-from ccssl_hf.recipe import OWN_IMAGES, RecipeArguments, load_splits
+from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, RecipeArguments, build_trainer, load_splits
+from pictures import write
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -172,3 +173,57 @@ def test_of_many_processes_one_reports(capsys: pytest.CaptureFixture[str], monke
     with pytest.raises(SystemExit) as end, errors_in_one_line():
         load_splits(RecipeArguments())
     assert end.value.code == 2 and capsys.readouterr().err == ""
+
+
+def photos(root: Path, *folders: str, images: int = 4) -> Path:
+    for folder in folders:
+        for name in ("cat", "dog"):
+            for number in range(images):
+                write(root / folder / name / f"{number}.png", number)
+    return root
+
+
+def test_a_fraction_of_the_labeled_images_is_the_validation_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = photos(tmp_path / "photos", "labeled", "unlabeled")
+    flags = ["--backbone", "wide_resnet10_1_cifar", "--image_size", "16", "--per_device_train_batch_size", "4"]
+    flags += ["--mu", "2", "--seed", "3", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    flags += ["--data_dir", str(root), "--validation_fraction", "0.25"]
+    recipe, args = parse_recipe(FolderArguments, CCSSLTrainingArguments, config=OWN_IMAGES, arguments=flags)
+    trainer, splits = build_trainer(recipe, args)
+    assert {role: len(split) for role, split in splits.items()} == {"labeled": 6, "unlabeled": 8, "validation": 2}
+    assert "2 of the 8 labeled images, drawn by class with seed 3: cat 1 of 4, dog 1 of 4." in caplog.text
+    assert trainer.args.eval_strategy != "no" and trainer.eval_dataset is splits["validation"]
+    card = trainer._splits()["validation"].data
+    assert card.endswith("labeled, a fraction of 0.25 by class with seed 3")
+
+
+def test_no_validation_split_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_splits(FolderArguments(data_dir=str(photos(tmp_path, "labeled"))))
+    assert caplog.messages == [
+        "There is no validation split, so training evaluates nothing: set validation or validation_fraction."
+    ]
+
+
+def test_a_validation_split_and_a_fraction_are_refused(tmp_path: Path) -> None:
+    recipe = FolderArguments(data_dir=str(photos(tmp_path, "labeled", "validation")), validation_fraction=0.5)
+    with pytest.raises(ValueError, match=r"validation is '.*' and validation_fraction is 0.5: leave one out"):
+        load_splits(recipe)
+
+
+def test_folders_of_data_dir_with_other_names_are_not_passed_over(tmp_path: Path) -> None:
+    root = photos(tmp_path, "train", "val", "unlabeled", images=1)
+    with pytest.raises(ValueError, match="rename train/ to labeled/, val/ to validation/"):
+        FolderArguments(data_dir=str(root))
+    given = FolderArguments(data_dir=str(root), labeled=str(root / "train"), validation=str(root / "val"))
+    assert load_splits(given).keys() == {"labeled", "unlabeled", "validation"}
+
+
+def test_tables_take_image_root(tmp_path: Path) -> None:
+    root, file = photos(tmp_path / "images", "a", images=1), tmp_path / "meta" / "labels.csv"
+    file.parent.mkdir()
+    file.write_text("file_name,label\na/cat/0.png,cat\na/dog/0.png,dog\n")
+    with pytest.raises(ValueError, match=r"do not exist \(2\): a/cat/0.png, a/dog/0.png"):
+        load_splits(RecipeArguments(labeled=str(file)))
+    assert len(load_splits(RecipeArguments(labeled=str(file), image_root=str(root)))["labeled"]) == 2

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
-from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
+from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, ImageRoot, LabelColumn, Model, NumWorkers
 
 
 def evaluate(
@@ -26,6 +26,7 @@ def evaluate(
     device: Device = None,
     image_column: ImageColumn = "image",
     label_column: LabelColumn = "label",
+    image_root: ImageRoot = None,
 ) -> None:
     """Measure top-1, top-5, macro F1 and calibration error, and AUROC if there are out-of-distribution (OOD) images.
 
@@ -38,7 +39,7 @@ def evaluate(
         from ..deploy.evaluate import load_labeled, ood_names
         from ..deploy.predict import Classifier
 
-        dataset = load_labeled(source, split)
+        dataset = load_labeled(source, split, image_root)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
         reading: dict[str, Any] = dict(
             image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers

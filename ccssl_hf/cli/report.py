@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
-from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
+from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, ImageRoot, LabelColumn, Model, NumWorkers
 
 
 def report(
@@ -33,6 +33,7 @@ def report(
     device: Device = None,
     image_column: ImageColumn = "image",
     label_column: LabelColumn = "label",
+    image_root: ImageRoot = None,
 ) -> None:
     """Describe a published model, or, with --split, measure it and renew its card.
 
@@ -55,7 +56,7 @@ def report(
         sources = {name: source for name, _, source in (each.partition("=") for each in split)}
         if out is None and not Path(model).is_dir():
             raise ValueError(f"{model} is on the Hub: name the folder to write its card to.")
-        datasets = {name: load_labeled(source, name) for name, source in sources.items()}
+        datasets = {name: load_labeled(source, name, image_root) for name, source in sources.items()}
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
         reading: dict[str, Any] = dict(
             image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers

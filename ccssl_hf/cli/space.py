@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import errors_in_one_line
-from .options import LABELED_SOURCE, ImageColumn, LabelColumn
+from .options import LABELED_SOURCE, ImageColumn, ImageRoot, LabelColumn
 
 
 def space(
@@ -30,12 +30,13 @@ def space(
     title: Annotated[str | None, typer.Option(help="The page's title; default: the model's name.")] = None,
     image_column: ImageColumn = "image",
     label_column: LabelColumn = "label",
+    image_root: ImageRoot = None,
 ) -> None:
     """Write a web page to try the model: drop an image, see its classes, a heat map and the nearest labeled images."""
     with errors_in_one_line():
         from ..deploy.space import write_space
 
-        columns = dict(image_column=image_column, label_column=label_column)
+        columns: dict[str, Any] = dict(image_column=image_column, label_column=label_column, image_root=image_root)
         write_space(model, out, labeled=labeled, validation=validation, title=title, **columns)
     folder = shlex.quote(str(out))
     stored = " It has copies of your images: publish it only if you may publish them." if labeled or validation else ""

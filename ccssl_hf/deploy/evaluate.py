@@ -15,9 +15,9 @@ from ..sources import load_split
 from .predict import Classifier, predict_all
 
 
-def load_labeled(source: str, split: str) -> datasets.Dataset:
+def load_labeled(source: str, split: str, image_root: str | None = None) -> datasets.Dataset:
     """`load_split` of any split with its labels. An unlabeled split would lose them."""
-    return load_split(source, role="test" if split in ("labeled", "unlabeled") else split)
+    return load_split(source, role="test" if split in ("labeled", "unlabeled") else split, image_root=image_root)
 
 
 def evaluate(

@@ -6,7 +6,6 @@ Pillow and torch release Python's lock while they work, so threads suffice and s
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 import time
@@ -25,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -35,6 +33,7 @@ from torch.fx.proxy import TraceError
 from ..backbones import features_and_logits
 from ..checkpoint import HEAD_FILE, find_checkpoint
 from ..data import check_images, check_writable
+from ..files import find_images
 from ..images import MAX_PIXELS, encoded_images, open_encoded, upright_rgb
 from ..modeling import CCSSLForImageClassification
 from ..sources import load_split
@@ -194,21 +193,29 @@ class Classifier:
 
 
 def open_images(
-    source: str | Path | Sequence[str | Path] | datasets.Dataset, *, image_column: str = "image"
+    source: str | Path | Sequence[str | Path] | datasets.Dataset,
+    *,
+    image_column: str = "image",
+    image_root: str | Path | None = None,
 ) -> datasets.Dataset:
     """The undecoded images of a source; files are sorted by path. Opens no image.
 
     Args:
-        source: A folder (searched with all folders below), an image file, a glob, a list of files, parquet files, a Hub
-            dataset as `user/name` or `user/name:split` (default: its test split), or a `datasets.Dataset`. In a folder
-            or glob, files without the name of an image file are skipped. Raises ValueError if there are no images.
+        source: A folder (searched with all folders below), an image file, a glob, a list of files, a table of file
+            names or parquet files (see `load_split`), a Hub dataset as `user/name` or `user/name:split` (default: its
+            test split), or a `datasets.Dataset`. For the files of a folder or glob that are images see
+            `files.find_images`. Raises ValueError if there are no images.
         image_column: The image column of a dataset.
+        image_root: See `load_split`.
     """
     if isinstance(source, (str, Path)):
-        files = _files(Path(source).expanduser())
-        if files == []:
-            raise ValueError(f"{source}: no image files; name a folder, file or glob of images such as photo.jpg.")
-        source = load_split(str(source), role="test") if files is None else files
+        found = find_images(Path(source).expanduser())
+        if found is not None:
+            if not found.images:
+                fix = "name a folder, file or glob of images such as photo.jpg"
+                raise ValueError(f"{source}: no image files; {fix}. {found.describe()}".rstrip())
+            found.tell(str(source))
+        source = load_split(str(source), role="test", image_root=image_root) if found is None else found.images
     if isinstance(source, Sequence):
         if not source:
             raise ValueError("The list of images is empty: name at least one file.")
@@ -216,19 +223,6 @@ def open_images(
         return datasets.Dataset.from_dict({image_column: [str(file) for file in source]}, features)
     check_images(source, role="test", image_column=image_column)
     return encoded_images(source, image_column)
-
-
-def _files(path: Path) -> list[str] | None:
-    """The image files of a folder, file or glob, sorted; None for parquet files and Hub datasets."""
-    if path.suffix.lower() == ".parquet" or any(path.glob("*.parquet")):
-        return None
-    if path.is_dir():
-        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    elif path.is_file() or glob.has_magic(str(path)):
-        files = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
-    else:
-        return None
-    return sorted(file for file in files if file.lower().endswith(tuple(ImageFolder.EXTENSIONS)))
 
 
 @contextmanager

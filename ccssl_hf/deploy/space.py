@@ -51,6 +51,7 @@ def write_space(
     title: str | None = None,
     image_column: str = "image",
     label_column: str = "label",
+    image_root: str | None = None,
 ) -> app.Settings:
     """Write a folder that runs as a Space on the Hub, and with `python app.py` anywhere, without this package.
 
@@ -61,6 +62,7 @@ def write_space(
         validation: Labeled images to measure the thresholds for out-of-distribution (OOD) images on. Images of other
             classes than the model's, and with label -1, are OOD: the page says how many of them it detects.
         title: The page's title; the model's name where None.
+        image_root: See `load_split`.
 
     Raises:
         FileNotFoundError: The model does not exist.
@@ -76,7 +78,7 @@ def write_space(
     folder = find_checkpoint(model)
     trained = load_published(folder)
     gallery, measured = (
-        None if source is None else _Split(source, role, trained.config.labels, image_column, label_column)
+        None if source is None else _Split(source, role, trained.config.labels, image_column, label_column, image_root)
         for role, source in (("labeled", labeled), ("validation", validation))
     )
 
@@ -125,8 +127,10 @@ def write_space(
 class _Split:
     """Labeled images, checked before any work is done. `labels` `[N]` are class numbers, and -1 for OOD images."""
 
-    def __init__(self, source: str, role: str, classes: list[str], image_column: str, label_column: str) -> None:
-        dataset = load_split(source, role=role)
+    def __init__(
+        self, source: str, role: str, classes: list[str], image_column: str, label_column: str, image_root: str | None
+    ) -> None:
+        dataset = load_split(source, role=role, image_root=image_root)
         check_images(dataset, role=role, image_column=image_column)
         measured = role == "validation"
         self.labels = read_labels(dataset, label_column, classes, role=role, allow_ood=measured)
