@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,26 @@ def copy_from_main_process(model: nn.Module) -> None:
         whole = tensor.contiguous()
         dist.broadcast(whole, src=0)
         tensor.copy_(whole)
+
+
+T = TypeVar("T")
+
+
+def from_main_process(compute: Callable[[], T]) -> T:
+    """What `compute` returns in the main process, in every process. What it raises there, every process raises."""
+    if world_size() == 1:
+        return compute()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = compute()
+        except Exception as error:  # the other processes wait
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
 
 
 def _batchnorm_buffers(model: nn.Module) -> list[Tensor]:

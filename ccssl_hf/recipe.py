@@ -92,6 +92,7 @@ def build_trainer(
     trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}  # for the card
     pretrained = recipe.pretrained and (get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone)
     trainer.base_model = pretrained or recipe.model
+    trainer.check_data({role: splits[role] for role in splits if role == "test"})
     return trainer, splits
 
 

@@ -27,7 +27,7 @@ from . import data
 from .algorithms import Algorithm, build_algorithm
 from .callbacks import StepMonitor, UpdateAverage, progress_callback
 from .card import write_card
-from .distributed import copy_from_main_process
+from .distributed import copy_from_main_process, from_main_process
 from .ema import WeightAverage, published_weights
 from .hub import plan_push, upload, upload_checkpoint
 from .metrics import compute_metrics as default_metrics
@@ -37,6 +37,7 @@ from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredicti
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
+from .survey import SplitSurvey, Survey, announce, survey
 from .training_args import CCSSLTrainingArguments
 from .transforms import MAX_SIDE_HELD
 
@@ -121,6 +122,7 @@ class CCSSLTrainer(Trainer):
         self.results: dict[str, list[Result]] = {}
         self.predictions: dict[str, SplitPredictions] = {}
         self.evaluated: dict[str, datasets.Dataset] = {}
+        self.surveyed: dict[str, SplitSurvey] = {}  # by the fingerprint of the dataset
         self.dataset_names: dict[str, str] = {}
         self.base_model: str | None = None
         self._best_step: int | None = None
@@ -153,6 +155,43 @@ class CCSSLTrainer(Trainer):
         for name, split in (evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}).items():
             if split is not None:
                 self._read_labels(split, name)
+
+    def check_data(self, further: Mapping[str, datasets.Dataset] | None = None) -> Survey:
+        """Look at all splits, print what they hold, and return it. `train` does so before the first step.
+
+        Call it in every process. `further` are splits that are evaluated later, by name. Images of the labeled and the
+        evaluation splits are decoded, once: the next run on the same files does not repeat it.
+
+        Raises:
+            ValueError: Labeled or evaluation images can't be read. It names them all.
+        """
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
+        training = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset}
+        return self._survey({**training, **evaluation, **(further or {})})
+
+    def _survey(self, splits: Mapping[str, Any], only: str | None = None, label_column: str | None = "") -> Survey:
+        """Survey all splits. `only` is the one to decode and print."""
+        args, splits = self.args, {name: split for name, split in splits.items() if split is not None}
+        look = partial(
+            survey,
+            splits,
+            self.class_names,
+            image_column=args.image_column,
+            label_column=args.label_column if label_column == "" else label_column,
+            hidden_label_column=args.hidden_label_column,
+            image_size=self.settings.image_size,
+            decode=None if only is None else [only],
+        )
+        found, names = from_main_process(look), list(splits) if only is None else [only]
+        announce(found, names, show=self.is_world_process_zero())
+        self.surveyed |= {splits[name]._fingerprint: found.splits[name] for name in names}
+        return found
+
+    def _survey_evaluated(self, name: str, split: datasets.Dataset, **columns: Any) -> None:
+        """Survey an evaluation split that was not looked at before."""
+        if split._fingerprint not in self.surveyed:
+            training = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset}
+            self._survey({**training, name: split}, only=name, **columns)
 
     def _read_labels(self, split: datasets.Dataset, role: str, column: str | None = None) -> np.ndarray:
         data.check_images(split, role=role, image_column=self.args.image_column)
@@ -246,7 +285,9 @@ class CCSSLTrainer(Trainer):
             name, split = split, self.eval_dataset[split]
         if split is None:
             raise ValueError("There is no evaluation split: pass eval_dataset to CCSSLTrainer or to evaluate().")
-        return self._evaluation_loader(split, self._read_labels(split, name), name)
+        labels = self._read_labels(split, name)
+        self._survey_evaluated(name, split)
+        return self._evaluation_loader(split, labels, name)
 
     def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
         data.check_images(test_dataset, role="test", image_column=self.args.image_column)
@@ -254,6 +295,7 @@ class CCSSLTrainer(Trainer):
         labels = self._read_labels(test_dataset, "test") if has_labels else None
         if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
             labels = None  # the split withholds its labels
+        self._survey_evaluated("test", test_dataset, label_column=self.args.label_column if has_labels else None)
         return self._evaluation_loader(test_dataset, labels, "test")
 
     def _evaluation_loader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
@@ -354,6 +396,8 @@ class CCSSLTrainer(Trainer):
                 raise ValueError(f"{folder} has no complete checkpoint: leave out resume_from_checkpoint to start.")
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
+        if self.train_dataset._fingerprint not in self.surveyed:
+            self.check_data()
         set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -423,7 +467,8 @@ class CCSSLTrainer(Trainer):
             if role != "unlabeled" and args.label_column in split.column_names:
                 labels = [names[number] for number in self._read_labels(split, role).tolist()]
             name = self.dataset_names.get(role) or data.name_of(split)
-            found[role] = Split(name, len(split), data.fingerprint(split, args.image_column, labels))
+            facts = self.surveyed[split._fingerprint].facts() if split._fingerprint in self.surveyed else {}
+            found[role] = Split(name, len(split), data.fingerprint(split, args.image_column, labels), **facts)
         return found
 
     def _logged_results(self) -> list[Result]:
