@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+T = TypeVar("T")
+
 
 def world_size() -> int:
     """Returns the number of processes; 1 without a process group."""
@@ -74,24 +76,20 @@ def copy_from_main_process(model: nn.Module) -> None:
         tensor.copy_(whole)
 
 
-T = TypeVar("T")
-
-
-def from_main_process(compute: Callable[[], T]) -> T:
-    """What `compute` returns in the main process, in every process. What it raises there, every process raises."""
+def on_main_process(work: Callable[[], T]) -> T:
+    """Runs `work` on the main process. Every process must call it, and gets its result or raises its error."""
     if world_size() == 1:
-        return compute()
+        return work()
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            outcome[0] = compute()
-        except Exception as error:  # the other processes wait
+            outcome[0] = work()
+        except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
-    result: T = outcome[0]
-    return result
+    return outcome[0]
 
 
 def _batchnorm_buffers(model: nn.Module) -> list[Tensor]:

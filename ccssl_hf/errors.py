@@ -17,6 +17,13 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
+def listed(names: Iterable[object], limit: int = 10) -> str:
+    """The first names, separated by commas, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more
+
+
 def summary(error: BaseException) -> str:
     """The message of an error in one line. Messages of the Hub have several lines or are JSON."""
     try:
@@ -44,3 +51,7 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"The package {error.name} is missing: pip install 'ccssl_hf[{name}]'.") from error
+
+
+class UserError(ValueError):
+    """An error of a run that its message explains. The command line prints it without a traceback."""

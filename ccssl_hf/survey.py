@@ -8,34 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import PIL
-import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
+from .copies import EncodedImages, Place, find_copies, in_threads
 from .data import OUT_OF_DISTRIBUTION, check_images, read_labels
-from .images import MAX_PIXELS, content_hashes, encoded_images, unreadable
+from .distributed import on_main_process, rank
+from .errors import UserError, listed
+from .images import MAX_PIXELS, unreadable
 from .sources import skipped
 
 logger = logging.getLogger(__name__)
 
 TRAINING = ("labeled", "unlabeled")
-NAMED = 10  # names in a sentence; errors name all
+UNREADABLE_LIMIT = 0.05  # share of unreadable unlabeled images above which a run stops
 HEADERS = 20_000  # images of a split whose headers are read, evenly spread over the rows
-_SAMPLE = 1 << 14  # bytes in the middle of a file that are compared before whole files
 
 
 class Finding(NamedTuple):
@@ -122,20 +120,44 @@ class Survey:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True))
 
 
+class RunSurvey:
+    """Surveys the splits of a run. Every process calls it; the main process looks at the images and prints."""
+
+    def __init__(self, training: Mapping[str, Any], class_names: Sequence[str], **settings: Any) -> None:
+        """`settings` are those of `survey`."""
+        self._training = {name: split for name, split in training.items() if split is not None}
+        self._class_names, self._settings = class_names, settings
+        self._found: dict[str, SplitSurvey] = {}  # by the fingerprint of the dataset
+
+    def facts(self, split: datasets.Dataset) -> dict[str, Any]:
+        """The numbers for the card; empty for a split that was not looked at."""
+        found = self._found.get(split._fingerprint)
+        return {} if found is None else found.facts()
+
+    def of_all(self, evaluation: Mapping[str, datasets.Dataset]) -> Survey:
+        """Survey all splits. Raises UserError if a split cannot be used."""
+        return self._run(self._training | dict(evaluation), [*self._training, *evaluation])
+
+    def of_new(self, name: str, split: datasets.Dataset, **settings: Any) -> None:
+        """Survey an evaluation split, unless it was looked at. Raises UserError if it cannot be used."""
+        if split._fingerprint not in self._found:
+            self._run({**self._training, name: split}, [name], decode=[name], **settings)
+
+    def _run(self, splits: Mapping[str, datasets.Dataset], names: Sequence[str], **settings: Any) -> Survey:
+        found = on_main_process(partial(survey, splits, self._class_names, **{**self._settings, **settings}))
+        announce(found, names, show=rank() == 0)
+        self._found |= {splits[name]._fingerprint: found.splits[name] for name in names}
+        return found
+
+
 def announce(found: Survey, splits: Collection[str], *, show: bool = True) -> None:
-    """Print the table and the notes about some splits, and log warnings. Raises ValueError with all errors."""
+    """Print the table and the notes about some splits, and log warnings. Raises UserError with all errors."""
     if show:
         print(f"\n{found.table(splits)}\n", *found.texts("note", splits), sep="\n", flush=True)
         for text in found.texts("warning", splits):
             logger.warning(text)
     if errors := found.texts("error", splits):
-        raise ValueError("\n".join(errors))
-
-
-def named(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        raise UserError("\n".join(errors))
 
 
 def count_of(count: int, what: str) -> str:
@@ -151,7 +173,7 @@ def ood_sentence(ood: Mapping[str, int], split: str) -> str:
     counts += [f"no label ({ood['']:,})"] if "" in ood else []
     total = sum(ood.values())
     verbs = "shows no class of the model and counts" if total == 1 else "show no class of the model and count"
-    return f"{count_of(total, 'image')} of the {split} split {verbs} as out-of-distribution (OOD): {named(counts)}."
+    return f"{count_of(total, 'image')} of the {split} split {verbs} as out-of-distribution (OOD): {listed(counts)}."
 
 
 def count_labels(
@@ -163,66 +185,15 @@ def count_labels(
     names = getattr(dataset.features[column], "names", None)
     ood: Counter[str] = Counter()
     for value in others[column]:
-        named_number = value is not None and not isinstance(value, str) and value >= 0
-        ood[names[value] if names is not None and named_number else value if isinstance(value, str) else ""] += 1
+        number = not isinstance(value, str)
+        if value is None or (number and not value >= 0):  # also NaN
+            ood[""] += 1
+        else:
+            ood[names[value] if names and number else str(int(value)) if number else value.strip()] += 1
     return {name: count for name, count in zip(class_names, counts, strict=True) if count}, dict(ood)
 
 
-def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """`function` of all items: files may lie on a disk that answers slowly."""
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        return list(pool.map(function, items))
-
-
-class _Encoded:
-    """The encoded images of a split, in the file of the dataset or in files of their own. It copies none of them."""
-
-    def __init__(self, dataset: datasets.Dataset, column: str) -> None:
-        images = encoded_images(dataset, column)
-        storage = images.data.column(column)
-        self._bytes, self._paths = (pc.struct_field(storage, name) for name in ("bytes", "path"))
-        self._rows = np.arange(len(images)) if images._indices is None else images._indices.column(0).to_numpy()
-        self.lengths = pc.binary_length(self._bytes).cast("int64").fill_null(-1).to_numpy()[self._rows]  # in bytes
-        self.changed = np.zeros_like(self.lengths)  # time of the last change of a file
-        files = np.flatnonzero(self.lengths < 0)
-        if len(files):
-            self.lengths[files], self.changed[files] = np.array(in_threads(self._stat, files.tolist())).T
-
-    def _stat(self, row: int) -> tuple[int, int]:
-        with suppress(OSError, ValueError):
-            found = os.stat(self._path(row))
-            return found.st_size, found.st_mtime_ns
-        return -1, 0
-
-    def _path(self, row: int) -> str:
-        return self._paths[int(self._rows[row])].as_py() or ""
-
-    def _open(self, row: int) -> Any:
-        content = self._bytes[int(self._rows[row])]
-        return pa.BufferReader(content.as_buffer()) if content.is_valid else open(self._path(row), "rb")
-
-    def name(self, row: int) -> str:
-        return self._path(row) or f"row {row}"
-
-    def sample(self, row: int) -> bytes:
-        """A hash of some bytes in the middle: of files of one length, nearly all differ there."""
-        with suppress(OSError), self._open(row) as file:
-            file.seek(max(0, (int(self.lengths[row]) - _SAMPLE) // 2))
-            return hashlib.blake2b(file.read(_SAMPLE), digest_size=16).digest()
-        return b""
-
-    def size(self, row: int) -> tuple[int, int] | str:
-        """Width and height from the header, or why it cannot be read."""
-        try:
-            with self._open(row) as file, Image.open(file) as image:
-                return image.size
-        except PIL.UnidentifiedImageError:
-            return "unknown format"
-        except Exception as error:  # Pillow raises nearly any type of error for a broken file
-            return f"{type(error).__name__}: {error}"
-
-
-def _broken_images(dataset: datasets.Dataset, column: str, files: _Encoded, max_pixels: int) -> list[str]:
+def _broken_images(dataset: datasets.Dataset, column: str, files: EncodedImages, max_pixels: int) -> list[str]:
     """The images that cannot be decoded, with reasons. A file in the cache marks a split that has none."""
     facts = repr([dataset._fingerprint, column, max_pixels, PIL.__version__]).encode()
     key = hashlib.sha256(facts + files.lengths.tobytes() + files.changed.tobytes()).hexdigest()[:32]
@@ -246,6 +217,7 @@ def survey(
     hidden_label_column: str | None = None,
     image_size: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    skip_bad: bool = True,
     decode: Collection[str] | None = None,
 ) -> Survey:
     """Look at all splits, by name: `labeled`, `unlabeled`, and evaluation splits of any name.
@@ -255,17 +227,17 @@ def survey(
         hidden_label_column: Column of the unlabeled images' true classes.
         image_size: The shorter side that training uses, in pixels. None: sizes are not compared.
         max_pixels: Images of more pixels count as unreadable.
-        decode: Splits of which every image is decoded. Of others only headers are read, and what is unreadable is no
-            error. None: all but `unlabeled`.
+        skip_bad: Whether training skips unreadable unlabeled images. Otherwise they are an error, too.
+        decode: Splits of which every image is decoded; of others only headers are read. None: all but `unlabeled`.
     """
-    found, files, labels = Survey(), dict[str, _Encoded](), dict[str, np.ndarray]()
+    found, files, labels = Survey(), dict[str, EncodedImages](), dict[str, np.ndarray]()
     for name, dataset in splits.items():
         try:
             check_images(dataset, role=name, image_column=image_column)
         except ValueError as error:
             found.add("error", name, str(error))
             continue
-        files[name] = _Encoded(dataset, image_column)
+        files[name] = EncodedImages(dataset, image_column)
         split = found.splits[name] = SplitSurvey(len(dataset), skipped=skipped(dataset))
         column = hidden_label_column if name == "unlabeled" else label_column
         if class_names is not None and column is not None:
@@ -275,17 +247,18 @@ def survey(
             except ValueError as error:
                 found.add("error", name, str(error))
         whole = name != "unlabeled" if decode is None else name in decode
+        must = name != "unlabeled" or not skip_bad
         _read_headers(split, files[name], image_size, max_pixels)
         if whole:
             split.unreadable = _broken_images(dataset, image_column, files[name], max_pixels)
-        _describe(found, name, class_names or (), image_size, whole)
+        _describe(found, name, class_names or (), image_size, must)
     known = {name: values for name, values in labels.items() if name != "unlabeled"}
-    groups = _copies(files, splits, known, image_column)
+    groups = find_copies(files, splits, known, image_column)
     _describe_copies(found, groups, files, known, [*(class_names or ()), "no class"])
     return found
 
 
-def _read_headers(split: SplitSurvey, files: _Encoded, image_size: int | None, max_pixels: int) -> None:
+def _read_headers(split: SplitSurvey, files: EncodedImages, image_size: int | None, max_pixels: int) -> None:
     """Counts small images, and those that cannot be opened or have too many pixels."""
     rows = np.unique(np.linspace(0, split.images - 1, min(split.images, HEADERS)).round().astype(int)).tolist()
     with warnings.catch_warnings():
@@ -302,67 +275,34 @@ def _read_headers(split: SplitSurvey, files: _Encoded, image_size: int | None, m
             split.unreadable.append(f"{files.name(row)}: {reason}")
 
 
-def _describe(found: Survey, name: str, classes: Sequence[str], image_size: int | None, whole: bool) -> None:
+def _describe(found: Survey, name: str, classes: Sequence[str], image_size: int | None, must: bool) -> None:
     """Sentences about one split."""
     split = found.splits[name]
     if count := len(split.unreadable):
         text = f"The {name} split has {count_of(count, 'unreadable image')}"
         fix = "Repair or remove them, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)"
-        if whole:
+        if must or count > UNREADABLE_LIMIT * split.images:
             found.add("error", name, "\n  ".join([f"{text}. {fix}:", *split.unreadable]))
         else:
-            found.add("warning", name, f"{text}: {named(split.unreadable)}.")
+            found.add("warning", name, f"{text}: {listed(split.unreadable)}.")
     if split.ood and not split.per_class and set(split.ood) == {""}:
         found.add("note", name, f"The {name} split has no labels.")
     elif split.ood:
         found.add("note", name, ood_sentence(split.ood, name))
     if split.per_class and (missing := [each for each in classes if each not in split.per_class]):
-        text = f"The {name} split has no image of {len(missing)} of the {len(classes)} classes: {named(missing)}."
+        text = f"The {name} split has no image of {len(missing)} of the {len(classes)} classes: {listed(missing)}."
         found.add("warning" if name == "labeled" else "note", name, text)
     if split.smallest:
         looked = f" among {split.headers:,}" if split.images > HEADERS else ""
         size = f"much smaller than the training size of {image_size} px (the smallest: {split.smallest[0]} x "
         text = f"The {name} split has {count_of(split.small, 'image')}{looked} {size}{split.smallest[1]} px)."
         found.add("warning", name, text)
-    for reason, names in split.skipped.items():
-        text = f"{count_of(len(names), 'file')} in the folder of the {name} split left out ({reason}): {named(names)}."
-        found.add("note", name, text)
-
-
-_Place = tuple[str, int]  # split and row
-
-
-def _copies(
-    files: Mapping[str, _Encoded], splits: Mapping[str, datasets.Dataset], labels: Mapping[str, np.ndarray], column: str
-) -> list[list[_Place]]:
-    """Groups of images with the same encoded content, in several splits or in one split with labels.
-
-    Only images are read that have the length of another one, and they are read whole only if a sample is the same, too.
-    """
-    rows: dict[str, list[int]] = {}
-    for name, own in files.items():
-        lengths, number, counts = np.unique(own.lengths, return_inverse=True, return_counts=True)
-        others = [each.lengths for other, each in files.items() if other != name]
-        repeats = np.isin(lengths, np.concatenate(others)) if others else np.zeros(len(lengths), bool)
-        repeats |= (counts > 1) & (name in labels)
-        rows[name] = np.flatnonzero(repeats[number] & (own.lengths > 0)).tolist()
-
-    def repeated(keys: Mapping[str, Sequence[bytes]]) -> list[list[_Place]]:
-        groups: dict[bytes, list[_Place]] = {}
-        for name, of_rows in keys.items():
-            for row, key in zip(rows[name], of_rows, strict=True):
-                groups.setdefault(key, []).append((name, row))
-        return [group for group in groups.values() if len(group) > 1]
-
-    alike = repeated({name: in_threads(own.sample, rows[name]) for name, own in files.items()})
-    rows = {name: [row for each, row in chain.from_iterable(alike) if each == name] for name in files}
-    return repeated({name: content_hashes(splits[name].select(some), column) for name, some in rows.items() if some})
 
 
 def _describe_copies(
     found: Survey,
-    groups: Sequence[Sequence[_Place]],
-    files: Mapping[str, _Encoded],
+    groups: Sequence[Sequence[Place]],
+    files: Mapping[str, EncodedImages],
     labels: Mapping[str, np.ndarray],
     classes: Sequence[str],
 ) -> None:
@@ -386,12 +326,12 @@ def _describe_copies(
                 both = (f"{files[name].name(row)} ({classes[n]})" for row, n in zip(rows, numbers, strict=True))
                 conflicts.setdefault(name, []).append(" = ".join(both))
     for name, pairs in conflicts.items():
-        text = f"The {name} split has {count_of(len(pairs), 'image')} with different labels: {named(pairs)}."
+        text = f"The {name} split has {count_of(len(pairs), 'image')} with different labels: {listed(pairs)}."
         found.add("warning", name, f"{text} Keep the right one of each.")
     for (name, other), names in shared.items():
         text = f"The {name} split shares {count_of(len(names), 'image')} with the {other} split"
-        if name in TRAINING:
-            found.add("note", name, f"{text}, which does no harm.")
-        else:
-            text = f"{text}, so its results will be too high: {named(names)}. Remove them from one of the two."
+        if other in TRAINING and name not in TRAINING:
+            text = f"{text}, so its results will be too high: {listed(names)}. Remove them from one of the two."
             found.add("warning", name, text)
+        else:
+            found.add("note", name, text + (", which does no harm." if name in TRAINING else "."))

@@ -27,9 +27,10 @@ from . import data
 from .algorithms import Algorithm, build_algorithm
 from .callbacks import StepMonitor, UpdateAverage, progress_callback
 from .card import write_card
-from .distributed import copy_from_main_process, from_main_process
+from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
 from .hub import plan_push, upload, upload_checkpoint
+from .images import MAX_PIXELS
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
@@ -37,7 +38,7 @@ from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredicti
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
-from .survey import SplitSurvey, Survey, announce, survey
+from .survey import RunSurvey, Survey
 from .training_args import CCSSLTrainingArguments
 from .transforms import MAX_SIDE_HELD
 
@@ -122,7 +123,16 @@ class CCSSLTrainer(Trainer):
         self.results: dict[str, list[Result]] = {}
         self.predictions: dict[str, SplitPredictions] = {}
         self.evaluated: dict[str, datasets.Dataset] = {}
-        self.surveyed: dict[str, SplitSurvey] = {}  # by the fingerprint of the dataset
+        self.survey = RunSurvey(
+            {"labeled": train_dataset, "unlabeled": unlabeled_dataset},
+            self.class_names,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            hidden_label_column=args.hidden_label_column,
+            image_size=self.settings.image_size,
+            max_pixels=getattr(args, "max_image_pixels", MAX_PIXELS),
+            skip_bad=getattr(args, "on_bad_image", "skip") == "skip",
+        )
         self.dataset_names: dict[str, str] = {}
         self.base_model: str | None = None
         self._best_step: int | None = None
@@ -165,33 +175,9 @@ class CCSSLTrainer(Trainer):
         Raises:
             ValueError: Labeled or evaluation images can't be read. It names them all.
         """
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
-        training = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset}
-        return self._survey({**training, **evaluation, **(further or {})})
-
-    def _survey(self, splits: Mapping[str, Any], only: str | None = None, label_column: str | None = "") -> Survey:
-        """Survey all splits. `only` is the one to decode and print."""
-        args, splits = self.args, {name: split for name, split in splits.items() if split is not None}
-        look = partial(
-            survey,
-            splits,
-            self.class_names,
-            image_column=args.image_column,
-            label_column=args.label_column if label_column == "" else label_column,
-            hidden_label_column=args.hidden_label_column,
-            image_size=self.settings.image_size,
-            decode=None if only is None else [only],
-        )
-        found, names = from_main_process(look), list(splits) if only is None else [only]
-        announce(found, names, show=self.is_world_process_zero())
-        self.surveyed |= {splits[name]._fingerprint: found.splits[name] for name in names}
-        return found
-
-    def _survey_evaluated(self, name: str, split: datasets.Dataset, **columns: Any) -> None:
-        """Survey an evaluation split that was not looked at before."""
-        if split._fingerprint not in self.surveyed:
-            training = {"labeled": self.train_dataset, "unlabeled": self.unlabeled_dataset}
-            self._survey({**training, name: split}, only=name, **columns)
+        own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
+        evaluation = {**own, **(further or {})}
+        return self.survey.of_all({name: split for name, split in evaluation.items() if split is not None})
 
     def _read_labels(self, split: datasets.Dataset, role: str, column: str | None = None) -> np.ndarray:
         data.check_images(split, role=role, image_column=self.args.image_column)
@@ -285,9 +271,7 @@ class CCSSLTrainer(Trainer):
             name, split = split, self.eval_dataset[split]
         if split is None:
             raise ValueError("There is no evaluation split: pass eval_dataset to CCSSLTrainer or to evaluate().")
-        labels = self._read_labels(split, name)
-        self._survey_evaluated(name, split)
-        return self._evaluation_loader(split, labels, name)
+        return self._evaluation_loader(split, self._read_labels(split, name), name)
 
     def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
         data.check_images(test_dataset, role="test", image_column=self.args.image_column)
@@ -295,7 +279,7 @@ class CCSSLTrainer(Trainer):
         labels = self._read_labels(test_dataset, "test") if has_labels else None
         if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
             labels = None  # the split withholds its labels
-        self._survey_evaluated("test", test_dataset, label_column=self.args.label_column if has_labels else None)
+        self.survey.of_new("test", test_dataset, label_column=self.args.label_column if has_labels else None)
         return self._evaluation_loader(test_dataset, labels, "test")
 
     def _evaluation_loader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
@@ -343,13 +327,16 @@ class CCSSLTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As in `transformers.Trainer`. The card shows the last evaluation of each split."""
+        split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
+        named = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[named] if isinstance(named, str) else named
+        if isinstance(dataset, datasets.Dataset):
+            self.survey.of_new(split, dataset)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):  # upstream has called evaluate for each split
             return metrics
-        split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
         self.add_results(split, _without_prefix(metrics, metric_key_prefix))
-        self.evaluated[split] = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        self.evaluated[split] = dataset
         logits, labels = self._loop_output.predictions, self._loop_output.label_ids
         if np.shape(logits) == (np.size(labels), len(self.class_names)):  # the user's preprocessing may change them
             logits = logits.astype(np.float32, copy=False)
@@ -396,7 +383,7 @@ class CCSSLTrainer(Trainer):
                 raise ValueError(f"{folder} has no complete checkpoint: leave out resume_from_checkpoint to start.")
         self._best_step = None
         self.monitor = StepMonitor(self.class_names)
-        if self.train_dataset._fingerprint not in self.surveyed:
+        if not self.survey.facts(self.train_dataset):
             self.check_data()
         set_seed(self.args.seed)  # for dropout: random numbers drawn before must not matter
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -467,8 +454,8 @@ class CCSSLTrainer(Trainer):
             if role != "unlabeled" and args.label_column in split.column_names:
                 labels = [names[number] for number in self._read_labels(split, role).tolist()]
             name = self.dataset_names.get(role) or data.name_of(split)
-            facts = self.surveyed[split._fingerprint].facts() if split._fingerprint in self.surveyed else {}
-            found[role] = Split(name, len(split), data.fingerprint(split, args.image_column, labels), **facts)
+            fingerprint = data.fingerprint(split, args.image_column, labels)
+            found[role] = Split(name, len(split), fingerprint, **self.survey.facts(split))
         return found
 
     def _logged_results(self) -> list[Result]:

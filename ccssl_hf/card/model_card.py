@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import Any, get_args
 from urllib.parse import quote
@@ -50,6 +51,33 @@ def _settings(record: RunRecord) -> dict[str, dict[str, Any]]:
         for title, table in tables.items()
     }
     return {title: table for title, table in public.items() if table}
+
+
+_FOUND = {
+    "classes": "Classes",
+    "fewest": "Fewest per class",
+    "most": "Most per class",
+    "ood_images": "OOD",
+    "in_training": "Also in training",
+    "small": "Much smaller",
+    "unreadable": "Unreadable",
+    "skipped": "Files left out",
+}
+
+
+def found_in(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
+    """What was found in the splits, a row for each, by column title. Columns without a number above 0 are left out."""
+    titles = {key: title for key, title in _FOUND.items() if any(getattr(split, key) for split in splits.values())}
+    return [
+        {"Split": name} | {title: _with_class(split, key) for key, title in titles.items()}
+        for name, split in splits.items()
+        if titles
+    ]
+
+
+def _with_class(split: Split, key: str) -> Any:
+    value, name = getattr(split, key), getattr(split, f"{key}_class", None)
+    return value if name is None else f"{value} ({name})"
 
 
 def _render(template: str, **values: Any) -> str:
@@ -98,7 +126,7 @@ def render_card(
     paper = ALGORITHMS[record.algorithm].paper if record.algorithm in ALGORITHMS else None
     facts = CardFacts(
         provenance=record.provenance,
-        splits={split: Split(data[split][0], each.images, each.fingerprint) for split, each in record.splits.items()},
+        splits={split: replace(each, data=data[split][0]) for split, each in record.splits.items()},
         results=list(record.results),
         pictures=pictures,
         settings=_settings(record),
@@ -124,6 +152,7 @@ def render_card(
         ccssl=CCSSL_PAPER,
         contrastive=float(record.hyperparameters.get("lambda_contrast") or 0) > 0,
         data=data,
+        found=found_in(record.splits),
         num_labeled=sum(record.labeled_per_class.values()),
         num_unlabeled=record.splits["unlabeled"].images if "unlabeled" in record.splits and record.mu else None,
         settings=facts.settings,

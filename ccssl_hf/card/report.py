@@ -15,7 +15,7 @@ from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from ..data import check_writable
 from ..record import PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
 from .facts import read_facts, upgrade
-from .model_card import IMAGES, render_card, renew_results
+from .model_card import IMAGES, found_in, render_card, renew_results
 from .plots import draw_pictures
 from .text import cell, format_table
 
@@ -108,6 +108,9 @@ def describe(model: str) -> str:
     if facts.splits:
         rows = [{"split": split, "data": each.data, "images": each.images} for split, each in facts.splits.items()]
         lines += ["", format_table(rows, ["split", "data", "images"])]
+        if found := found_in(facts.splits):
+            texts = [{title: cell("" if value is None else value) for title, value in row.items()} for row in found]
+            lines += ["", format_table(texts, list(found[0]))]
     for title, settings in facts.settings.items():
         rows = [{title: name, "value": cell(value)} for name, value in settings.items()]
         lines += ["", format_table(rows, [title, "value"])]
