@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -48,7 +49,8 @@ class EncodedImages:
     def _stat(self, row: int) -> tuple[int, int]:
         with suppress(OSError, ValueError):
             found = os.stat(self._path(row))
-            return found.st_size, found.st_mtime_ns
+            if stat.S_ISREG(found.st_mode):  # reading a pipe would wait
+                return found.st_size, found.st_mtime_ns
         return -1, 0
 
     def _path(self, row: int) -> str:
@@ -59,7 +61,8 @@ class EncodedImages:
         return pa.BufferReader(content.as_buffer()) if content.is_valid else open(self._path(row), "rb")
 
     def name(self, row: int) -> str:
-        return self._path(row) or f"row {row}"
+        path = self._path(row) or f"row {row}"
+        return path if path.isprintable() else ascii(path)
 
     def sample(self, row: int) -> bytes:
         """A hash of some bytes in the middle: of files of one length, nearly all differ there."""
@@ -70,6 +73,8 @@ class EncodedImages:
 
     def size(self, row: int) -> tuple[int, int] | str:
         """Width and height from the header, or why it cannot be read."""
+        if self.lengths[row] < 0:
+            return "no such file" if self._path(row) else "the row holds no image"
         try:
             with self._open(row) as file, Image.open(file) as image:
                 return image.size
@@ -101,7 +106,8 @@ def find_copies(
         groups: dict[bytes, list[Place]] = {}
         for name, of_rows in keys.items():
             for row, key in zip(rows[name], of_rows, strict=True):
-                groups.setdefault(key, []).append((name, row))
+                if any(key):  # zeros: it cannot be read
+                    groups.setdefault(key, []).append((name, row))
         return [group for group in groups.values() if len(group) > 1]
 
     alike = repeated({name: in_threads(own.sample, rows[name]) for name, own in files.items()})

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from timm.models import get_pretrained_cfg
 from transformers import set_seed
 
+from .algorithms import build_algorithm
+from .backbones import check_backbone
 from .data import read_class_names
 from .modeling import CCSSLForImageClassification
 from .sources import load_split
+from .survey import Finding, Survey, size_errors, survey
 from .trainer import CCSSLTrainer
 from .training_args import CONFIGS, CCSSLTrainingArguments, argument
 
@@ -60,7 +65,16 @@ def load_splits(recipe: RecipeArguments) -> dict[str, datasets.Dataset]:
     if recipe.labeled is None:
         raise ValueError("There is no labeled split: set labeled to an image folder, parquet files or a Hub dataset.")
     sources = {role: getattr(recipe, role) for role in ROLES}
-    return {role: load_split(source, role=role) for role, source in sources.items() if source is not None}
+    splits, errors = {}, []
+    for role, source in sources.items():
+        if source is not None:
+            try:
+                splits[role] = load_split(source, role=role)
+            except ValueError as error:  # the other splits may have errors, too
+                errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    return splits
 
 
 def build_trainer(
@@ -94,6 +108,47 @@ def build_trainer(
     trainer.base_model = pretrained or recipe.model
     trainer.check_data({role: splits[role] for role in splits if role == "test"})
     return trainer, splits
+
+
+def check(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> Survey:
+    """What the splits of a run hold, and all reasons why it could not start. Trains nothing, and builds no new model."""
+    problems, splits = [], dict[str, datasets.Dataset]()
+    names: list[str] | None = None
+    size = recipe.image_size
+    try:
+        splits = load_splits(recipe)
+    except ValueError as error:
+        problems.append(str(error))
+        for role in ROLES:
+            with suppress(ValueError):
+                splits |= {role: load_split(getattr(recipe, role), role=role)} if getattr(recipe, role) else {}
+    try:
+        if recipe.model is not None:
+            model = CCSSLForImageClassification.from_pretrained(recipe.model)
+            names, size = model.config.labels, model.backbone.pretrained_cfg["input_size"][-1]
+        else:
+            check_backbone(recipe.backbone)
+            size = size or get_pretrained_cfg(recipe.backbone).input_size[-1]
+            names = read_class_names(splits["labeled"], args.label_column) if "labeled" in splits else None
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
+    columns = {key: getattr(args, key) for key in ("image_column", "label_column", "hidden_label_column")}
+    found = survey(splits, names, image_size=size, **columns)
+    batch, sizes = args.per_device_train_batch_size * args.world_size, {each: len(splits[each]) for each in splits}
+    limits = {"batch": batch, "mu": args.mu, "repeat_labeled": args.repeat_labeled}
+    problems += size_errors(sizes.get("labeled", batch), sizes.get("unlabeled"), **limits)
+    known: dict[str, Any] = dict(
+        num_unlabeled=sizes.get("unlabeled", 1), embedding_dim=64, batch_size=batch, mu=args.mu
+    )
+    try:
+        uses = build_algorithm(args.algorithm, num_classes=len(names or "ab"), **known, **args.hyperparameters()).views
+        if uses and recipe.unlabeled is None:
+            fix = "set unlabeled, or algorithm to supervised and lambda_contrast to 0"
+            problems.append(f"Algorithm {args.algorithm!r} needs unlabeled images, and there are none: {fix}.")
+    except ValueError as error:
+        problems.append(str(error))
+    found.findings += [Finding("error", "", problem) for problem in problems]
+    return found
 
 
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:

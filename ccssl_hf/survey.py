@@ -10,7 +10,7 @@ import hashlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,8 +150,8 @@ class RunSurvey:
         return found
 
 
-def announce(found: Survey, splits: Collection[str], *, show: bool = True) -> None:
-    """Print the table and the notes about some splits, and log warnings. Raises UserError with all errors."""
+def announce(found: Survey, splits: Collection[str] | None = None, *, show: bool = True) -> None:
+    """Print the table and the notes about some splits or all, and log warnings. Raises UserError with all errors."""
     if show:
         print(f"\n{found.table(splits)}\n", *found.texts("note", splits), sep="\n", flush=True)
         for text in found.texts("warning", splits):
@@ -160,9 +160,30 @@ def announce(found: Survey, splits: Collection[str], *, show: bool = True) -> No
         raise UserError("\n".join(errors))
 
 
+def size_errors(labeled: int, unlabeled: int | None, *, batch: int, mu: int, repeat_labeled: bool) -> Iterator[str]:
+    """Why splits are too small for a batch of `batch` labeled and `mu` times as many unlabeled images."""
+    if labeled < batch and not repeat_labeled:
+        yield (
+            f"{labeled} labeled images are fewer than a batch of {batch}: lower per_device_train_batch_size, or set "
+            "repeat_labeled=True to repeat images within a batch."
+        )
+    if unlabeled is not None and unlabeled < mu * batch:
+        yield (
+            f"{unlabeled} unlabeled images are fewer than the {mu * batch} of a step: lower mu or "
+            "per_device_train_batch_size."
+        )
+
+
 def count_of(count: int, what: str) -> str:
     """`1 image`, `2 images`."""
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def unreadable_images(split: str, images: Sequence[str]) -> list[str]:
+    """An error that names all unreadable images of a split, a line each; nothing if there are none."""
+    fix = "Repair or remove them, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)"
+    first = f"The {split} split has {count_of(len(images), 'unreadable image')}. {fix}:"
+    return ["\n  ".join([first, *images])] if images else []
 
 
 def ood_sentence(ood: Mapping[str, int], split: str) -> str:
@@ -278,13 +299,11 @@ def _read_headers(split: SplitSurvey, files: EncodedImages, image_size: int | No
 def _describe(found: Survey, name: str, classes: Sequence[str], image_size: int | None, must: bool) -> None:
     """Sentences about one split."""
     split = found.splits[name]
-    if count := len(split.unreadable):
-        text = f"The {name} split has {count_of(count, 'unreadable image')}"
-        fix = "Repair or remove them, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)"
-        if must or count > UNREADABLE_LIMIT * split.images:
-            found.add("error", name, "\n  ".join([f"{text}. {fix}:", *split.unreadable]))
-        else:
-            found.add("warning", name, f"{text}: {listed(split.unreadable)}.")
+    if must or len(split.unreadable) > UNREADABLE_LIMIT * split.images:
+        found.findings += [Finding("error", name, text) for text in unreadable_images(name, split.unreadable)]
+    elif split.unreadable:
+        count = count_of(len(split.unreadable), "unreadable image")
+        found.add("warning", name, f"The {name} split has {count}: {listed(split.unreadable)}.")
     if split.ood and not split.per_class and set(split.ood) == {""}:
         found.add("note", name, f"The {name} split has no labels.")
     elif split.ood:

@@ -38,7 +38,7 @@ from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredicti
 from .resume import last_checkpoint, load_training_state, save_training_state
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
-from .survey import RunSurvey, Survey
+from .survey import RunSurvey, Survey, size_errors
 from .training_args import CCSSLTrainingArguments
 from .transforms import MAX_SIDE_HELD
 
@@ -148,20 +148,13 @@ class CCSSLTrainer(Trainer):
         args, unlabeled, evaluation = self.args, self.unlabeled_dataset, self.eval_dataset
         batch = args.per_device_train_batch_size * args.world_size
         self.labels, self.hidden_labels = self._read_labels(self.train_dataset, "labeled"), None
-        if len(self.labels) < batch and not args.repeat_labeled:
-            raise ValueError(
-                f"{len(self.labels)} labeled images are fewer than a batch of {batch}: lower "
-                "per_device_train_batch_size, or set repeat_labeled=True to repeat images within a batch."
-            )
         if unlabeled is not None:
             data.check_images(unlabeled, role="unlabeled", image_column=args.image_column)
-            if len(unlabeled) < args.mu * batch:
-                raise ValueError(
-                    f"{len(unlabeled)} unlabeled images are fewer than the {args.mu * batch} of a step: lower mu or "
-                    "per_device_train_batch_size."
-                )
-            if args.hidden_label_column is not None:
-                self.hidden_labels = self._read_labels(unlabeled, "unlabeled", args.hidden_label_column)
+        sizes = {"batch": batch, "mu": args.mu, "repeat_labeled": args.repeat_labeled}
+        for error in size_errors(len(self.labels), None if unlabeled is None else len(unlabeled), **sizes):
+            raise ValueError(error)
+        if unlabeled is not None and args.hidden_label_column is not None:
+            self.hidden_labels = self._read_labels(unlabeled, "unlabeled", args.hidden_label_column)
         for name, split in (evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}).items():
             if split is not None:
                 self._read_labels(split, name)

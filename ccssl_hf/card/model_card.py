@@ -172,16 +172,19 @@ def renew_results(
     datasets: Mapping[str, str],
     pictures: Mapping[str, str],
     model_name: str,
+    found: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Put new results and pictures on any card: in its metadata, and between its two comments. Other text stays.
 
     Results replace those of the same splits. A card without the two comments gets them at its end. `datasets` are the
-    Hub id or local path of each measured split, and `model_name` is for metadata without a name.
+    Hub id or local path of each measured split, `found` is what they hold (fields of `Split`), and `model_name` is for
+    metadata without a name.
     """
     results, facts = list(results), read_facts(card)
     renewed = {result.split for result in results}
     facts.results = [*(old for old in facts.results if old.split not in renewed), *results]
-    facts.splits |= {split: Split(public_name(name)[0]) for split, name in datasets.items()}
+    found = found or {}
+    facts.splits |= {split: Split(public_name(name)[0], **found.get(split, {})) for split, name in datasets.items()}
     facts.pictures |= pictures
     store_facts(card, facts, model_name=model_name)
     section = _render_results(facts.results, facts.pictures, facts.provenance)

@@ -67,10 +67,12 @@ def write_report(
     results: Sequence[Result],
     predictions: Sequence[SplitPredictions],
     sources: Mapping[str, str],
+    found: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """Put results and pictures on the card in `out`. Without a card there, a copy of the model's card is used.
 
-    `sources` are those of the measured splits, by name. Returns the files that were written, relative to `out`.
+    `sources` are those of the measured splits, by name, and `found` is what they hold (fields of `Split`). Returns the
+    files that were written, relative to `out`.
 
     Raises:
         ValueError: The card cannot be read, or `out` cannot be written to.
@@ -84,7 +86,7 @@ def write_report(
         shutil.copytree(source / IMAGES, out / IMAGES, dirs_exist_ok=True)
     pictures = draw_pictures(record, out)
     datasets = {split: re.sub(r":\w+$", "", source) for split, source in sources.items()}  # user/name:split
-    renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name)
+    renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name, found=found)
     card.save(out / CARD_FILE)
     return [CARD_FILE, *pictures]
 

@@ -38,6 +38,7 @@ from ..data import check_images, check_writable
 from ..images import encoded_images, open_encoded, upright_rgb
 from ..modeling import CCSSLForImageClassification
 from ..sources import load_split
+from ..survey import unreadable_images
 
 MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lock
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it
@@ -275,11 +276,16 @@ def predict_all(
     image_column: str = "image",
     batch_size: int | None = None,
     num_workers: int | None = None,
+    role: str = "test",
 ) -> Predictions:
-    """Predict a dataset that passed `data.check_images`, in memory. Raises ValueError if an image cannot be read."""
-    images = encoded_images(dataset, image_column)
-    with closing(_in_batches(classifier, images, batch_size, num_workers, strict=True)) as results:
-        parts = [found for _, found in results if found]
+    """Predict a split that passed `data.check_images`, in memory. Raises ValueError with all unreadable images."""
+    images, parts, bad = encoded_images(dataset, image_column), [], list[str]()
+    with closing(_in_batches(classifier, images, batch_size, num_workers, strict=False)) as results:
+        for rows, found in results:
+            bad += [f"{row['path']}: {row['error']}" for row in rows if row["error"]]
+            parts += [found] if found else []
+    for error in unreadable_images(role, bad):
+        raise ValueError(error)
     labels = [label for part in parts for label in part.labels]
     names = ("confidences", "probabilities", "logits", "embeddings")
     return Predictions(labels, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
