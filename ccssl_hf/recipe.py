@@ -111,7 +111,7 @@ def build_trainer(
 
 
 def check(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> Survey:
-    """What the splits of a run hold, and all reasons why it could not start. Trains nothing, and builds no new model."""
+    """What the splits of a run hold, and all reasons why it could not start. It builds no model."""
     problems, splits = [], dict[str, datasets.Dataset]()
     names: list[str] | None = None
     size = recipe.image_size

@@ -123,8 +123,9 @@ class Survey:
 class RunSurvey:
     """Surveys the splits of a run. Every process calls it; the main process looks at the images and prints."""
 
-    def __init__(self, training: Mapping[str, Any], class_names: Sequence[str], **settings: Any) -> None:
-        """`settings` are those of `survey`."""
+    def __init__(self, training: Mapping[str, Any], class_names: Sequence[str], *, show: bool, **settings: Any) -> None:
+        """`show`: whether to print. `settings` are those of `survey`."""
+        self._show = show and rank() == 0
         self._training = {name: split for name, split in training.items() if split is not None}
         self._class_names, self._settings = class_names, settings
         self._found: dict[str, SplitSurvey] = {}  # by the fingerprint of the dataset
@@ -145,7 +146,7 @@ class RunSurvey:
 
     def _run(self, splits: Mapping[str, datasets.Dataset], names: Sequence[str], **settings: Any) -> Survey:
         found = on_main_process(partial(survey, splits, self._class_names, **{**self._settings, **settings}))
-        announce(found, names, show=rank() == 0)
+        announce(found, names, show=self._show)
         self._found |= {splits[name]._fingerprint: found.splits[name] for name in names}
         return found
 

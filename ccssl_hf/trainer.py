@@ -126,6 +126,7 @@ class CCSSLTrainer(Trainer):
         self.survey = RunSurvey(
             {"labeled": train_dataset, "unlabeled": unlabeled_dataset},
             self.class_names,
+            show=args.get_process_log_level() <= logging.WARNING,
             image_column=args.image_column,
             label_column=args.label_column,
             hidden_label_column=args.hidden_label_column,

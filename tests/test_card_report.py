@@ -60,10 +60,8 @@ def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_pat
     result = ccssl_hf("evaluate", run[1], images, "--json", tmp_path / "made" / "out.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert re.search(r"^test +47 +4 +8 \(zero\) +10 \(two\) +10$", result.stdout, re.MULTILINE)
-    assert (
-        f"10 images of the test split show no class of the model and count as out-of-distribution (OOD): {OOD_NAME} (10)."
-        in result.stdout
-    )
+    counted = "10 images of the test split show no class of the model and count as out-of-distribution (OOD): "
+    assert f"{counted}{OOD_NAME} (10)." in result.stdout
     assert f"\nWritten to {tmp_path / 'made' / 'out.json'}.\n" in result.stdout
     written = json.loads((tmp_path / "made" / "out.json").read_text())
     for name in ("top1", "top5", "macro_f1", "ece", "auroc"):
@@ -153,12 +151,9 @@ def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> No
         (broken / name).write_bytes(b"no image")
     for call in (["evaluate", run[1], broken.parent], ["report", run[1], "--split", f"test={broken.parent}"]):
         result = ccssl_hf(*call)
-        assert "The test split has 2 unreadable images. Repair or remove them" in the_error(result).replace(
-            "broken", "test"
-        )
-        assert [line.split(":")[0] for line in result.stderr.splitlines() if line.startswith("  ")] == [
-            f"  {broken / name}" for name in ("0.png", "1.png")
-        ]
+        assert "split has 2 unreadable images. Repair or remove them" in the_error(result)
+        lines = [line.split(":")[0].strip() for line in result.stderr.splitlines() if line.startswith("  ")]
+        assert lines == [str(broken / name) for name in ("0.png", "1.png")]
     (tmp_path / "model").mkdir()
     run[0].save_model(str(tmp_path / "model"))
     for metadata in ("model-index: [{name: x, results: [{}]}]", "ccssl_hf: {provenance: {weights: EMA}}"):

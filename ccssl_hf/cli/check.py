@@ -26,12 +26,9 @@ def check(
     """Show what your images are before you train on them: classes, duplicates, and files that cannot be read.
 
         ccssl-hf check --data_dir photos
-        ccssl-hf check --labeled photos/labeled --unlabeled photos/unlabeled --image_size 224
 
-    It takes the flags of `ccssl-hf train`, so `check` can replace `train` in a command: --data_dir, --labeled,
-    --unlabeled, --validation, --test, --image_column, --label_column, --image_size, --backbone, --config and all
-    others. Images of the labeled, validation and test splits are decoded. The exit code is 0 if training could start,
-    and 2 otherwise; all errors are printed.
+    It takes the flags of `ccssl-hf train`, so that `check` can replace `train` in a command. It decodes the labeled,
+    validation and test images. The exit code is 0 if training could start, and 2, with all errors, otherwise.
     """
     with errors_in_one_line():
         from .. import recipe
