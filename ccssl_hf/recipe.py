@@ -8,18 +8,23 @@ import re
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from timm.models import get_pretrained_cfg
 from transformers import set_seed
 
+from .algorithms import build_algorithm
+from .backbones import check_backbone
 from .data import read_class_names, split_validation
 from .distributed import launcher
 from .errors import errors_of_a_run, warn
 from .modeling import CCSSLForImageClassification
 from .sources import load_split
+from .survey import Finding, Survey, size_errors, survey
 from .trainer import CCSSLTrainer
 from .training_args import CONFIGS, CCSSLTrainingArguments, argument
 
@@ -92,8 +97,15 @@ def load_splits(recipe: RecipeArguments, *, label_column: str = "label", seed: i
     fraction = recipe.validation_fraction
     if fraction is not None and recipe.validation is not None:
         raise ValueError(f"validation is {recipe.validation!r} and validation_fraction is {fraction}: leave one out.")
-    sources = {role: source for role in ROLES if (source := getattr(recipe, role)) is not None}
-    splits = {role: load_split(source, role=role, image_root=recipe.image_root) for role, source in sources.items()}
+    splits, errors = {}, []
+    for role in ROLES:
+        if (source := getattr(recipe, role)) is not None:
+            try:
+                splits[role] = load_split(source, role=role, image_root=recipe.image_root)
+            except ValueError as error:  # the other splits may have errors, too
+                errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
     if fraction is not None:
         labeled, validation = split_validation(splits["labeled"], fraction, label_column=label_column, seed=seed)
         splits |= {"labeled": labeled, "validation": validation}
@@ -134,6 +146,7 @@ def build_trainer(
     trainer.dataset_names = {role: _name_for_card(recipe, role, args.seed) for role in splits}
     pretrained = recipe.pretrained and (get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone)
     trainer.base_model = pretrained or recipe.model
+    trainer.check_data({role: splits[role] for role in splits if role == "test"})
     return trainer, splits
 
 
@@ -141,6 +154,47 @@ def _name_for_card(recipe: RecipeArguments, role: str, seed: int) -> str:
     if (source := getattr(recipe, role)) is not None:
         return str(source).split(":")[0]
     return f"{recipe.labeled}, a fraction of {recipe.validation_fraction:g} by class with seed {seed}"
+
+
+def check(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> Survey:
+    """What the splits of a run hold, and all reasons why it could not start. It builds no model."""
+    problems, splits = [], dict[str, datasets.Dataset]()
+    names: list[str] | None = None
+    size = recipe.image_size
+    try:
+        splits = load_splits(recipe, label_column=args.label_column, seed=args.seed)
+    except ValueError as error:
+        problems.append(str(error))
+        for role, source in ((role, getattr(recipe, role)) for role in ROLES if getattr(recipe, role)):
+            with suppress(ValueError):
+                splits |= {role: load_split(source, role=role, image_root=recipe.image_root)}
+    try:
+        if recipe.model is not None:
+            model = CCSSLForImageClassification.from_pretrained(recipe.model)
+            names, size = model.config.labels, model.backbone.pretrained_cfg["input_size"][-1]
+        else:
+            check_backbone(recipe.backbone)
+            size = size or get_pretrained_cfg(recipe.backbone).input_size[-1]
+            names = read_class_names(splits["labeled"], args.label_column) if "labeled" in splits else None
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
+    columns = {key: getattr(args, key) for key in ("image_column", "label_column", "hidden_label_column")}
+    found = survey(splits, names, image_size=size, **columns)
+    batch, sizes = args.per_device_train_batch_size * args.world_size, {each: len(splits[each]) for each in splits}
+    limits = {"batch": batch, "mu": args.mu, "repeat_labeled": args.repeat_labeled}
+    problems += size_errors(sizes.get("labeled", batch), sizes.get("unlabeled"), **limits)
+    known: dict[str, Any] = dict(
+        num_unlabeled=sizes.get("unlabeled", 1), embedding_dim=64, batch_size=batch, mu=args.mu
+    )
+    try:
+        uses = build_algorithm(args.algorithm, num_classes=len(names or "ab"), **known, **args.hyperparameters()).views
+        if uses and recipe.unlabeled is None:
+            fix = "set unlabeled, or algorithm to supervised and lambda_contrast to 0"
+            problems.append(f"Algorithm {args.algorithm!r} needs unlabeled images, and there are none: {fix}.")
+    except ValueError as error:
+        problems.append(str(error))
+    found.findings += [Finding("error", "", problem) for problem in problems]
+    return found
 
 
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:

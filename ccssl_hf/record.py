@@ -129,11 +129,23 @@ class SplitPredictions:
 
 @dataclass(frozen=True)
 class Split:
-    """The data of a split: a Hub id or path, the number of images, and a fingerprint (`data.fingerprint`)."""
+    """The data of a split: a Hub id or path, the number of images, a fingerprint (`data.fingerprint`), and what
+    `survey.survey` found in it.
+    """
 
     data: str
     images: int | None = None
     fingerprint: str | None = None
+    classes: int | None = None  # of the model, that have images
+    fewest: int | None = None  # images of one class
+    fewest_class: str | None = None
+    most: int | None = None
+    most_class: str | None = None
+    ood_images: int | None = None  # with a label that is no class, or without one
+    in_training: int | None = None  # that a training split has, too
+    small: int | None = None  # with a side below half of the training size
+    unreadable: int | None = None
+    skipped: int | None = None  # files that are no images
 
 
 @dataclass

@@ -48,6 +48,7 @@ from .output_folder import one_run_in
 from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
+from .survey import RunSurvey, Survey, size_errors
 from .training_args import CCSSLTrainingArguments
 from .transforms import MAX_SIDE_HELD
 
@@ -136,6 +137,17 @@ class CCSSLTrainer(Trainer):
         self.results: dict[str, list[Result]] = {}
         self.predictions: dict[str, SplitPredictions] = {}
         self.evaluated: dict[str, datasets.Dataset] = {}
+        self.survey = RunSurvey(
+            {"labeled": train_dataset, "unlabeled": unlabeled_dataset},
+            self.class_names,
+            show=args.get_process_log_level() <= logging.WARNING,
+            image_column=args.image_column,
+            label_column=args.label_column,
+            hidden_label_column=args.hidden_label_column,
+            image_size=self.settings.image_size,
+            max_pixels=args.max_image_pixels,
+            skip_bad=args.on_bad_image == "skip",
+        )
         self.dataset_names: dict[str, str] = {}
         self.base_model: str | None = None
         self._best_step: int | None = None
@@ -156,25 +168,31 @@ class CCSSLTrainer(Trainer):
         args, unlabeled, evaluation = self.args, self.unlabeled_dataset, self.eval_dataset
         batch = args.per_device_train_batch_size * args.world_size
         self.labels, self.hidden_labels = self._read_labels(self.train_dataset, "labeled"), None
-        if len(self.labels) < batch and not args.repeat_labeled:
-            raise ValueError(
-                f"{len(self.labels)} labeled images are fewer than a batch of {batch}: lower "
-                "per_device_train_batch_size, or set repeat_labeled=True to repeat images within a batch."
-            )
         if unlabeled is not None:
             data.check_images(unlabeled, role="unlabeled", image_column=args.image_column)
-            if len(unlabeled) < args.mu * batch:
-                raise ValueError(
-                    f"{len(unlabeled)} unlabeled images are fewer than the {args.mu * batch} of a step: lower mu or "
-                    "per_device_train_batch_size."
-                )
-            if args.hidden_label_column is not None:
-                self.hidden_labels = self._read_labels(unlabeled, "unlabeled", args.hidden_label_column)
+        sizes = {"batch": batch, "mu": args.mu, "repeat_labeled": args.repeat_labeled}
+        for error in size_errors(len(self.labels), None if unlabeled is None else len(unlabeled), **sizes):
+            raise ValueError(error)
+        if unlabeled is not None and args.hidden_label_column is not None:
+            self.hidden_labels = self._read_labels(unlabeled, "unlabeled", args.hidden_label_column)
         self._has_ood: dict[str, bool] = {}
         for name, split in (evaluation if isinstance(evaluation, dict) else {"": evaluation}).items():
             if split is not None:
                 labels = self._read_labels(split, name or "evaluation")
                 self._has_ood[name] = bool((labels == data.OUT_OF_DISTRIBUTION).any())
+
+    def check_data(self, further: Mapping[str, datasets.Dataset] | None = None) -> Survey:
+        """Look at all splits, print what they hold, and return it. `train` does so before the first step.
+
+        Call it in every process. `further` are splits that are evaluated later, by name. Images of the labeled and the
+        evaluation splits are decoded, once: the next run on the same files does not repeat it.
+
+        Raises:
+            ValueError: Labeled or evaluation images can't be read. It names them all.
+        """
+        own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
+        evaluation = {**own, **(further or {})}
+        return self.survey.of_all({name: split for name, split in evaluation.items() if split is not None})
 
     def _read_labels(self, split: datasets.Dataset, role: str, column: str | None = None) -> np.ndarray:
         data.check_images(split, role=role, image_column=self.args.image_column)
@@ -282,6 +300,7 @@ class CCSSLTrainer(Trainer):
         labels = self._read_labels(test_dataset, "test") if has_labels else None
         if labels is not None and (labels == data.OUT_OF_DISTRIBUTION).all():
             labels = None  # the split withholds its labels
+        self.survey.of_new("test", test_dataset, label_column=self.args.label_column if has_labels else None)
         return self._evaluation_loader(test_dataset, labels, "test")
 
     def _evaluation_loader(self, split: datasets.Dataset, labels: np.ndarray | None, role: str) -> DataLoader:
@@ -341,13 +360,16 @@ class CCSSLTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As in `transformers.Trainer`. The card shows the last evaluation of each split."""
+        split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
+        named = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[named] if isinstance(named, str) else named
+        if isinstance(dataset, datasets.Dataset):
+            self.survey.of_new(split, dataset)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict):  # upstream has called evaluate for each split
             return metrics
-        split = "validation" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
         self.add_results(split, _without_prefix(metrics, metric_key_prefix))
-        self.evaluated[split] = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        self.evaluated[split] = dataset
         logits, labels = self._loop_output.predictions, self._loop_output.label_ids
         if np.shape(logits) == (np.size(labels), len(self.class_names)):  # the user's preprocessing may change them
             logits = logits.astype(np.float32, copy=False)
@@ -407,6 +429,8 @@ class CCSSLTrainer(Trainer):
                     partial(resume.check_settings, checkpoint, self.run_facts, allow_changes=args.allow_changes)
                 )
                 self.stop.evaluation_due = resume.read_run(checkpoint)["evaluation_due"]
+            if not self.survey.facts(self.train_dataset):
+                self.check_data()
             self._best_step = None
             self.monitor = StepMonitor(self.class_names, skips=args.on_nonfinite == "skip")
             set_seed(args.seed)  # for dropout: random numbers drawn before must not matter
@@ -515,7 +539,8 @@ class CCSSLTrainer(Trainer):
             if role != "unlabeled" and args.label_column in split.column_names:
                 labels = [names[number] for number in self._read_labels(split, role).tolist()]
             name = self.dataset_names.get(role) or data.name_of(split)
-            found[role] = Split(name, len(split), data.fingerprint(split, args.image_column, labels))
+            fingerprint = data.fingerprint(split, args.image_column, labels)
+            found[role] = Split(name, len(split), fingerprint, **self.survey.facts(split))
         return found
 
     def _logged_results(self) -> list[Result]:

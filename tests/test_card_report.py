@@ -59,7 +59,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[CCSSLTr
 def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_path: Path) -> None:
     result = ccssl_hf("evaluate", run[1], images, "--json", tmp_path / "made" / "out.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert f"47 images, 10 of them out of distribution ({OOD_NAME})" in result.stdout
+    assert re.search(r"^test +47 +4 +8 \(zero\) +10 \(two\) +10$", result.stdout, re.MULTILINE)
+    counted = "10 images of the test split show no class of the model and count as out-of-distribution (OOD): "
+    assert f"{counted}{OOD_NAME} (10)." in result.stdout
     assert f"\nWritten to {tmp_path / 'made' / 'out.json'}.\n" in result.stdout
     written = json.loads((tmp_path / "made" / "out.json").read_text())
     for name in ("top1", "top5", "macro_f1", "ece", "auroc"):
@@ -67,6 +69,7 @@ def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_pat
         assert written[name] == pytest.approx(run[2][name], abs=1e-7)
         assert f"{run[2][name]:.4f}" in result.stdout
     assert (written["images"], written["unknown"], written["split"]) == (47, 10, "test")
+    assert written["ood_images"] == {OOD_NAME: 10}
     assert written["weights"] == "EMA weights, last step 40, seed 42"
 
 
@@ -107,6 +110,7 @@ def test_report_renews_the_card_of_a_folder(run: Any, images: Path, tmp_path: Pa
     assert last.startswith(f"Written to {folder}: README.md, images/") and last.endswith("images/embeddings.png.")
     text = (folder / "README.md").read_text()
     assert "## By hand\n\nKept.\n\n## Intended use" in text
+    assert ModelCard.load(folder / "README.md").data["ccssl_hf"]["splits"]["field"]["ood_images"] == 10
     for split in ("test", "field"):
         assert f"| Top-1 accuracy | {run[2]['top1']:.4f} | {split} | EMA | 40 (last) | 42 |" in text
     assert "; field split, EMA weights, last step 40, seed 42.](images/confusion_matrix.png)" in text
@@ -143,8 +147,13 @@ def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> No
     assert "at least one --split" in the_error(ccssl_hf("report", run[1], tmp_path / "out"))
     broken = tmp_path / "broken" / "zero"
     broken.mkdir(parents=True)
-    (broken / "0.png").write_bytes(b"no image")
-    assert "0.png can't be read" in the_error(ccssl_hf("evaluate", run[1], broken.parent))
+    for name in ("0.png", "1.png"):
+        (broken / name).write_bytes(b"no image")
+    for call in (["evaluate", run[1], broken.parent], ["report", run[1], "--split", f"test={broken.parent}"]):
+        result = ccssl_hf(*call)
+        assert "split has 2 unreadable images. Repair or remove them" in the_error(result)
+        lines = [line.split(":")[0].strip() for line in result.stderr.splitlines() if line.startswith("  ")]
+        assert lines == [str(broken / name) for name in ("0.png", "1.png")]
     (tmp_path / "model").mkdir()
     run[0].save_model(str(tmp_path / "model"))
     for metadata in ("model-index: [{name: x, results: [{}]}]", "ccssl_hf: {provenance: {weights: EMA}}"):

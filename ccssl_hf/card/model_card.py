@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import Any, get_args
 from urllib.parse import quote
@@ -55,6 +56,33 @@ def _settings(record: RunRecord) -> dict[str, dict[str, Any]]:
     return {title: table for title, table in public.items() if table}
 
 
+_FOUND = {
+    "classes": "Classes",
+    "fewest": "Fewest per class",
+    "most": "Most per class",
+    "ood_images": "OOD",
+    "in_training": "Also in training",
+    "small": "Much smaller",
+    "unreadable": "Unreadable",
+    "skipped": "Files left out",
+}
+
+
+def found_in(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
+    """What was found in the splits, a row for each, by column title. Columns without a number above 0 are left out."""
+    titles = {key: title for key, title in _FOUND.items() if any(getattr(split, key) for split in splits.values())}
+    return [
+        {"Split": name} | {title: _with_class(split, key) for key, title in titles.items()}
+        for name, split in splits.items()
+        if titles
+    ]
+
+
+def _with_class(split: Split, key: str) -> Any:
+    value, name = getattr(split, key), getattr(split, f"{key}_class", None)
+    return value if name is None else f"{value} ({name})"
+
+
 def _render(template: str, **values: Any) -> str:
     """A template without the blank lines of the sections that are left out."""
     source = resources.files(__package__).joinpath(f"templates/{template}.md.j2").read_text(encoding="utf-8")
@@ -101,7 +129,7 @@ def render_card(
     paper = ALGORITHMS[record.algorithm].paper if record.algorithm in ALGORITHMS else None
     facts = CardFacts(
         provenance=record.provenance,
-        splits={split: Split(data[split][0], each.images, each.fingerprint) for split, each in record.splits.items()},
+        splits={split: replace(each, data=data[split][0]) for split, each in record.splits.items()},
         results=list(record.results),
         pictures=pictures,
         settings=_settings(record),
@@ -127,6 +155,7 @@ def render_card(
         ccssl=CCSSL_PAPER,
         contrastive=float(record.hyperparameters.get("lambda_contrast") or 0) > 0,
         data=data,
+        found=found_in(record.splits),
         num_labeled=sum(record.labeled_per_class.values()),
         num_unlabeled=record.splits["unlabeled"].images if "unlabeled" in record.splits and record.mu else None,
         settings=facts.settings,
@@ -147,16 +176,19 @@ def renew_results(
     datasets: Mapping[str, str],
     pictures: Mapping[str, str],
     model_name: str,
+    found: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Put new results and pictures on any card: in its metadata, and between its two comments. Other text stays.
 
     Results replace those of the same splits. A card without the two comments gets them at its end. `datasets` are the
-    Hub id or local path of each measured split, and `model_name` is for metadata without a name.
+    Hub id or local path of each measured split, `found` is what they hold (fields of `Split`), and `model_name` is for
+    metadata without a name.
     """
     results, facts = list(results), read_facts(card)
     renewed = {result.split for result in results}
     facts.results = [*(old for old in facts.results if old.split not in renewed), *results]
-    facts.splits |= {split: Split(public_name(name)[0]) for split, name in datasets.items()}
+    found = found or {}
+    facts.splits |= {split: Split(public_name(name)[0], **found.get(split, {})) for split, name in datasets.items()}
     facts.pictures |= pictures
     store_facts(card, facts, model_name=model_name)
     section = _render_results(facts.results, facts.pictures, facts.provenance)

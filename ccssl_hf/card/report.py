@@ -15,7 +15,7 @@ from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
 from ..data import check_writable
 from ..record import PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
 from .facts import read_facts, upgrade
-from .model_card import IMAGES, render_card, renew_results
+from .model_card import IMAGES, found_in, render_card, renew_results
 from .plots import draw_pictures
 from .text import cell, format_table
 
@@ -67,10 +67,12 @@ def write_report(
     results: Sequence[Result],
     predictions: Sequence[SplitPredictions],
     sources: Mapping[str, str],
+    found: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """Put results and pictures on the card in `out`. Without a card there, a copy of the model's card is used.
 
-    `sources` are those of the measured splits, by name. Returns the files that were written, relative to `out`.
+    `sources` are those of the measured splits, by name, and `found` is what they hold (fields of `Split`). Returns the
+    files that were written, relative to `out`.
 
     Raises:
         ValueError: The card cannot be read, or `out` cannot be written to.
@@ -84,7 +86,7 @@ def write_report(
         shutil.copytree(source / IMAGES, out / IMAGES, dirs_exist_ok=True)
     pictures = draw_pictures(record, out)
     datasets = {split: re.sub(r":\w+$", "", source) for split, source in sources.items()}  # user/name:split
-    renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name)
+    renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name, found=found)
     card.save(out / CARD_FILE)
     return [CARD_FILE, *pictures]
 
@@ -108,6 +110,9 @@ def describe(model: str) -> str:
     if facts.splits:
         rows = [{"split": split, "data": each.data, "images": each.images} for split, each in facts.splits.items()]
         lines += ["", format_table(rows, ["split", "data", "images"])]
+        if found := found_in(facts.splits):
+            texts = [{title: cell("" if value is None else value) for title, value in row.items()} for row in found]
+            lines += ["", format_table(texts, list(found[0]))]
     for title, settings in facts.settings.items():
         rows = [{title: name, "value": cell(value)} for name, value in settings.items()]
         lines += ["", format_table(rows, [title, "value"])]

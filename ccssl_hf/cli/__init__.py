@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .check import DATA_FLAGS, check
 from .convert import convert
 from .evaluate import evaluate
 from .export import export
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 RUNS, PUBLISHING = "Train and evaluate", "Publish and serve"
 
+app.command(rich_help_panel=RUNS, **DATA_FLAGS)(check)
 app.command(rich_help_panel=RUNS, **ANY_FLAG)(train)
 app.command(rich_help_panel=RUNS)(evaluate)
 app.command(rich_help_panel=RUNS)(predict)

@@ -36,23 +36,28 @@ def evaluate(
     with errors_in_one_line():
         from ..card.report import provenance_of, results_table
         from ..deploy.evaluate import evaluate as measure
-        from ..deploy.evaluate import load_labeled, ood_names
+        from ..deploy.evaluate import load_labeled, look_at
         from ..deploy.predict import Classifier
+        from ..survey import Survey, ood_sentence
 
         dataset = load_labeled(source, split, image_root)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
         reading: dict[str, Any] = dict(
             image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers
         )
+        columns = dict(image_column=image_column, label_column=label_column)
+        held = look_at(dataset, split, classifier.labels, **columns)
+        typer.echo(f"{model} on {source}\n\n{Survey({split: held}).table()}\n")
+        if held.ood:
+            typer.echo(f"{ood_sentence(held.ood, split)}\n")
         results, predictions = measure(classifier, dataset, split, provenance=provenance_of(model), **reading)
     images, ood = len(predictions.labels), int((~predictions.in_distribution).sum())
-    names = ood_names(dataset, label_column, classifier.labels)
-    named = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""
-    note = f", {ood:,} of them out of distribution{named}" if ood else ""
-    typer.echo(f"{model} on {source}: {images:,} images{note}\n\n{results_table(results)}")
+    typer.echo(results_table(results))
     if json_out is not None:
         weights = str(predictions.provenance or "published")
-        facts = dict(model=model, source=source, split=split, weights=weights, images=images, unknown=ood)
+        facts = dict(
+            model=model, source=source, split=split, weights=weights, images=images, unknown=ood, ood_images=held.ood
+        )
         json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps(facts | {each.metric: each.value for each in results}, indent=2) + "\n")
         typer.echo(f"\nWritten to {json_out}.")

@@ -43,8 +43,9 @@ def report(
     """
     with errors_in_one_line():
         from ..card.report import describe, provenance_of, results_table, write_report
-        from ..deploy.evaluate import evaluate, load_labeled
+        from ..deploy.evaluate import evaluate, load_labeled, look_at
         from ..deploy.predict import Classifier
+        from ..survey import Survey, ood_sentence
 
         if not split:
             if out is not None or embeddings:
@@ -61,11 +62,16 @@ def report(
         reading: dict[str, Any] = dict(
             image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers
         )
+        columns = dict(image_column=image_column, label_column=label_column)
+        held = {name: look_at(each, name, classifier.labels, **columns) for name, each in datasets.items()}
+        said = [ood_sentence(each.ood, name) for name, each in held.items() if each.ood]
+        typer.echo("\n".join([f"{Survey(held).table()}\n", *said, ""]))
         results, predictions, provenance = [], [], provenance_of(model)
         for name, dataset in datasets.items():
             measured, outputs = evaluate(classifier, dataset, name, provenance=provenance, **reading)
             results += measured
             predictions.append(outputs if embeddings else replace(outputs, embeddings=None))
         folder = out or Path(model)
-        written = write_report(model, folder, results, predictions, sources)
+        facts = {name: each.facts() for name, each in held.items()}
+        written = write_report(model, folder, results, predictions, sources, facts)
     typer.echo(f"{results_table(results)}\n\nWritten to {folder}: {', '.join(written)}.")

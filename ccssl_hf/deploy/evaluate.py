@@ -11,7 +11,8 @@ from ..data import check_images, read_labels
 from ..images import MAX_PIXELS
 from ..metrics import classification_metrics
 from ..record import Provenance, Result, SplitPredictions
-from ..sources import load_split
+from ..sources import load_split, skipped
+from ..survey import SplitSurvey, count_labels
 from .predict import Classifier, predict_all
 
 
@@ -39,20 +40,21 @@ def evaluate(
     see `predict.predict_to_parquet`.
 
     Raises:
-        ValueError: An image cannot be read, or the columns or labels do not fit.
+        ValueError: Images cannot be read, which it names all, or the columns or labels do not fit.
     """
     check_images(dataset, role=split, image_column=image_column)
     labels = read_labels(dataset, label_column, classifier.labels, role=split, allow_ood=True)
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "max_pixels": max_pixels}
-    found = predict_all(classifier, dataset, image_column=image_column, **options)
+    found = predict_all(classifier, dataset, image_column=image_column, role=split, **options)
     logits = found.logits.numpy()
     results = [Result(name, value, split, provenance) for name, value in classification_metrics(logits, labels).items()]
     return results, SplitPredictions(split, provenance, logits, labels, found.embeddings.numpy())
 
 
-def ood_names(dataset: datasets.Dataset, label_column: str, classes: Sequence[str]) -> list[str]:
-    """The label names of a split that are not classes of the model, sorted."""
-    feature, found = dataset.features[label_column], dataset.unique(label_column)
-    if isinstance(feature, datasets.ClassLabel):
-        found = [feature.names[number] for number in found if number is not None and number >= 0]
-    return sorted(name for name in set(found) - set(classes) if isinstance(name, str))
+def look_at(
+    dataset: datasets.Dataset, split: str, classes: Sequence[str], *, image_column: str, label_column: str
+) -> SplitSurvey:
+    """What a split holds of a model's classes. Opens no image. Raises ValueError if columns or labels do not fit."""
+    check_images(dataset, role=split, image_column=image_column)
+    labels = read_labels(dataset, label_column, classes, role=split, allow_ood=True)
+    return SplitSurvey(len(dataset), *count_labels(dataset, label_column, labels, classes), skipped=skipped(dataset))

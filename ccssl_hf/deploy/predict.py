@@ -37,6 +37,7 @@ from ..files import find_images
 from ..images import MAX_PIXELS, encoded_images, open_encoded, upright_rgb
 from ..modeling import CCSSLForImageClassification
 from ..sources import load_split
+from ..survey import unreadable_images
 
 MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lock
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it
@@ -300,11 +301,16 @@ def predict_all(
     batch_size: int | None = None,
     num_workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    role: str = "test",
 ) -> Predictions:
-    """Predict a dataset that passed `data.check_images`, in memory. Raises ValueError if an image cannot be read."""
-    images = encoded_images(dataset, image_column)
-    with closing(_in_batches(classifier, images, batch_size, num_workers, True, max_pixels)) as results:
-        parts = [found for _, found in results if found]
+    """Predict a split that passed `data.check_images`, in memory. Raises ValueError with all unreadable images."""
+    images, parts, bad = encoded_images(dataset, image_column), [], list[str]()
+    with closing(_in_batches(classifier, images, batch_size, num_workers, False, max_pixels)) as results:
+        for rows, found in results:
+            bad += [f"{row['path']}: {row['error']}" for row in rows if row["error"]]
+            parts += [found] if found else []
+    for error in unreadable_images(role, bad):
+        raise ValueError(error)
     labels = [label for part in parts for label in part.labels]
     names = ("confidences", "probabilities", "logits", "embeddings")
     return Predictions(labels, *(torch.cat([getattr(part, name) for part in parts]) for name in names))

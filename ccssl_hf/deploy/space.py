@@ -6,6 +6,7 @@ The page's own code computes the thresholds and embeddings, so that they match w
 from __future__ import annotations
 
 import io
+import logging
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -27,11 +28,14 @@ from torch import Tensor
 from .. import wide_resnet_cifar
 from ..checkpoint import find_checkpoint, is_own_backbone
 from ..data import OUT_OF_DISTRIBUTION, check_images, check_writable, read_labels
-from ..images import decode_image, encoded_images
+from ..images import decode_image, encoded_images, unreadable
 from ..metrics import top_k_accuracy
 from ..sources import load_split
+from ..survey import count_labels, ood_sentence, unreadable_images
 from .predict import load_published
 from .space_page import app
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(app.__file__).parent
 
@@ -140,6 +144,10 @@ class _Split:
                 f"The {role} split {source} has {images} images of the model's classes. The thresholds need at least "
                 f"{needed}: add images, or leave the split out."
             )
+        for error in unreadable_images(role, [f"{path}: {why}" for _, path, why in unreadable(dataset, image_column)]):
+            raise ValueError(error)
+        if (self.labels == OUT_OF_DISTRIBUTION).any():
+            logger.warning(ood_sentence(count_labels(dataset, label_column, self.labels, classes)[1], role))
         self.name = Path(source).resolve().name if Path(source).exists() else source
         self._images, self._column, self._role = encoded_images(dataset, image_column), image_column, role
 
