@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -15,6 +15,12 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'this' or 'that'?`, with the leading space, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def listed(offenders: Sequence[str], separator: str = ", ") -> str:
+    """The first ten offenders, and how many more there are."""
+    more = f" and {len(offenders) - 10:,} more" if len(offenders) > 10 else ""
+    return separator.join(offenders[:10]) + more
 
 
 def summary(error: BaseException) -> str:
