@@ -36,6 +36,12 @@ METRICS = {
     "auroc": Metric("roc_auc", "OOD AUROC (confidence)", "ood"),
     "auroc_open_set": Metric("roc_auc_open_set", "OOD AUROC (open-set score)", "ood"),
 }
+IMAGES = "images"
+"""Folder of a card's pictures, beside the card."""
+
+PICTURES = CURVES, CONFUSION_MATRIX, RELIABILITY, CONFIDENCE, EMBEDDINGS = tuple(
+    f"{IMAGES}/{name}.png" for name in ("curves", "confusion_matrix", "reliability", "confidence", "embeddings")
+)
 PUBLISHED = "published weights"  # the provenance of weights whose run is unknown
 
 

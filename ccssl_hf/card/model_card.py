@@ -17,16 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..algorithms import ALGORITHMS, CCSSL_PAPER
 from ..checkpoint import is_own_backbone
 from ..data import FINGERPRINTED_IMAGES
-from ..record import Provenance, Result, RunRecord, Section, Split
+from ..record import CONFIDENCE, CURVES, Provenance, Result, RunRecord, Section, Split
 from .facts import CardFacts, known, read_facts, store_facts
 from .text import cell, duration, plain, public_name, without_folder
-
-IMAGES = "images"
-"""Folder of a card's pictures, beside the card."""
-
-PICTURES = CURVES, CONFUSION_MATRIX, RELIABILITY, CONFIDENCE, EMBEDDINGS = tuple(
-    f"{IMAGES}/{name}.png" for name in ("curves", "confusion_matrix", "reliability", "confidence", "embeddings")
-)
 
 _MARKED = re.compile(r"<!-- results\b[^>]*-->.*?<!-- /results -->", re.DOTALL)
 """Results and pictures of a card. Earlier cards have the same comments with more words in the first."""

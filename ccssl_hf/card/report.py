@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard, snapshot_download
 from ..checkpoint import WEIGHTS_FILE, find_checkpoint
 from ..config_file import read_config
 from ..data import check_writable
+from ..hub import why_not_pushed
 from ..modeling import CCSSLConfig
-from ..record import PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
+from ..record import IMAGES, PICTURES, PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
 from .facts import read_facts, upgrade
-from .model_card import IMAGES, render_card, renew_results
+from .model_card import render_card, renew_results
 from .plots import draw_pictures
 from .text import cell, format_table
 
@@ -80,8 +81,11 @@ def write_report(
     source = out if (out / CARD_FILE).is_file() else _card_folder(model)
     record = RunRecord(config.architecture, config.labels, predictions=predictions)
     card = read_card(source) or render_card(record, model_name=name)
-    if source.resolve() != out.resolve() and (source / IMAGES).is_dir():
-        shutil.copytree(source / IMAGES, out / IMAGES, dirs_exist_ok=True)
+    if source.resolve() != out.resolve():
+        (out / IMAGES).mkdir(exist_ok=True)
+        for picture in PICTURES:  # and no other file of a downloaded folder
+            if why_not_pushed(source, picture) is None:
+                shutil.copyfile(source / picture, out / picture)
     pictures = draw_pictures(record, out)
     datasets = {split: re.sub(r":\w+$", "", source) for split, source in sources.items()}  # user/name:split
     renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name)
