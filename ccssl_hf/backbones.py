@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from timm.layers import to_2tuple
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, model_entrypoint
 from timm.models.resnet import ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
+from .errors import listed, near_misses
 from .transforms import MAX_SIDE_UNCROPPED
 from .wide_resnet_cifar import LEAKY_RELU_SLOPE, WideResNetCifar, init_weights
 
@@ -75,6 +79,26 @@ def check_input(pretrained_cfg: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} of the model's input is {pretrained_cfg[name]!r}: use {wanted}.")
 
 
+def unknown_arguments(name: str, arguments: Iterable[str]) -> list[str]:
+    """The arguments that are none of a network's constructor, as phrases with similar names.
+
+    timm passes others on to the code that loads weights, which opens files and URLs.
+    """
+    module = sys.modules[model_entrypoint(name.partition(".")[0]).__module__]
+    families = {module.__name__, *(getattr(each, "__module__", None) or "" for each in vars(module).values())}
+    names = re.compile(rf"timm\.models\.[^_]\w*|{re.escape(module.__name__)}")  # not timm.models._*, its own machinery
+    modules = [sys.modules[each] for each in families if names.fullmatch(each)]
+    known = {"bn_momentum", "bn_eps"}  # timm's EfficientNets pass these on by another name
+    for each in (value for module in modules for value in vars(module).values() if inspect.isclass(value)):
+        if is_dataclass(each):  # the settings of a family
+            known |= {field.name for field in fields(each)}
+        elif issubclass(each, nn.Module):
+            signatures = (inspect.signature(base).parameters for base in each.__mro__ if issubclass(base, nn.Module))
+            known |= {key for signature in signatures if "num_classes" in signature for key in signature}
+    known -= {"num_classes", "device", "dtype", "args", "kwargs", *_RUNTIME_ARGS}
+    return [f"'{name}' has no argument {each!r}{near_misses(each, known)}" for each in arguments if each not in known]
+
+
 def create_backbone(
     name: str, *, num_classes: int, pretrained: bool = False, image_size: int | None = None, **timm_kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
@@ -98,6 +122,8 @@ def create_backbone(
     if cfg.fixed_input_size:
         timm_kwargs.setdefault("img_size", size[0] if size[0] == size[1] else size)
     model_args = {key: value for key, value in timm_kwargs.items() if key not in _RUNTIME_ARGS}
+    if unknown := unknown_arguments(name, model_args):
+        raise ValueError(f"{listed(unknown, '; ')}.")
     try:
         json.dumps(model_args)
     except TypeError as error:
@@ -148,10 +174,12 @@ def features_and_logits(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 def feature_width(backbone: Any) -> int:
     """Returns the width of the features, and checks by a forward pass that the backbone can be used.
 
-    The backbone must accept images of its `input_size`, and its classifier must be a single module on the features.
+    The backbone must accept images of its `input_size`, and its classifier must be a single module on the features. On
+    the meta device only the shapes are compared.
     """
     name, size = backbone.pretrained_cfg["architecture"], tuple(backbone.pretrained_cfg["input_size"])
-    image = torch.linspace(-1, 1, 2 * math.prod(size)).view(2, *size).to(next(backbone.parameters()))
+    parameter = next(backbone.parameters())
+    image = torch.linspace(-1, 1, 2 * math.prod(size), device=parameter.device).view(2, *size).to(parameter)
     was_training = backbone.training
     backbone.eval()
     try:
@@ -162,7 +190,7 @@ def feature_width(backbone: Any) -> int:
         ) from error
     try:
         features, own_logits = features_and_logits(backbone, image)
-        fits = torch.equal(own_logits, logits)
+        fits = own_logits.shape == logits.shape and (parameter.is_meta or torch.equal(own_logits, logits))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         fits = False
     backbone.train(was_training)
@@ -205,6 +233,14 @@ def describe_head(module: nn.Module) -> list[Any]:
             )
         described.append([kind.__name__, *_LAYERS[kind](layer)])
     return described
+
+
+def is_layer(description: Any) -> bool:
+    """Whether this is `[layer, *arguments]` as in `describe_head`, with arguments of a sensible size."""
+    kinds = {kind.__name__ for kind in _LAYERS}
+    if not isinstance(description, list) or not 1 <= len(description) <= 4 or description[0] not in kinds:
+        return False
+    return all(type(each) in (bool, int, float) and 0 <= each <= 1_000_000 for each in description[1:])
 
 
 def build_head(description: list[Any]) -> nn.Sequential:

@@ -24,7 +24,7 @@ from transformers.utils import is_in_notebook
 from .algorithms import SSLLoss
 from .distributed import all_gather_json, all_reduce_mean, launcher, rank, world_size
 from .ema import WeightAverage
-from .images import REPAIR, encoded_images, listed, name_of_image
+from .images import REPAIR, encoded_images, image_lines, name_of_image
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,9 @@ class UnreadableImages:
             entry: dict[str, Any] = {self._ENTRY: public, "step": state.global_step}
             state.log_history.append(entry)
             if state.is_world_process_zero:
-                logger.warning("Unreadable unlabeled images, replaced by others (%d new):%s", len(found), listed(found))
+                logger.warning(
+                    "Unreadable unlabeled images, replaced by others (%d new):%s", len(found), image_lines(found)
+                )
         if total and state.is_world_process_zero and (number := len(self.known(state))):
             logger.warning("%d of %d unlabeled images were unreadable and replaced.", number, len(self._images))
 
@@ -146,7 +148,7 @@ class UnreadableImages:
         if len(found) > self.LIMIT * len(self._images):
             raise ValueError(
                 f"{len(found):,} of {len(self._images):,} unlabeled images can't be decoded, more than "
-                f"{self.LIMIT:.0%}: {REPAIR}{listed([self._named(*each) for each in sorted(found.items())])}"
+                f"{self.LIMIT:.0%}: {REPAIR}{image_lines([self._named(*each) for each in sorted(found.items())])}"
             )
 
     def _named(self, row: int, reason: str) -> tuple[int, str, str]:

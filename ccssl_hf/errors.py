@@ -19,11 +19,11 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def listed(names: Iterable[object], limit: int = 10) -> str:
-    """The first names, separated by commas, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + more
+def listed(names: Iterable[object], separator: str = ", ", *, limit: int = 10) -> str:
+    """The first names, and how many more there are."""
+    found = [str(name) for name in names]
+    more = f" and {len(found) - limit:,} more" if len(found) > limit else ""
+    return separator.join(found[:limit]) + more
 
 
 def warn(logger: logging.Logger, message: str, *values: object) -> None:

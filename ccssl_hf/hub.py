@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import shutil
@@ -17,12 +16,14 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, run_as_future
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
 from huggingface_hub.utils import get_token, validate_repo_id
+from PIL import Image
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from . import wide_resnet_cifar
 from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, check_finite, load_tensors
-from .errors import summary
+from .errors import listed, summary
+from .record import PICTURES
 from .resume import MANIFEST, STATE_FILES, portable_state
 
 CARD_FILE = "README.md"
@@ -33,9 +34,17 @@ PLAIN_FILES = (
 )
 TRAINING_FILES = (*STATE_FILES, MANIFEST)
 HEADS, STATE = "heads, for further training", "training state"  # why a file is left out unless asked for
+_MISSING = "the file is missing"
+
+MAX_TEXT_MB = 5  # of a card and of code
 
 _SHOWN = re.compile(r"""!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img[^>]*?\ssrc=["']([^"']+)""")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+_SECRETS = {
+    "an access token": r"\b(?:hf_|api_org_|gh[pousr]_)[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}",
+    "a key of AWS": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a password in a URL": r"://[^\s/:@\"'<>]+:[^\s/@\"'<>]+@",
+}
 
 
 class PushPlan(NamedTuple):
@@ -48,8 +57,12 @@ class PushPlan(NamedTuple):
 def plan_push(folder: str | Path, *, with_head: bool = False, with_training_state: bool = False) -> PushPlan:
     """Which files of a run's folder, a checkpoint or a saved model are uploaded. Nothing is uploaded yet.
 
-    The heads are the projection head and those of the algorithm; the training state includes folders `checkpoint-N`.
-    Raises a FileNotFoundError if there is no model.
+    The heads are the projection head and those of the algorithm; the training state includes folders `checkpoint-N`. Of
+    the pictures that the card shows, those that this package draws are uploaded.
+
+    Raises:
+        FileNotFoundError: There is no model.
+        ValueError: A file to upload is a link that leads out of the folder, or is no regular file.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -59,26 +72,64 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
     for name in (WEIGHTS_FILE, *([HEAD_FILE] if with_head else [])):
         if (folder / name).is_file():
             check_finite(load_tensors(folder / name), f"'{folder / name}'")
-    pictures = _pictures(folder / CARD_FILE)
-    patterns = [*PLAIN_FILES, *map(glob.escape, pictures), *([HEAD_FILE] if with_head else [])]
+    shown = _pictures(folder / CARD_FILE)
+    pictures = {name: why_not_pushed(folder, name) for name in shown & {*PICTURES}}
+    drawn = [name for name, reason in pictures.items() if reason is None]
+    patterns = [*PLAIN_FILES, *drawn, *([HEAD_FILE] if with_head else [])]
     if with_training_state:  # a checkpoint's state does not fit a model without the heads
         state = [f"{PREFIX_CHECKPOINT_DIR}-*/{name}" for name in (*PLAIN_FILES, HEAD_FILE, *TRAINING_FILES)]
         patterns += [*TRAINING_FILES, *state]
-    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()})
     files = {path.relative_to(folder).as_posix(): path for path in found}
-    left = {name: f"{CARD_FILE} shows it, but the file is missing" for name in sorted(pictures - files.keys())}
+    refused = {name: reason for name in files if (reason := why_not_pushed(folder, name))}
+    if refused:
+        reasons = listed([f"{name}: {reason}" for name, reason in refused.items()], "; ")
+        raise ValueError(f"'{folder}' can't be pushed ({reasons}): replace them by files of the folder.")
+    foreign = "only pictures that ccssl-hf drew are uploaded"
+    for name in shown - pictures.keys():
+        pictures[name] = foreign if os.path.lexists(folder / name) else _MISSING
+    left = {name: f"{CARD_FILE} shows it, but {reason}" for name, reason in sorted(pictures.items()) if reason}
     folders = {name.split("/")[0] for name in files}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in files:
+        if not path.is_dir() and name not in files and name not in left:
             top, slash, _ = name.partition("/")  # one entry for a folder of which nothing is uploaded
             left.setdefault(f"{top}/" if slash and top not in folders else name, _why_not(name))
     return PushPlan(files, left)
 
 
+def why_not_pushed(folder: Path, name: str) -> str | None:
+    """Why a file must not leave the machine: it lies elsewhere, is no regular file, or is a picture that is no PNG.
+
+    A folder in the Hub's cache has links to the blobs of its own repository.
+    """
+    path, root = folder / name, folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not os.path.lexists(path):
+        return _MISSING
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # Python < 3.13 raises RuntimeError for links in a circle
+        return "it is a broken link"
+    if not (real.is_relative_to(root) or real.parent == blobs):
+        return "it is a link that leads out of the folder"
+    if not real.is_file():
+        return "it is no regular file"
+    if name in PICTURES:
+        if real not in (root / name, blobs / real.name):
+            return "it is a link"
+        try:
+            with Image.open(real, formats=["PNG"]) as image:
+                image.verify()
+        except Exception:  # Pillow raises nearly any type
+            return "it is not a valid PNG"
+    return None
+
+
 def _pictures(card: Path) -> set[str]:
     """The pictures in its folder that a card shows."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    small = card.is_file() and card.stat().st_size <= MAX_TEXT_MB * 1e6
+    text = card.read_text(encoding="utf-8", errors="replace") if small else ""
     paths = [PurePosixPath(unquote(match[1] or match[2])) for match in _SHOWN.finditer(text)]
     inside = [path for path in paths if ":" not in str(path) and not path.is_absolute() and ".." not in path.parts]
     return {str(path) for path in inside if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".svg", ".webp", ".gif")}
@@ -97,19 +148,27 @@ def _why_not(name: str) -> str:
 
 
 def check_texts(files: Mapping[str, Path]) -> None:
-    """Raise a ValueError if a text contains a token, or a path in the user's home, the working or the pushed folder."""
+    """Raise a ValueError if a text contains a token, or a path in the user's home, the working or the pushed folder.
+
+    Also if a card or code is larger than `MAX_TEXT_MB`.
+    """
     private = {Path.home(), Path.cwd(), *(path.absolute().parent for path in files.values())}
     paths = "|".join(re.escape(str(path)) for path in private if len(path.parts) > 1)
     local = re.compile(rf"(?<![\w.~-])(?:{paths})(?![\w.-])" if paths else r"(?!)")
     for name, path in files.items():
         if path.suffix not in (".json", ".md", ".py", ".txt"):
             continue
+        if path.suffix != ".json" and path.stat().st_size > MAX_TEXT_MB * 1e6:
+            raise ValueError(
+                f"{name} has {path.stat().st_size / 1e6:.1f} MB of text, at most {MAX_TEXT_MB}: shorten it."
+            )
         for number, line in enumerate(_content(path).decode(errors="replace").splitlines(), 1):
-            if token := _TOKEN.search(line):
-                raise ValueError(
-                    f"{name}, line {number}, contains an access token ({token[0][:6]}…): remove it, and revoke it at "
-                    "https://huggingface.co/settings/tokens if others may have seen it."
-                )
+            for kind, pattern in _SECRETS.items():
+                if secret := re.search(pattern, line):
+                    raise ValueError(
+                        f"{name}, line {number}, contains {kind} ({secret[0][:6]}…): remove it, and revoke it if "
+                        "others may have seen it (tokens of the Hub at https://huggingface.co/settings/tokens)."
+                    )
             if found := local.search(line):
                 raise ValueError(f"{name}, line {number}, contains a local path ({found[0]}): make it relative.")
 

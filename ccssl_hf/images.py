@@ -177,7 +177,7 @@ def decode_image(
         ) from error
 
 
-def listed(found: Sequence[tuple[int, str, str]]) -> str:
+def image_lines(found: Sequence[tuple[int, str, str]]) -> str:
     """Images from `unreadable` as text, one line each with path and reason; of more than ten the first ten."""
     lines = [reason if path in reason else f"{path}: {reason}" for _, path, reason in found[:10]]
     return "".join(f"\n  {line}" for line in [*lines, *([f"and {len(found) - 10:,} more"] if len(found) > 10 else [])])

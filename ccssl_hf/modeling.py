@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
+import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig
 from transformers.utils import ModelOutput
@@ -30,6 +30,8 @@ from .checkpoint import (
     save_tensors,
     write_config,
 )
+from .config_file import check_fit, few_parameters, read_config, read_heads, tensors_in
+from .errors import summary
 from .hub import plan_push, upload
 
 
@@ -248,32 +250,30 @@ class CCSSLForImageClassification(PreTrainedModel):
 
         Raises:
             FileNotFoundError: There is no such folder or repository.
-            ValueError: A file is damaged, a weight is NaN or infinite, or timm does not know the backbone.
+            ValueError: A file is damaged, a weight is NaN or infinite, timm does not know the backbone, or entries of
+                the configuration are not allowed or do not fit the weights. Nothing large is allocated before.
         """
         folder = find_checkpoint(
             name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        if not (folder / CONFIG_FILE).is_file():
-            raise FileNotFoundError(
-                f"'{folder}' has no {CONFIG_FILE}: pass a folder that save_pretrained wrote, or a Hub id 'user/name'."
-            )
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        content["model_args"] = content.get("model_args") or {}
-        content["model_args"].pop("num_classes", None)  # timm writes it there
-        state = {f"backbone.{key}": value for key, value in load_tensors(folder / WEIGHTS_FILE).items()}
+        content = read_config(folder)
+        files = {"backbone.": folder / WEIGHTS_FILE}  # by the prefix of their keys in the model
         if has_head := (folder / HEAD_FILE).is_file():
-            state |= load_tensors(folder / HEAD_FILE)
-            with safe_open(folder / HEAD_FILE, framework="pt") as file:
-                content |= json.loads(file.metadata()["ccssl"])
+            files[""] = folder / HEAD_FILE
+            content |= read_heads(folder / HEAD_FILE)
         else:
             warnings.warn(f"'{name}' has no projection head: a new one is created.", stacklevel=2)
+        stored = {prefix + key: value for prefix, path in files.items() for key, value in tensors_in(path).items()}
+        try:
+            with torch.device("meta"), few_parameters(len(stored)):  # allocates nothing
+                plan = cls(CCSSLConfig.from_dict(content))
+        except Exception as error:  # timm's networks raise nearly any type for arguments of other networks
+            reason = f"'{content['architecture']}' can't be built with its model_args and input_size"
+            raise ValueError(f"'{folder / CONFIG_FILE}' can't be used: {reason} ({summary(error)}).") from error
+        what = f"The weights in '{name}' do not fit '{content['architecture']}'"
+        check_fit(plan, stored, partial=not has_head, what=what)
         model = cls(CCSSLConfig.from_dict(content))
-        expected = {key for key in model.state_dict() if has_head or key.startswith("backbone.")}
-        if other := sorted(state.keys() ^ expected):
-            raise ValueError(
-                f"The weights in '{name}' do not fit '{model.config.architecture}': {len(other)} keys differ, such as "
-                f"'{other[0]}'. Save the folder again."
-            )
+        state = {prefix + key: value for prefix, path in files.items() for key, value in load_tensors(path).items()}
         check_finite(state, f"The model in '{name}'")
         model.load_state_dict(state, strict=has_head)
         return model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from .algorithms import SSLBatch, SSLLoss
 from .checkpoint import check_finite
 from .distributed import all_reduce_mean, world_size
+from .errors import listed
 from .resume import last_checkpoint
 from .sampling import PairedBatchSampler
 
@@ -274,13 +275,6 @@ class FiniteGuard(TrainerCallback):
 def trainer_scaler(trainer: Any) -> Any:
     """The gradient scaler of fp16; None in other precisions."""
     return getattr(trainer.accelerator, "scaler", None)
-
-
-def listed(names: Iterable[Any], most: int = 10) -> str:
-    """The first names, and how many more there are."""
-    found = [str(name) for name in names]
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(found[:most]) + more
 
 
 def _not_finite(outputs: list[Tensor]) -> list[bool]:

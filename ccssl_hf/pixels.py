@@ -24,7 +24,7 @@ from .images import (
     decode_image,
     encoded_images,
     hash_rows,
-    listed,
+    image_lines,
     name_of_image,
     open_encoded,
 )
@@ -103,7 +103,9 @@ class PixelTable:
         bad = np.flatnonzero(errors.is_valid().to_numpy()).tolist()
         self.errors: dict[int, str] = {row: errors[row].as_py() for row in bad}
         if bad and on_bad_image == "stop":
-            found = listed([(row, name_of_image(encoded[row][image_column], row), self.errors[row]) for row in bad])
+            found = image_lines(
+                [(row, name_of_image(encoded[row][image_column], row), self.errors[row]) for row in bad]
+            )
             raise ValueError(
                 f"{len(bad):,} of {len(encoded):,} images of the {role} split can't be decoded: {REPAIR}{found}"
             )

@@ -55,6 +55,12 @@ def greater_is_better(name: str) -> bool | None:
     return DIRECTIONS[max(found, key=len)] if found else None
 
 
+IMAGES = "images"
+"""Folder of a card's pictures, beside the card."""
+
+PICTURES = CURVES, CONFUSION_MATRIX, RELIABILITY, CONFIDENCE, EMBEDDINGS = tuple(
+    f"{IMAGES}/{name}.png" for name in ("curves", "confusion_matrix", "reliability", "confidence", "embeddings")
+)
 PUBLISHED = "published weights"  # the provenance of weights whose run is unknown
 
 

@@ -13,9 +13,9 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ccssl_hf.algorithms import ALGORITHMS, Algorithm, Paper
 from ccssl_hf.card.facts import KEY, read_facts, upgrade
-from ccssl_hf.card.model_card import CONFIDENCE, CURVES, render_card, renew_results
+from ccssl_hf.card.model_card import render_card, renew_results
 from ccssl_hf.metrics import classification_metrics, pseudo_label_quality
-from ccssl_hf.record import METRICS, Provenance, Result, RunRecord, Split, library_versions
+from ccssl_hf.record import CONFIDENCE, CURVES, METRICS, Provenance, Result, RunRecord, Split, library_versions
 
 LAST, BEST = Provenance("EMA", 800, "last", 3), Provenance("raw", 700, "best", 3)
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 from ccssl_hf import CCSSLTrainer
 from ccssl_hf.algorithms import algorithm_hyperparameters
-from ccssl_hf.card.model_card import CONFIDENCE, CONFUSION_MATRIX, CURVES, PICTURES, RELIABILITY
 from ccssl_hf.data import fingerprint
+from ccssl_hf.record import CONFIDENCE, CONFUSION_MATRIX, CURVES, PICTURES, RELIABILITY
 from test_trainer import with_ood_images
 from tiny_runs import LABELED, LABELS, UNLABELED, VALIDATION, trainer_of
 

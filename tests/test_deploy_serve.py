@@ -6,6 +6,7 @@ import asyncio
 import base64
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -16,12 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
@@ -34,7 +36,7 @@ from typer.testing import CliRunner
 from ccssl_hf.cli import app
 from ccssl_hf.deploy import handler
 from ccssl_hf.deploy.predict import Classifier
-from ccssl_hf.deploy.serve import Batcher, ServingSettings, create_app
+from ccssl_hf.deploy.serve import Batcher, ServingSettings, server_config
 from small_models import LABELS, picture, published
 
 PORT_LINE = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
@@ -43,8 +45,7 @@ PORT_LINE = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
 @contextmanager
 def served(classifier: Classifier, settings: ServingSettings | None = None) -> Iterator[str]:
     """The address of a server in a thread."""
-    config = uvicorn.Config(create_app(classifier, settings), port=0, log_level="warning")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(classifier, settings, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -250,16 +251,48 @@ def half_sent(url: str, body: bytes) -> socket.socket:
     return connection
 
 
-def test_a_full_queue_sends_clients_away_and_is_free_again(classifier):
-    with served(classifier, ServingSettings(max_queue=2)) as url:
-        connection = half_sent(url, IMAGE)
-        assert post(url, IMAGE, "image/png")[0] == 200
-        body = json.dumps({"inputs": [TEXT, TEXT]})
+@contextmanager
+def holding(obj: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """A method sets the first event when it is called, and waits for the second."""
+    entered, go_on, method = threading.Event(), threading.Event(), getattr(obj, name)
+
+    def waiting(*arguments: Any) -> Any:
+        entered.set()
+        go_on.wait()
+        return method(*arguments)
+
+    monkeypatch.setattr(obj, name, waiting)
+    try:
+        yield entered, go_on
+    finally:
+        go_on.set()
+
+
+def in_thread(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[threading.Thread, list[Any]]:
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(work(*arguments, **options)))
+    thread.start()
+    return thread, answers
+
+
+def until(what: Callable[[], bool]) -> None:
+    while not what():
+        time.sleep(0.01)
+
+
+def test_a_full_queue_sends_clients_away_and_is_free_again(classifier, monkeypatch):
+    body = json.dumps({"inputs": [TEXT, TEXT]})
+    with (
+        served(classifier, ServingSettings(max_queue=2)) as url,
+        holding(classifier, "predict", monkeypatch) as (entered, go_on),
+    ):
+        thread, answers = in_thread(post, url, body, "application/json")
+        entered.wait()
         status, headers, answer = post(url, body, "application/json")
         assert status == 503 and headers["retry-after"] == "1" and "try again" in answer["error"]
-        connection.sendall(IMAGE[len(IMAGE) // 2 :])
-        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-        connection.close()
+        go_on.set()
+        thread.join()
+        assert answers[0][0] == 200
         assert post(url, body, "application/json")[0] == 200
         status, _, answer = post(url, json.dumps({"inputs": [TEXT] * 3}), "application/json")
         assert status == 413 and "inputs holds 3 images, but at most 2" in answer["error"]
@@ -268,9 +301,7 @@ def test_a_full_queue_sends_clients_away_and_is_free_again(classifier):
 def test_a_client_that_leaves_takes_no_place(classifier):
     with served(classifier, ServingSettings(max_queue=1)) as url:
         half_sent(url, IMAGE).close()
-        while (status := post(url, IMAGE, "image/png")[0]) == 503:
-            time.sleep(0.01)
-        assert status == 200
+        assert post(url, IMAGE, "image/png")[0] == 200
 
 
 def test_an_internal_error_reveals_nothing_about_the_server(folder, capsys):
@@ -280,6 +311,209 @@ def test_an_internal_error_reveals_nothing_about_the_server(folder, capsys):
         status, _, answer = post(url, IMAGE, "image/png")
         assert status == 500 and answer["error"] == "Internal error; see the server log."
     assert "ValueError: not enough values to unpack" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ hostile clients
+
+
+def test_stalled_clients_take_no_place_and_are_sent_away(classifier, monkeypatch, fault_record):
+    monkeypatch.setattr("ccssl_hf.deploy.serve.STALL_SECONDS", 3)
+    with served(classifier, ServingSettings(max_queue=4)) as url:
+        stalled = [half_sent(url, IMAGE) for _ in range(300)]
+        assert post(url, IMAGE, "image/png")[0] == 200
+        for connection in stalled:
+            assert b"408 Request Timeout" in connection.recv(4096)
+            connection.close()
+        assert post(url, IMAGE, "image/png")[0] == 200
+    fault_record(
+        "300 clients that send half an image and stop",
+        "others are answered meanwhile; status 408 for the 300",
+        "nothing",
+    )
+
+
+def test_slow_heads_and_idle_connections_are_closed(classifier, monkeypatch, fault_record):
+    monkeypatch.setattr("ccssl_hf.deploy.limits.HEAD_SECONDS", 1)
+    with served(classifier) as url:
+        host, port = url.removeprefix("http://").split(":")
+
+        def trickle(head: bytes, first: bytes = b"") -> bytes:
+            """What a client gets that sends `first`, and then a byte now and then, until it is sent away."""
+            with socket.create_connection((host, int(port)), timeout=60) as connection:
+                connection.sendall(first)
+                received = b""
+                connection.settimeout(0.05)
+                for number in itertools.count():
+                    try:
+                        if not (part := connection.recv(4096)):
+                            return received
+                        received += part
+                    except TimeoutError:
+                        with suppress(BrokenPipeError, ConnectionResetError):
+                            connection.sendall(head[number : number + 1])
+                    except ConnectionResetError:
+                        return received
+                raise AssertionError
+
+        head = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-Slow: 1\r\n" * 1000
+        assert trickle(head) == b""
+        assert trickle(b"") == b""
+        # After a complete request, and within the body of a request that was answered.
+        whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        assert trickle(head, whole).startswith(b"HTTP/1.1 200")
+        with_body = b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+        assert trickle(b"x" * 10_000, with_body).startswith(b"HTTP/1.1 405")
+        connection = http.client.HTTPConnection(host, int(port))
+        for _ in range(3):  # an honest client keeps its connection
+            connection.request("POST", "/", IMAGE, {"Content-Type": "image/png"})
+            answer = connection.getresponse()
+            assert answer.status == 200 and answer.read()
+        connection.close()
+    fault_record("Clients that send the head of a request byte by byte", "closed after 10 s", "nothing")
+
+
+def address(url: str, source: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60, source_address=(source, 0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address")
+def test_a_client_has_a_share_of_connections_and_places(classifier, monkeypatch):
+    settings = ServingSettings(max_connections=8, max_queue=4, client_share=0.5)
+    with served(classifier, settings) as url, holding(classifier, "predict", monkeypatch) as (entered, go_on):
+        idle = [address(url, "127.0.0.2") for _ in range(4)]
+        idle.append(address(url, "127.0.0.2"))
+        assert idle[-1].recv(4096).startswith(b"HTTP/1.1 503")
+        for connection in idle:
+            connection.close()
+        thread, answers = in_thread(post, url, json.dumps({"inputs": [TEXT] * 2}), "application/json")
+        entered.wait()
+        assert post(url, IMAGE, "image/png")[0] == 503
+        with address(url, "127.0.0.3") as other:
+            head = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(IMAGE)}\r\n\r\n"
+            other.sendall(head.encode() + IMAGE)
+            go_on.set()
+            assert other.recv(4096).startswith(b"HTTP/1.1 200")
+        thread.join()
+        assert answers[0][0] == 200
+
+
+def test_bodies_have_a_memory_in_all(classifier):
+    with served(classifier, ServingSettings(max_image_mb=0.1, max_memory_mb=0.1)) as url:  # room for two bodies
+        body = bytes(99_000)
+        stalled = [half_sent(url, body) for _ in range(4)]
+        for connection in stalled:
+            connection.sendall(body[: len(body) // 2 - 1000])
+        until(lambda: post(url, body, "image/png")[0] == 503)
+        for connection in stalled:
+            connection.close()
+        until(lambda: post(url, IMAGE, "image/png")[0] == 200)
+
+
+def test_large_images_are_decoded_one_after_the_other(classifier, monkeypatch):
+    inside, most, pixels = [0], [0], classifier.pixels
+
+    def counted(image: Image.Image) -> torch.Tensor:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        inside[0] -= 1
+        return pixels(image)
+
+    monkeypatch.setattr(classifier, "pixels", counted)
+    monkeypatch.setattr("ccssl_hf.deploy.serve.os.cpu_count", lambda: 8)  # threads that decode
+    with served(classifier, ServingSettings(max_decoding_mpx=5)) as url:
+        for thread, answers in [in_thread(post, url, bomb(2_000), "image/png") for _ in range(8)]:
+            thread.join()
+            assert answers[0][0] == 200
+        assert most == [1]
+        monkeypatch.setattr("ccssl_hf.deploy.limits.DECODE_SECONDS", 0.01)
+        with holding(classifier, "pixels", monkeypatch) as (entered, go_on):
+            thread, answers = in_thread(post, url, bomb(2_000), "image/png")
+            entered.wait()
+            status, _, answer = post(url, bomb(2_000), "image/png")
+            assert status == 503 and "too many large images" in answer["error"]
+            go_on.set()
+            thread.join()
+        assert answers[0][0] == 200
+        assert post(url, bomb(2_000), "image/png")[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures the memory of glibc")
+def test_the_memory_of_large_images_is_bounded_and_returned(folder, fault_record):
+    image = encoded(Image.new("RGB", (9400, 9500), (9, 200, 30)))
+    assert len(image) < 350_000
+    with command(folder) as (process, url):
+        post(url, IMAGE, "image/png")
+        memory = psutil.Process(process.pid).memory_info
+        before, most = memory().rss, 0
+        threads = [in_thread(post, url, image, "image/png") for _ in range(4)]
+        while any(thread.is_alive() for thread, _ in threads):
+            most = max(most, memory().rss)
+            time.sleep(0.01)
+        assert [answers[0][0] for _, answers in threads] == [200] * 4
+        assert most - before < 600e6 and memory().rss - before < 150e6
+    fault_record(
+        "Four PNG files of 283 kB with 89 megapixels each, at once",
+        "all are answered; the server decodes one at a time and returns the memory",
+        "nothing",
+    )
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP"])
+def test_of_many_frames_the_first_is_classified(url, pipeline, kind):
+    file, (first, *more) = io.BytesIO(), [picture(20, 20) for _ in range(40)]
+    first.save(file, kind, save_all=True, append_images=more)
+    status, answer = post_json(url, {"inputs": base64.b64encode(file.getvalue()).decode()})
+    assert status == 200 and same(answer, pipeline(Image.open(file).convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
+        (b"DELETE / HTTP/1.1\r\nHost: x\r\n\r\n", b"405"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999\r\n\r\n" + bytes(200_000), b"413"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nBM\0\0POST / HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + bytes(99_000) + b"\r\n\r\n", b"4"),
+        (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n", b"400"),
+    ],
+)
+def test_requests_that_are_not_http_get_a_status_and_the_server_goes_on(url, request_, status):
+    with address(url, "127.0.0.1") as connection:
+        connection.sendall(request_)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 " + status)
+    assert post(url, IMAGE, "image/png")[0] == 200
+
+
+def test_deep_and_long_json_gets_a_sentence(url):
+    for body, status in (
+        (b'{"inputs": ' + b"[" * 60_000 + b"]" * 60_000 + b"}", 400),
+        (b'{"inputs": [' + b"1," * 60_000 + b"1]}", 413),
+        (b'{"inputs": ' + b"1" * 100_000 + b"}", 400),
+        (b'{"inputs": "\xc3\x28"}', 400),
+        (b'{"inputs": {"a": {}}}', 400),
+        (b'{"inputs": "' + TEXT.encode() + b'", "parameters": {"top_k": 1e400}}', 422),
+    ):
+        answer = post(url, body, "application/json")
+        assert answer[0] == status and list(answer[2]) == ["error"], answer
+
+
+def test_five_hundred_clients_at_once(classifier):
+    with served(classifier) as url:
+        host = {"Host": "x", "Content-Type": "image/png"}
+        clients = [http.client.HTTPConnection(url.removeprefix("http://"), timeout=60) for _ in range(500)]
+        for client in clients:
+            client.request("POST", "/", IMAGE, host)
+        assert {client.getresponse().status for client in clients} == {200}
+        for client in clients:
+            client.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- batching
@@ -370,14 +604,23 @@ def line_with(process: subprocess.Popen[str], found: Callable[[str], Any]) -> An
     raise AssertionError("".join(lines))
 
 
-def test_the_command_serves_and_ends_when_all_is_answered(folder, pipeline, tmp_path):
-    command = [sys.executable, "-c", "from ccssl_hf.cli import app; app()", "serve", str(folder), "--port", "0"]
+@contextmanager
+def command(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of `ccssl-hf serve`, and its address."""
+    line = [sys.executable, "-c", "from ccssl_hf.cli import app; app()", "serve", str(folder), "--port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*line, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
-        url = f"http://127.0.0.1:{line_with(process, PORT_LINE.search)[1]}"
+        yield process, f"http://127.0.0.1:{line_with(process, PORT_LINE.search)[1]}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_command_serves_and_ends_when_all_is_answered(folder, pipeline, tmp_path):
+    with command(folder) as (process, url):
         assert post(f"{url}/?top_k=0", IMAGE, "image/png")[0] == 422
         connection = half_sent(url, IMAGE)
         process.send_signal(signal.SIGTERM)
@@ -391,9 +634,6 @@ def test_the_command_serves_and_ends_when_all_is_answered(folder, pipeline, tmp_
         said = json.loads(answer.partition(b"\r\n\r\n")[2])
         assert same(said, pipeline(Image.open(io.BytesIO(IMAGE))))
         output, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
     assert "Traceback" not in errors
     first, *lines = output.splitlines()
     assert first == f"{folder}: 4 classes, on cpu."

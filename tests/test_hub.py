@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -27,10 +28,10 @@ tags: [image-classification]
 ---
 # Digits
 
-![Curves](images/curves%20of%20top1.png) and <img width="300" src="./matrix.png"> but not
-![elsewhere](https://example.org/badge.svg), ![above](../above.png)
+![Curves](images/%63urves.png) and <img width="300" src="./images/confusion_matrix.png"> but not
+![elsewhere](https://example.org/badge.svg), ![above](../above.png), ![a](private/passport.png)
 """
-PUBLIC = {"README.md", "config.json", "model.safetensors", "images/curves of top1.png", "matrix.png"}
+PUBLIC = {"README.md", "config.json", "model.safetensors", "images/curves.png", "images/confusion_matrix.png"}
 PUBLIC |= {"preprocessor_config.json", "handler.py", "requirements.txt", "onnx/model.onnx"}
 HEAD = {"ccssl_head.safetensors"}
 STATE = {f"checkpoint-1/{name}" for name in ("config.json", "model.safetensors", "ccssl_head.safetensors")}
@@ -41,6 +42,7 @@ PRIVATE = {
     "_model.safetensors.partial": "not part of a published model",
     "train_results.json": "not part of a published model",
     "runs/events.out": "not part of a published model",
+    "private/passport.png": "README.md shows it, but only pictures that ccssl-hf drew are uploaded",
     "images/labeled_photo.png": "not part of a published model",
     ".env": "not part of a published model",
     "notes.md": "not part of a published model",
@@ -104,8 +106,68 @@ def test_heads_and_training_state_are_uploaded_on_request(folder):
 
 
 def test_a_missing_picture_is_listed(folder):
-    (folder / "matrix.png").unlink()
-    assert "matrix.png" in plan_push(folder).left
+    (folder / "images" / "curves.png").unlink()
+    assert plan_push(folder).left["images/curves.png"] == "README.md shows it, but the file is missing"
+
+
+def linked(file: Path, target: Path) -> None:
+    file.unlink()
+    file.symlink_to(target)
+
+
+def test_a_picture_that_is_a_link_or_none_stays_here(folder, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "passport.png")
+    for harm, reason in (
+        (lambda file: linked(file, tmp_path / "passport.png"), "it is a link that leads out of the folder"),
+        (lambda file: linked(file, folder / "images" / "labeled_photo.png"), "it is a link"),
+        (lambda file: linked(file, folder / "nowhere.png"), "it is a broken link"),
+        (lambda file: (file.unlink(), file.write_text("password")), "it is not a valid PNG"),
+        (lambda file: (file.unlink(), Image.new("RGB", (9, 9)).save(file, "JPEG")), "it is not a valid PNG"),
+        (lambda file: (file.unlink(), os.mkfifo(file)), "it is no regular file"),
+    ):
+        harm(folder / "images" / "curves.png")
+        plan = plan_push(folder)
+        assert plan.files.keys() == PUBLIC - {"images/curves.png"}
+        assert plan.left["images/curves.png"] == f"README.md shows it, but {reason}"
+
+
+def test_a_file_of_the_model_that_leads_out_of_the_folder_stops_the_push(folder, tmp_path):
+    (tmp_path / "secret").write_text("password")
+    for name in ("handler.py", "onnx/model.onnx", "requirements.txt"):
+        linked(folder / name, tmp_path / "secret")
+    words = r"handler.py: it is a link that leads out .*; onnx/model.onnx: it.*; requirements.txt: it.*replace"
+    with pytest.raises(ValueError, match=words):
+        plan_push(folder)
+    shutil.rmtree(folder / "onnx")
+    for name in ("handler.py", "requirements.txt"):
+        (folder / name).unlink()
+    os.mkfifo(folder / "handler.py")
+    with pytest.raises(ValueError, match=r"handler.py: it is no regular file"):
+        plan_push(folder)
+    (folder / "handler.py").unlink()
+    checkpoint = folder / "checkpoint-1"
+    checkpoint.rename(tmp_path / "elsewhere")
+    checkpoint.symlink_to(tmp_path / "elsewhere")
+    assert plan_push(folder).files
+    with pytest.raises(ValueError, match=r"checkpoint-1/config.json: it is a link that leads out of the folder"):
+        plan_push(folder, with_training_state=True)
+
+
+def test_links_within_the_folder_and_of_the_hubs_cache_are_followed(folder, tmp_path):
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    assert plan_push(folder).files.keys() == PUBLIC
+    repository = tmp_path / "models--anna--digits"
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    for number, name in enumerate(PUBLIC):
+        shutil.copy(folder / name, repository / "blobs" / str(number))
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(repository / "blobs" / str(number))
+    assert plan_push(snapshot).files.keys() == PUBLIC
+    linked(snapshot / "README.md", folder / "README.md")
+    with pytest.raises(ValueError, match=r"README.md: it is a link that leads out"):
+        plan_push(snapshot)
 
 
 def test_an_exported_model_is_uploaded_without_torch_weights(hub, folder, repo_id):
@@ -126,6 +188,11 @@ def test_a_folder_without_a_model_is_an_error(folder, missing):
     ("name", "text", "words"),
     [
         ("README.md", f"see\n{ANNA}", r"README.md, line 2, contains an access token \(hf_ann…\)"),
+        ("README.md", "api_org_" + 24 * "aB", "contains an access token"),
+        ("handler.py", "key = 'AKIA" + 16 * "A" + "'", "contains a key of AWS"),
+        ("requirements.txt", "git+https://anna:secret1@example.org/x", "contains a password in a URL"),
+        ("README.md", "-----BEGIN RSA PRIVATE KEY-----", "contains a private key"),
+        ("README.md", 6_000_000 * "x", r"README.md has 6.0 MB of text, at most 5: shorten it"),
         ("handler.py", "ROOT = '{folder}'", "handler.py, line 1, contains a local path"),
         ("requirements.txt", "x\n-e file://{home}/code", "requirements.txt, line 2, contains a local path"),
         ("config.json", '{{"file": "{cwd}/weights.pt"}}', "config.json, line 1, contains a local path"),
@@ -142,6 +209,8 @@ def test_a_text_with_a_token_or_a_local_path_is_refused(hub, folder, repo_id, na
 def test_words_like_a_token_or_a_path_are_accepted(folder):
     lines = [
         "hf_hub_download and hf_transfer",
+        "hf_hub_url_to_filename_and_more, ghs_identifier_of_a_long_name",
+        "https://example.org:8000/anna@example.org, mailto:anna@example.org",
         f"https://example.org{Path.home()}",
         f"x{folder}",
         f"{folder}-2",
@@ -179,7 +248,7 @@ def test_training_state_is_uploaded_without_local_paths(hub, folder, repo_id):
 
 @pytest.mark.parametrize(("request_", "after"), [("PUT /_lfs/", 2), ("POST /api/.*/commit/", 0)])
 def test_a_failed_push_loses_nothing_and_the_next_uploads_what_is_missing(hub, folder, repo_id, request_, after):
-    for number, name in enumerate(["model.safetensors", "matrix.png", "onnx/model.onnx"]):
+    for number, name in enumerate(["model.safetensors", "images/curves.png", "onnx/model.onnx"]):
         with (folder / name).open("ab") as file:  # no other push has sent these
             file.write(f"{repo_id} {number}".encode())
     before = contents(folder)
@@ -257,9 +326,10 @@ def test_a_dry_run_lists_files_without_network(folder, repo_id, monkeypatch):
     assert going.splitlines()[0] == f"Would be uploaded to {repo_id}:"
     assert [re.split(" {2,}", line.strip())[0] for line in going.splitlines()[1:]] == sorted(PUBLIC | HEAD)
     size = (folder / "model.safetensors").stat().st_size
-    assert f"model.safetensors          {size / 1000:,.1f} kB" in going
-    assert "  training_args.bin           contains the Hub token\n" in staying
-    assert "  checkpoint-1/               training state (--with-training-state uploads it)\n" in staying
+    assert re.search(rf"model.safetensors +{size / 1000:,.1f} kB", going)
+    assert re.search(r"  training_args.bin +contains the Hub token\n", staying)
+    assert re.search(r"  checkpoint-1/ +training state \(--with-training-state uploads it\)\n", staying)
+    assert re.search(r"  private/passport.png +README.md shows it, but only pictures", staying)
 
 
 def test_the_command_pushes_and_prints_where(hub, folder, repo_id):

@@ -25,8 +25,17 @@ from PIL import Image
 
 from ..data import OUT_OF_DISTRIBUTION
 from ..metrics import confidences, expected_calibration_error, out_of_distribution_auroc, reliability_bins, to_numpy
-from ..record import RunRecord, SplitPredictions
-from .model_card import CONFIDENCE, CONFUSION_MATRIX, CURVES, EMBEDDINGS, IMAGES, PICTURES, RELIABILITY
+from ..record import (
+    CONFIDENCE,
+    CONFUSION_MATRIX,
+    CURVES,
+    EMBEDDINGS,
+    IMAGES,
+    PICTURES,
+    RELIABILITY,
+    RunRecord,
+    SplitPredictions,
+)
 
 logger = logging.getLogger(__name__)
 

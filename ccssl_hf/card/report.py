@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +10,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, snapshot_download
 
-from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, find_checkpoint
+from ..checkpoint import WEIGHTS_FILE, find_checkpoint
+from ..config_file import read_config
 from ..data import check_writable
-from ..record import PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
+from ..hub import why_not_pushed
+from ..modeling import CCSSLConfig
+from ..record import IMAGES, PICTURES, PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
 from .facts import read_facts, upgrade
-from .model_card import IMAGES, found_in, render_card, renew_results
+from .model_card import found_in, render_card, renew_results
 from .plots import draw_pictures
 from .text import cell, format_table
 
@@ -80,10 +82,13 @@ def write_report(
     check_writable(out)
     config, name = _config(model), Path(model).resolve().name if Path(model).is_dir() else model
     source = out if (out / CARD_FILE).is_file() else _card_folder(model)
-    record = RunRecord(config["architecture"], config["label_names"], predictions=predictions)
+    record = RunRecord(config.architecture, config.labels, predictions=predictions)
     card = read_card(source) or render_card(record, model_name=name)
-    if source.resolve() != out.resolve() and (source / IMAGES).is_dir():
-        shutil.copytree(source / IMAGES, out / IMAGES, dirs_exist_ok=True)
+    if source.resolve() != out.resolve():
+        (out / IMAGES).mkdir(exist_ok=True)
+        for picture in PICTURES:  # and no other file of a downloaded folder
+            if why_not_pushed(source, picture) is None:
+                shutil.copyfile(source / picture, out / picture)
     pictures = draw_pictures(record, out)
     datasets = {split: re.sub(r":\w+$", "", source) for split, source in sources.items()}  # user/name:split
     renew_results(card, results, datasets=datasets, pictures=pictures, model_name=name, found=found)
@@ -91,17 +96,17 @@ def write_report(
     return [CARD_FILE, *pictures]
 
 
-def _config(model: str) -> dict[str, Any]:
-    return json.loads((find_checkpoint(model) / CONFIG_FILE).read_text(encoding="utf-8"))
+def _config(model: str) -> CCSSLConfig:
+    return CCSSLConfig.from_dict(read_config(find_checkpoint(model)))
 
 
 def describe(model: str) -> str:
     """A model's backbone and classes, and the results and training settings on its card, as text."""
     config = _config(model)
-    labels, size = config["label_names"], config["pretrained_cfg"]["input_size"][-1]
+    labels, size = config.labels, (config.pretrained_cfg or {}).get("input_size", ["?"])[-1]
     megabytes = (find_checkpoint(model) / WEIGHTS_FILE).stat().st_size / 1e6
     names = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
-    lines = [f"{model}: {config['architecture']}, {size} px, {megabytes:.1f} MB, {len(labels)} classes ({names})"]
+    lines = [f"{model}: {config.architecture}, {size} px, {megabytes:.1f} MB, {len(labels)} classes ({names})"]
     card = read_card(_card_folder(model))
     if card is None:
         return "\n".join([*lines, f"It has no card: `ccssl-hf report {model} --split NAME=SOURCE` writes one."])

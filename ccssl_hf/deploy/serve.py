@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,14 @@ from torch import Tensor
 
 from ..errors import near_misses
 from ..record import library_versions
-from .handler import TooLargeError, check_parameters, read_image
+from .handler import MAX_PIXELS, TooLargeError, check_parameters, decode_base64, read_image
+from .limits import SMALL_PIXELS, LimitedProtocol, PixelBudget, Quota, pixel_count, return_memory
 from .predict import ACCELERATOR_BATCH, CPU_BATCH, MAX_WORKERS, NOT_FINITE, Classifier, sharing_threads
 
 TOP_K = 5  # default number of classes in an answer, as in transformers' pipeline
-UPLOAD_SECONDS = 60  # for a request to arrive: it occupies a place in the queue meanwhile
+UPLOAD_SECONDS = 60  # for the body of a request to arrive
+STALL_SECONDS = 10  # between two parts of a body
+PIXELS_PER_CORE = 12_000_000  # that are decoded at the same time: a photograph
 SHUTDOWN_SECONDS = 30  # for open requests after the server was told to stop
 
 
@@ -47,8 +50,12 @@ class ServingSettings:
     max_batch_size: int | None = None  # images per forward pass; where None 16 on a CPU and 64 on an accelerator
     max_wait_ms: float = 5.0  # that an image waits for a full batch
     max_image_mb: float = 20.0  # megabytes of encoded images in one request
-    max_queue: int = 256  # images being processed; further requests are answered with status 503
+    max_queue: int = 1024  # images being processed; further requests are answered with status 503
     num_workers: int | None = None  # threads that run the network; where None one per core, at most 8; accelerators: 2
+    max_connections: int = 1024  # open connections
+    max_memory_mb: float = 512.0  # megabytes of requests in memory; further requests are answered with status 503
+    max_decoding_mpx: float | None = None  # megapixels decoded at once; None: 12 per core, at least 90
+    client_share: float = 0.75  # of connections, images in process and memory that one client address gets
 
 
 class Batcher:
@@ -126,7 +133,11 @@ class _Service:
             max_batch_size=settings.max_batch_size or (CPU_BATCH if on_cpu else ACCELERATOR_BATCH),
             max_wait_ms=settings.max_wait_ms,
         )
-        self._images = 0  # being processed
+        share = settings.client_share
+        self._images = Quota(settings.max_queue, share)
+        self._bytes = Quota(int(settings.max_memory_mb * 1e6), share, at_least=self._max_bytes * 4 // 3 + 65536)
+        pixels = (settings.max_decoding_mpx or 0) * 1e6 or max(MAX_PIXELS, PIXELS_PER_CORE * (os.cpu_count() or 1))
+        self._budget = PixelBudget(int(pixels))
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -163,53 +174,50 @@ class _Service:
         given = {name: int(value) if value.isdecimal() and len(value) < 10 else value for name, value in query}
         with _status(422):
             parameters = check_parameters(given)
-        with self._place(1):
-            body = await self._body(request, at_most=self._max_bytes * 4 // 3 + 65536 if is_json else self._max_bytes)
-            if not is_json:
-                return await self._answer(body, "", parameters)
-            inputs, more = await self._in_thread(_parse, body)
+        client = request.client.host if request.client else ""
+        at_most = self._max_bytes * 4 // 3 + 65536 if is_json else self._max_bytes
+        with self._bytes.lending(client) as memory, self._images.lending(client) as places:
+            body = await self._body(request, memory, at_most=at_most)
+            inputs, more = await self._in_thread(_parse, body) if is_json else (body, {})
             parameters |= more
-            if not isinstance(inputs, list):
-                return await self._answer(inputs, "", parameters)
-            if len(inputs) > self.settings.max_queue:
-                limit = f"at most {self.settings.max_queue} are allowed in one request: send several requests."
-                raise HTTPException(413, f"inputs holds {len(inputs)} images, but {limit}")
-            with self._place(len(inputs) - 1):
-                each = (self._answer(one, f"inputs[{number}]: ", parameters) for number, one in enumerate(inputs))
-                answers = await asyncio.gather(*each, return_exceptions=True)  # keep the places until all are done
-            for error in answers:
-                if isinstance(error, BaseException):
-                    raise error
-            return answers
+            images = inputs if (several := isinstance(inputs, list)) else [inputs]
+            if len(images) > self._images.per_client:
+                limit = f"at most {self._images.per_client} are allowed in one request: send several requests."
+                raise HTTPException(413, f"inputs holds {len(images)} images, but {limit}")
+            if not places(len(images)):
+                raise _busy("The server's queue is full")
+            where = "inputs[{}]: " if several else ""
+            each = (self._answer(one, where.format(number), parameters) for number, one in enumerate(images))
+            answers = await asyncio.gather(*each, return_exceptions=True)  # keep the places until all are done
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers if several else answers[0]  # type: ignore[return-value]
 
-    @contextmanager
-    def _place(self, images: int) -> Iterator[None]:
-        """Reserve places in the queue."""
-        if self._images + images > self.settings.max_queue:
-            raise HTTPException(503, "The server's queue is full: try again in a second.", headers={"Retry-After": "1"})
-        self._images += images
-        try:
-            yield
-        finally:
-            self._images -= images
-
-    async def _body(self, request: Request, *, at_most: int) -> bytes:
-        body = bytearray()
+    async def _body(self, request: Request, memory: Callable[[int], bool], *, at_most: int) -> bytes:
+        """The body of a request. It counts as memory in use until the request is answered."""
+        body, parts = bytearray(), aiter(request.stream())
         try:
             with anyio.fail_after(UPLOAD_SECONDS):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > at_most:  # uvicorn discards the rest; clients see the answer
+                while True:
+                    with anyio.fail_after(STALL_SECONDS):
+                        chunk = await anext(parts, None)
+                    if chunk is None:
+                        return bytes(body)
+                    if len(body) + len(chunk) > at_most:  # uvicorn discards the rest; clients see the answer
                         limit = f"at most {self.settings.max_image_mb:g} MB of images are allowed in one request"
                         raise HTTPException(413, f"The request is too large: {limit}. Send smaller or fewer images.")
+                    if not memory(len(chunk)):
+                        raise _busy("The server has no memory left for this request")
+                    body += chunk
         except TimeoutError as error:
-            raise HTTPException(408, f"The request took more than {UPLOAD_SECONDS} s to arrive: try again.") from error
-        return bytes(body)
+            problem = f"took more than {UPLOAD_SECONDS} s to arrive, or stopped for {STALL_SECONDS} s: try again."
+            raise HTTPException(408, f"The request {problem}") from error
 
     async def _answer(self, encoded: Any, where: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
         """Labels and scores of an image, given as bytes or base64 text. Errors start with `where`."""
         with _status(400, where):
-            pixels = await self._in_thread(lambda: self.classifier.pixels(read_image(encoded)))
+            pixels = await self._decode(encoded)
         logits = await asyncio.wrap_future(self._batcher.submit(pixels))
         scores = self.classifier.scores(logits, parameters.get("function_to_apply"))
         if not scores.isfinite().all():
@@ -218,6 +226,35 @@ class _Service:
         best = zip(numbers.tolist(), scores.tolist(), strict=True)
         answer = [{"label": self.classifier.labels[number], "score": score} for number, score in best]
         return answer[: parameters.get("top_k", TOP_K)]
+
+    async def _decode(self, encoded: Any) -> Tensor:
+        """The network's input. A large image waits until there is memory for its pixels."""
+
+        def small() -> tuple[bytes, int, Tensor | None]:
+            content = encoded if isinstance(encoded, bytes) else decode_base64(encoded)
+            count = pixel_count(content)
+            return content, count, self.classifier.pixels(read_image(content)) if count <= SMALL_PIXELS else None
+
+        def large() -> Tensor:
+            try:
+                return self.classifier.pixels(read_image(content))
+            finally:
+                return_memory()
+
+        content, count, pixels = await self._in_thread(small)
+        if pixels is not None:
+            return pixels
+        if count > MAX_PIXELS:
+            return await self._in_thread(large)  # raises an error
+        try:
+            async with self._budget.held(count):
+                return await self._in_thread(large)
+        except TimeoutError as error:
+            raise _busy("The server decodes too many large images") from error
+
+
+def _busy(problem: str) -> HTTPException:
+    return HTTPException(503, f"{problem}: try again in a second.", headers={"Retry-After": "1"})
 
 
 @contextmanager
@@ -264,9 +301,18 @@ def create_app(classifier: Classifier, settings: ServingSettings | None = None) 
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=service.lifespan)
 
 
+def server_config(classifier: Classifier, settings: ServingSettings | None = None, **options: Any) -> uvicorn.Config:
+    """The configuration of uvicorn, with limits for connections. `options` are those of `uvicorn.Config`."""
+    settings = settings or ServingSettings()
+    connections = Quota(settings.max_connections, settings.client_share)
+    http: Any = partial(LimitedProtocol, connections=connections)
+    return uvicorn.Config(create_app(classifier, settings), http=http, ws="none", server_header=False, **options)
+
+
 def serve(
     classifier: Classifier, *, host: str = "127.0.0.1", port: int = 8000, settings: ServingSettings | None = None
 ) -> None:
     """Serve until stopped by Ctrl+C or SIGTERM. Open requests are answered first."""
-    app = create_app(classifier, settings)
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS, server_header=False)
+    how: dict[str, Any] = dict(host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    with suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped
+        uvicorn.Server(server_config(classifier, settings, **how)).run()
