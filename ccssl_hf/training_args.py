@@ -16,7 +16,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .algorithms import ALGORITHMS, algorithm_hyperparameters
-from .errors import near_misses
+from .errors import near_misses, summary
 from .transforms import MAX_SIDE_HELD, ViewSettings
 
 CONFIGS = Path(__file__).parent / "configs"  # the packaged YAML files, which `from_config` reads by name
@@ -284,7 +284,8 @@ def read_config(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[
     except (OSError, yaml.YAMLError) as error:
         packaged = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise ValueError(
-            f"The config {path} cannot be read ({error}): pass the path of a YAML file or a packaged name ({packaged})."
+            f"The config {path} cannot be read ({summary(error)}): pass the path of a YAML file or a packaged name "
+            f"({packaged})."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"The config {path} has no settings: write one `name: value` per line.")
