@@ -20,7 +20,7 @@ from PIL import Image
 from ccssl_hf import images
 from ccssl_hf.data import EvaluationDataset, drop_unreadable
 from ccssl_hf.deploy import handler
-from ccssl_hf.deploy.predict import Classifier, predict_to_parquet
+from ccssl_hf.deploy.predict import Classifier, predict_to_file
 from ccssl_hf.deploy.space_page import app
 from ccssl_hf.images import PixelTable, decode_image, open_image, upright_rgb
 from small_models import published
@@ -228,7 +228,7 @@ def test_a_url_is_never_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert decode_image({"bytes": content, "path": urls[0]}, 0, "test").size == (WIDTH, HEIGHT)
     assert len(drop_unreadable(dataset_of([None, content], [urls[0], None]))) == 1
     classifier = Classifier.from_pretrained(published(tmp_path / "model", "wide_resnet10_1_cifar", 16), device="cpu")
-    predict_to_parquet(classifier, urls, tmp_path / "out.parquet")
+    predict_to_file(classifier, urls, tmp_path / "out.parquet")
     errors = datasets.Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "cache"))["error"]
     assert all("is a URL and only local files are opened" in error for error in errors)
 

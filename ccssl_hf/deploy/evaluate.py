@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import datasets
 
@@ -11,6 +13,15 @@ from ..metrics import classification_metrics
 from ..record import Provenance, Result, SplitPredictions
 from ..sources import load_split
 from .predict import Classifier, predict_all
+
+
+def split_name(source: str) -> str:
+    """The name of a split from its source: the folder, the parquet file without its number (its folder for `*`), or the split on the Hub."""
+    path = Path(source).expanduser()
+    if path.suffix == "" and not path.is_dir():
+        return source.partition(":")[2] or "test"
+    name = path.resolve().name if path.is_dir() else path.stem
+    return re.sub(r"(-\d+-of-\d+|[-_.]*[*?\[].*)$", "", name) or path.parent.name or "test"
 
 
 def load_labeled(source: str, split: str) -> datasets.Dataset:
@@ -33,7 +44,7 @@ def evaluate(
 
     Labels are aligned by name. A label that is not a class of the model, and -1, marks an out-of-distribution (OOD)
     image. Load the classifier with `fold=False` if every digit counts. For `batch_size` and `num_workers` see
-    `predict.predict_to_parquet`.
+    `predict.predict_to_file`.
 
     Raises:
         ValueError: An image cannot be read, or the columns or labels do not fit.
