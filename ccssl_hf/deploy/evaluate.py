@@ -16,7 +16,7 @@ from .predict import Classifier, predict_all
 
 
 def split_name(source: str) -> str:
-    """The name of a split from its source: the folder, the parquet file without its number (its folder for `*`), or the split on the Hub."""
+    """The name of a split from its source: the folder, the file without its number or pattern, or the Hub's split."""
     path = Path(source).expanduser()
     if path.suffix == "" and not path.is_dir():
         return source.partition(":")[2] or "test"
