@@ -25,7 +25,7 @@ from transformers.trainer_utils import HubStrategy
 
 from . import data
 from .algorithms import Algorithm, build_algorithm
-from .callbacks import StepMonitor, UpdateAverage, progress_callback
+from .callbacks import RunEstimate, StepMonitor, UpdateAverage, progress_callback
 from .card import write_card
 from .distributed import copy_from_main_process
 from .ema import WeightAverage, published_weights
@@ -127,6 +127,7 @@ class CCSSLTrainer(Trainer):
         self._pushes: list[Future[CommitInfo]] = []  # uploads of checkpoints
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
+        self.add_callback(RunEstimate(unlabeled_views=len(self.algorithm.views)))
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(progress_callback())

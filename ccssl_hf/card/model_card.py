@@ -17,9 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..algorithms import ALGORITHMS, CCSSL_PAPER
 from ..checkpoint import is_own_backbone
 from ..data import FINGERPRINTED_IMAGES
-from ..record import Provenance, Result, RunRecord, Section, Split
+from ..record import Provenance, Result, RunRecord, Section, Split, duration
 from .facts import CardFacts, known, read_facts, store_facts
-from .text import cell, duration, plain, public_name, without_folder
+from .text import cell, plain, public_name, without_folder
 
 IMAGES = "images"
 """Folder of a card's pictures, beside the card."""

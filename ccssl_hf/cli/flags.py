@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..training_args import StrictParser, read_config
+from ..recipe import CPU_DEFAULTS, OWN_IMAGES, FolderArguments
+from ..training_args import CCSSLTrainingArguments, StrictParser, read_config
 from .help import Flag, Section, answer, config_of, unknown_flag
 
 
@@ -51,6 +53,10 @@ def _value(hint: Any) -> str:
     return "" if kinds[0] is bool else "VALUE"
 
 
+def _names(*types: type) -> list[str]:
+    return [f.name for t in types for f in dataclasses.fields(t) if f.init]
+
+
 def parse_recipe(
     *types: type,
     config: str | Path | None = None,
@@ -68,7 +74,7 @@ def parse_recipe(
     prog = prog or Path(sys.argv[0]).name
     answer(sections_of(*types), flags, config=chosen, description=description, prog=prog)
     parser = StrictParser(types, prog=prog, add_help=False, allow_abbrev=False)
-    known = [f.name for t in types for f in dataclasses.fields(t) if f.init]
+    known = _names(*types)
     if chosen is not None:
         plain, structured = read_config(chosen, known)
         parser.set_defaults(**structured)
@@ -79,3 +85,25 @@ def parse_recipe(
     if unknown:
         raise unknown_flag(unknown[0], known)
     return tuple(parsed)
+
+
+def parse_own_images(
+    arguments: Sequence[str] | None = None, **page: Any
+) -> tuple[FolderArguments, CCSSLTrainingArguments]:
+    """The settings of `ccssl-hf train`. If there is no backbone and no accelerator, `CPU_DEFAULTS` replace defaults."""
+    types, given = (FolderArguments, CCSSLTrainingArguments), sys.argv[1:] if arguments is None else list(arguments)
+    recipe, args = parse_recipe(*types, config=OWN_IMAGES, arguments=given, **page)
+    if recipe.backbone is not None or recipe.model is not None or args.device.type != "cpu":
+        return recipe, args
+    file = config_of(given, None)[0]
+    own = [name for part in read_config(file, _names(*types)) for name in part] if file else []
+    smaller = [f"--{name}={value}" for name, value in CPU_DEFAULTS.items() if name not in own]
+    recipe, args = parse_recipe(*types, config=OWN_IMAGES, arguments=[*smaller, *given], **page)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"There is no accelerator, and no backbone was given: this run trains {recipe.backbone} at "
+            f"{recipe.image_size} px, with mu {args.mu}, for {args.max_steps:,} steps. --backbone, --image_size, --mu "
+            "and --max_steps choose others.",
+            file=sys.stderr,
+        )
+    return recipe, args
