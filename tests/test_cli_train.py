@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from datasets import config as datasets_config
@@ -17,10 +18,11 @@ from typer.testing import CliRunner
 import ccssl_hf
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.cli import app
-from ccssl_hf.cli.flags import parse_recipe, sections_of
+from ccssl_hf.cli.flags import parse_own_images, parse_recipe, sections_of
 from ccssl_hf.cli.help import packaged_sections
 from ccssl_hf.cli.train import OWN_IMAGES as OWN_IMAGES_OF_THE_COMMAND
-from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, build_trainer
+from ccssl_hf.recipe import CPU_DEFAULTS, OWN_IMAGES, FolderArguments, RecipeArguments, build_trainer
+from ccssl_hf.transforms import MAX_SIDE_HELD
 from test_recipes import ROOT, assert_is_published, changed, environment, launch, place, results
 
 COMMAND = str(Path(sys.executable).with_name("ccssl-hf"))
@@ -170,6 +172,27 @@ def test_two_processes_train_by_it(place: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| device | 2 x cpu |" in assert_is_published(place / "outputs" / "train_two", ["blue", "red"])
     assert done.stdout.count("model, card and metrics are in outputs/train_two.") == 1
+
+
+def test_on_a_cpu_without_a_backbone_the_defaults_are_smaller_and_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chosen(*flags: str) -> tuple[Any, ...]:
+        recipe, args = parse_own_images(["--use_cpu", "true", *flags])
+        return recipe.backbone, recipe.image_size, args.mu, args.max_steps
+
+    assert chosen() == ("resnet18", 64, 3, 5000)
+    text = capsys.readouterr().err
+    assert "this run trains resnet18 at 64 px, with mu 3, for 5,000 steps. --backbone" in text and text.count("\n") == 1
+    assert chosen("--mu", "7", "--image_size", "96") == ("resnet18", 96, 7, 5000)  # what is given is kept
+    assert "resnet18 at 96 px, with mu 7" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("mu: 5\nalgorithm: comatch")
+    assert chosen("--config", str(tmp_path / "mine.yaml")) == ("resnet18", 64, 5, 5000)
+    capsys.readouterr()
+    for flags in (["--backbone", "resnet50"], ["--model", "outputs/photos"]):
+        assert chosen(*flags)[1:] == (None, 7, 20000)
+    assert capsys.readouterr().err == ""
+    assert RecipeArguments().backbone is None and CPU_DEFAULTS["image_size"] <= MAX_SIDE_HELD
 
 
 def test_help_of_train_fits_a_screen_or_two_and_help_all_has_every_flag_by_its_class() -> None:

@@ -37,7 +37,7 @@ def test_a_flag_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -> 
     other = tmp_path / "other.yaml"
     other.write_text("mu: 4\n")
     recipe, args = parse(f"--config={other}", config=file)
-    assert (recipe.backbone, args.mu) == ("resnet50", 4)  # --config replaces the recipe's file
+    assert (recipe.backbone, args.mu) == (None, 4)  # --config replaces the recipe's file
 
 
 def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
