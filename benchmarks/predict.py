@@ -1,7 +1,7 @@
 """Predictions for a folder of JPEG files, against transformers' image-classification pipeline on the same cores.
 
 The baseline is `pipeline("image-classification", model=FOLDER, batch_size=64)` with other defaults, called with the
-list of paths. Ours is `predict_to_parquet`, which `ccssl-hf predict` calls, with its defaults. Both times are without
+list of paths. Ours is `predict_to_file`, which `ccssl-hf predict` calls, with its defaults. Both times are without
 loading the model. Weights are random. Both must predict the same labels, with confidences within 1e-5.
 """
 
@@ -21,7 +21,7 @@ from harness import FASTER, Bar, Row, compared, in_turn, main
 from workload import LABELS, photo_cuts, write_jpegs
 
 from ccssl_hf import CCSSLForImageClassification
-from ccssl_hf.deploy.predict import Classifier, predict_to_parquet
+from ccssl_hf.deploy.predict import Classifier, predict_to_file
 
 PIPELINE_BATCH = 64
 SCORES_WITHIN = 1e-5
@@ -93,7 +93,7 @@ def measure(quick: bool) -> list[Row]:
             answers[:] = pipeline(files)
 
         def ours() -> None:
-            predict_to_parquet(classifier, folder / "images", out)
+            predict_to_file(classifier, folder / "images", out)
 
         times = in_turn(baseline, ours, rounds=1 if quick else 5)
         rows = pq.read_table(out).to_pylist()

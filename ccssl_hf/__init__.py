@@ -28,9 +28,9 @@ __all__ = [
     "load_split",
 ]
 
-# `import ccssl_hf` registers our Wide ResNets with timm and transformers, which takes seconds because it imports torch.
-# The command `ccssl-hf` skips it to show its help quickly; each of its verbs imports what it needs.
-if Path(sys.argv[0]).stem != "ccssl-hf":
+# `import ccssl_hf` registers our Wide ResNets with timm, which takes seconds because it imports torch. The command, as
+# `ccssl-hf` or `python -m ccssl_hf.cli`, skips it to show its help quickly; each of its verbs imports what it needs.
+if Path(sys.argv[0]).stem != "ccssl-hf" and not (sys.argv[0] == "-m" and f"{__name__}.cli" in sys.orig_argv):
     from . import wide_resnet_cifar as wide_resnet_cifar
 
 

@@ -46,6 +46,8 @@ def errors_in_one_line() -> Iterator[None]:
     """Turns an error in the user's input into one line on stderr and exit code 2. Training itself needs tracebacks."""
     try:
         yield
+    except BrokenPipeError:  # the reader of the output has enough, as in `| head`
+        raise
     except (OSError, TypeError, ValueError) as error:
         _end(f"error: {error}", 2, error)
     except KeyboardInterrupt as error:

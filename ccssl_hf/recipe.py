@@ -38,6 +38,9 @@ _OTHER_NAMES = {
     "testing": "test",
 }
 OWN_IMAGES = CONFIGS / "imagefolder.yaml"  # the settings of `ccssl-hf train`
+DEFAULT_BACKBONE = "resnet50"
+# What it takes instead on a CPU if no backbone is given: hours, where ResNet-50 at 224 px would take weeks.
+CPU_DEFAULTS = {"backbone": "resnet18", "image_size": 64, "mu": 3, "max_steps": 5000}
 
 
 @dataclass
@@ -57,7 +60,9 @@ class RecipeArguments:
     image_root: str | None = argument(
         None, "Folder in which csv, jsonl and parquet files may name images, next to their own folder."
     )
-    backbone: str = argument("resnet50", "Name of a timm model.")
+    backbone: str | None = argument(
+        None, "Name of a timm model; default: resnet50. `ccssl-hf train` on a CPU: resnet18."
+    )
     pretrained: bool = argument(False, "Start from timm's pretrained weights.")
     model: str | None = argument(None, "Published model to start from, instead of a backbone: a folder or Hub id.")
     image_size: int | None = argument(None, "Side of the images in pixels; default: the backbone's.")
@@ -125,10 +130,11 @@ def build_trainer(
     if "validation" not in splits:
         args = dataclasses.replace(args, eval_strategy="no")  # type: ignore[call-arg]  # a field of transformers
     set_seed(args.seed)  # the trainer does so only after the model has its initial weights
+    backbone = recipe.backbone or DEFAULT_BACKBONE
     if recipe.model is None:
         names = read_class_names(splits["labeled"], args.label_column)
         model = CCSSLForImageClassification.from_timm(
-            recipe.backbone, labels=names, pretrained=recipe.pretrained, image_size=recipe.image_size
+            backbone, labels=names, pretrained=recipe.pretrained, image_size=recipe.image_size
         )
     elif recipe.pretrained or recipe.image_size is not None:
         raise ValueError(
@@ -144,7 +150,7 @@ def build_trainer(
         eval_dataset=splits.get("validation"),
     )
     trainer.dataset_names = {role: _name_for_card(recipe, role, args.seed) for role in splits}
-    pretrained = recipe.pretrained and (get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone)
+    pretrained = recipe.pretrained and (get_pretrained_cfg(backbone).hf_hub_id or backbone)
     trainer.base_model = pretrained or recipe.model
     trainer.check_data({role: splits[role] for role in splits if role == "test"})
     return trainer, splits
@@ -173,8 +179,8 @@ def check(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> Survey:
             model = CCSSLForImageClassification.from_pretrained(recipe.model)
             names, size = model.config.labels, model.backbone.pretrained_cfg["input_size"][-1]
         else:
-            check_backbone(recipe.backbone)
-            size = size or get_pretrained_cfg(recipe.backbone).input_size[-1]
+            check_backbone(backbone := recipe.backbone or DEFAULT_BACKBONE)
+            size = size or get_pretrained_cfg(backbone).input_size[-1]
             names = read_class_names(splits["labeled"], args.label_column) if "labeled" in splits else None
     except (OSError, ValueError) as error:
         problems.append(str(error))

@@ -28,6 +28,7 @@ from . import data, resume
 from .algorithms import Algorithm, build_algorithm
 from .callbacks import (
     EvaluationStopped,
+    RunEstimate,
     StepMonitor,
     StopOnSignal,
     UnreadableImages,
@@ -159,6 +160,7 @@ class CCSSLTrainer(Trainer):
         self.add_callback(self.guard)
         if self.ema is not None:
             self.add_callback(UpdateAverage(self.ema))
+        self.add_callback(RunEstimate(unlabeled_views=len(self.algorithm.views)))
         if not args.disable_tqdm:
             self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(progress_callback())

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .algorithms import ALGORITHMS, algorithm_hyperparameters
 from .argument_checks import ON_METRIC, SET_HERE, accelerator_settings, argument_errors, raise_all
-from .errors import near_misses
+from .errors import near_misses, summary
 from .images import MAX_PIXELS
 from .record import greater_is_better
 from .transforms import MAX_SIDE_HELD, ViewSettings
@@ -295,7 +295,8 @@ def read_config(path: Path, known: Sequence[str]) -> tuple[dict[str, str], dict[
     except (OSError, yaml.YAMLError) as error:
         packaged = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise ValueError(
-            f"The config {path} cannot be read ({error}): pass the path of a YAML file or a packaged name ({packaged})."
+            f"The config {path} cannot be read ({summary(error)}): pass the path of a YAML file or a packaged name "
+            f"({packaged})."
         ) from error
     if not isinstance(values, dict):
         raise ValueError(f"The config {path} has no settings: write one `name: value` per line.")

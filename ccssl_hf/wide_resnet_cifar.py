@@ -10,7 +10,6 @@ from typing import Any
 from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
-from transformers import TimmWrapperForImageClassification, TimmWrapperModel
 
 LEAKY_RELU_SLOPE = 0.1
 
@@ -169,9 +168,18 @@ for _entrypoint in (wide_resnet10_1_cifar, wide_resnet28_2_cifar, wide_resnet28_
         register_model(_entrypoint)
 
 
-class WideResNetCifarModel(TimmWrapperModel):
-    """The class of `AutoModel.from_pretrained(folder, trust_remote_code=True)`."""
+# The classes of `AutoModel.from_pretrained(folder, trust_remote_code=True)` and of AutoModelForImageClassification.
+_WRAPPERS = {
+    "WideResNetCifarModel": "TimmWrapperModel",
+    "WideResNetCifarForImageClassification": "TimmWrapperForImageClassification",
+}
 
 
-class WideResNetCifarForImageClassification(TimmWrapperForImageClassification):
-    """The class of `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)`."""
+def __getattr__(name: str) -> Any:
+    """Create a class of `_WRAPPERS` when transformers asks for it: timm alone needs neither it nor transformers."""
+    if name not in _WRAPPERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import transformers
+
+    base = getattr(transformers, _WRAPPERS[name])
+    return globals().setdefault(name, type(name, (base,), {"__module__": __name__, "__doc__": base.__doc__}))

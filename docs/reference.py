@@ -1,10 +1,13 @@
 """Generates the reference pages from the code: `python docs/reference.py`.
 
-It writes a page for each command of `ccssl-hf` into docs/cli/, and the table in docs/algorithms.md.
+It writes a page for each command of `ccssl-hf` into docs/cli/, the table in docs/algorithms.md, and
+ccssl_hf/cli/flags.json, from which `ccssl-hf train --help` is made.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -19,7 +22,8 @@ from ccssl_hf import CCSSLTrainingArguments
 from ccssl_hf.algorithms import ALGORITHMS
 from ccssl_hf.card.text import format_table
 from ccssl_hf.cli import app
-from ccssl_hf.cli.flags import first_paragraph, flags_by_class
+from ccssl_hf.cli.flags import first_paragraph, flags_by_class, sections_of
+from ccssl_hf.cli.help import FLAGS_FILE
 from ccssl_hf.recipe import OWN_IMAGES, FolderArguments
 
 DOCS = Path(__file__).resolve().parent
@@ -121,6 +125,18 @@ def _flags_of_train(level: int) -> Iterator[str]:
     )
 
 
+def flags_file() -> str:
+    """The flags of this package's dataclasses as JSON, from which the command shows its help at once."""
+    found = {}
+    for cls in (FolderArguments, CCSSLTrainingArguments):
+        classes = {each.__name__: each for each in filter(dataclasses.is_dataclass, cls.__mro__)}
+        for name, section in sections_of(cls).items():
+            if classes[name].__module__.startswith("ccssl_hf."):
+                bases = [each.__name__ for each in classes[name].__mro__[1:] if dataclasses.is_dataclass(each)]
+                found[name] = {"bases": bases, **section._asdict()}
+    return json.dumps(found, indent=1) + "\n"
+
+
 def _text(command: Any) -> str:
     return str(command.help or "").strip()
 
@@ -168,3 +184,4 @@ if __name__ == "__main__":
         (DOCS / "cli" / file_name).write_text(page, encoding="utf-8")
     algorithms = DOCS / "algorithms.md"
     algorithms.write_text(with_table(algorithms.read_text(encoding="utf-8")), encoding="utf-8")
+    FLAGS_FILE.write_text(flags_file(), encoding="utf-8")

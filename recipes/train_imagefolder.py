@@ -7,13 +7,11 @@
 ccssl_hf/configs/imagefolder.yaml; a flag overrides the file.
 """
 
-from ccssl_hf import CCSSLTrainingArguments
-from ccssl_hf.cli.flags import parse_recipe
+from ccssl_hf.cli.flags import parse_own_images
 from ccssl_hf.errors import errors_in_one_line
-from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, build_trainer, train
+from ccssl_hf.recipe import build_trainer, train
 
 if __name__ == "__main__":
     with errors_in_one_line():
-        recipe, args = parse_recipe(FolderArguments, CCSSLTrainingArguments, config=OWN_IMAGES, description=__doc__)
-        trainer, splits = build_trainer(recipe, args)
+        trainer, splits = build_trainer(*parse_own_images(description=__doc__))
     train(trainer, splits)

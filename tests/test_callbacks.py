@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+import time
+from functools import partial
+from itertools import count
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,8 @@ from transformers.trainer_callback import ProgressCallback
 from ccssl_hf import callbacks
 from ccssl_hf.algorithms import SSLLoss
 from ccssl_hf.callbacks import StepMonitor
-from tiny_runs import trainer_of
+from ccssl_hf.record import duration
+from tiny_runs import StopAt, copy_of, different, model_of, trainer_of
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -176,3 +180,82 @@ def test_a_terminal_shows_one_bar_and_a_log_file_none(tmp_path: Path) -> None:
         trainer = trainer_of(tmp_path, disable_tqdm=off)
         bars = [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressCallback)]
         assert [type(bar) for bar in bars] == expected
+
+
+# ------------------------------------------------------------------------------------------------------ time and memory
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "ccssl_hf.callbacks"]
+
+
+def test_a_run_on_a_cpu_says_what_it_will_cost_and_a_long_one_how_to_shorten_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "_cost_of_view", lambda model, size: (1.0, 1e9))
+    monkeypatch.setattr(callbacks, "_memory_of_machine", lambda: 64e9)
+    monkeypatch.setattr(callbacks, "_peak_memory", lambda device: 1e9)
+    trainer_of(tmp_path, callbacks=[StopAt(1)], save_strategy="steps").train()
+    views = 4 + 3 * 2 * 4  # labeled images, and three views of unlabeled ones
+    [text] = said(caplog)
+    facts = f"Each step: {views} views of 16 x 16 px on cpu, through wide_resnet10_1_cifar with 0.1 million parameters."
+    assert text == f"{facts} Steps to train: 6. About {views} s a step, 2 min 48 s in all, and 29.0 GB."
+    caplog.clear()
+    resumed = trainer_of(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert said(caplog)[0] == f"{facts} Steps to train: 5. About {views} s a step, 2 min 20 s in all, and 29.0 GB."
+
+    monkeypatch.setattr(callbacks, "_memory_of_machine", lambda: 16e9)
+    for changes, seconds in ({"max_steps": 20000}, 28), ({"weak_forward": "separate"}, 28 - 8 * 2 / 3):
+        caplog.clear()
+        trainer = trainer_of(tmp_path / "long", callbacks=[StopAt(1)], **changes)
+        trainer.train()
+        facts, advice = said(caplog)[0].splitlines()
+        assert f" About {seconds:.0f} s a step, " in facts
+        assert advice.startswith(
+            "This is too much for most CPUs. This machine has 16.0 GB. Use an accelerator, a smaller"
+        )
+        for name in (
+            "image_size",
+            "resnet18",
+            "mu (now 2)",
+            "batch_size (now 4)",
+            "max_steps",
+            "weak_forward='separate'",
+        ):
+            assert name in advice
+    for seconds, text in ((28 * 20000, "6 days"), (3661, "1 h 1 min")):
+        assert duration(seconds) == text
+
+
+def test_a_run_of_less_than_a_minute_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer_of(tmp_path, max_steps=8).train()
+    assert said(caplog) == []
+
+
+def test_the_forecast_changes_nothing(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "with", model_of("wide_resnet10_1_cifar"))
+    trainer.model.backbone.bn1.eval()  # as frozen BatchNorm
+    modes = [module.training for module in trainer.model.modules()]
+    before, random = copy_of(trainer.model), torch.get_rng_state()
+    seconds, held = callbacks._cost_of_view(trainer.model, (3, 16, 16))
+    assert seconds > 0 and held > 4 * 16 * 16 * 16  # at least the first layer's output
+    assert held == callbacks._cost_of_view(trainer.model, (3, 16, 16))[1]
+    assert different(before, copy_of(trainer.model)) == [] and torch.equal(random, torch.get_rng_state())
+    assert [module.training for module in trainer.model.modules()] == modes
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_after_the_first_steps_it_says_what_steps_take_without_evaluations(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(perf_counter=partial(next, count(10.0, 10.0)), monotonic=time.monotonic)
+    monkeypatch.setattr(callbacks, "_cost_of_view", lambda model, size: (0.0, 0.0))
+    monkeypatch.setattr(callbacks, "time", clock)
+    # Read at the end of the first and the sixth step, and before and after each evaluation between them: 50 s less 20.
+    trainer_of(tmp_path, max_steps=20, eval_strategy="steps", eval_steps=2).train()
+    [text] = said(caplog)
+    assert re.fullmatch(
+        r"A step takes 6 s: 1 min 24 s for the 14 steps that are left, without evaluations\. Memory so far: .* GB\.",
+        text,
+    )

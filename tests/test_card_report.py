@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
 from ccssl_hf.cli import app
+from ccssl_hf.deploy.evaluate import split_name
 from ccssl_hf.sources import load_split
 from hub_server import TOKENS
 from test_trainer import with_ood_images
@@ -68,9 +69,27 @@ def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_pat
         # To the last digit but for what a convolution rounds in another memory format.
         assert written[name] == pytest.approx(run[2][name], abs=1e-7)
         assert f"{run[2][name]:.4f}" in result.stdout
-    assert (written["images"], written["unknown"], written["split"]) == (47, 10, "test")
+    assert (written["images"], written["unknown"], written["split"]) == (47, 10, "open")  # the folder's name
     assert written["ood_images"] == {OOD_NAME: 10}
     assert written["weights"] == "EMA weights, last step 40, seed 42"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        *[("user/name", "test"), ("user/name:validation", "validation"), ("photos/none", "test")],
+        *[("holdout.parquet", "holdout"), ("a/test-00000-of-00001.parquet", "test"), ("a/val-*.parquet", "val")],
+        ("a/holdout/*.parquet", "holdout"),
+    ],
+)
+def test_a_split_is_named_after_its_source(source: str, name: str) -> None:
+    assert split_name(source) == name
+
+
+def test_a_folder_names_its_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set 1.2").mkdir()
+    monkeypatch.chdir(tmp_path / "set 1.2")
+    assert {split_name(each) for each in (".", str(tmp_path / "set 1.2"), "../set 1.2/")} == {"set 1.2"}
 
 
 def test_evaluate_reads_folder_and_dataset_from_the_hub(run: Any, images: Path, hub: Any, tmp_path: Path) -> None:
@@ -143,7 +162,7 @@ def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> No
     assert "<class>/<image>" in the_error(ccssl_hf("evaluate", run[1], images / OOD_NAME))
     assert "not a folder" in the_error(ccssl_hf("evaluate", run[1], tmp_path / "none"))
     assert "config.json" in the_error(ccssl_hf("evaluate", images, images))
-    assert "NAME=SOURCE" in the_error(ccssl_hf("report", run[1], "--split", str(images)))
+    assert "it has no SOURCE; use NAME=SOURCE" in the_error(ccssl_hf("report", run[1], "--split", "test="))
     assert "at least one --split" in the_error(ccssl_hf("report", run[1], tmp_path / "out"))
     broken = tmp_path / "broken" / "zero"
     broken.mkdir(parents=True)

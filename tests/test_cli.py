@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 import torchvision
 from PIL import Image
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 
 from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.cli import app
+from ccssl_hf.deploy.predict import Classifier
 
 RUN = CliRunner()
 
@@ -85,3 +89,56 @@ def test_predict_ends_with_one_line_and_writes_nothing_where_it_must_stop(tmp_pa
         assert result.exit_code == 2 and not out.exists()
         [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert words in line
+
+
+def test_predict_writes_csv_and_an_unknown_suffix_is_refused_before_any_work(tmp_path: Path) -> None:
+    model, images = model_and_images(tmp_path)
+    given = [model, str(images), str(tmp_path / "out.csv"), "--top-k", "2", "--probabilities", "--device", "cpu"]
+    result = RUN.invoke(app, ["predict", *given])
+    assert result.exit_code == 0, result.output
+    head = (tmp_path / "out.csv").read_text().splitlines()[0]
+    assert head == '"path","label","confidence","label_2","confidence_2","probability_moth","probability_fly","error"'
+    result = RUN.invoke(app, ["predict", "no model", "no images", str(tmp_path / "out.json")])
+    assert result.exit_code == 2 and "has none of the suffixes .parquet, .csv, .jsonl" in result.stderr
+
+
+def test_an_interrupted_predict_says_where_its_rows_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = model_and_images(tmp_path)
+    predict, calls = Classifier.predict, iter(range(9))
+
+    def interrupted(self: Classifier, batch: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return predict(self, batch)
+
+    monkeypatch.setattr(Classifier, "predict", interrupted)
+    given = [model, str(images), str(tmp_path / "out.csv"), "--batch-size", "1", "--num-workers", "1"]
+    result = RUN.invoke(app, ["predict", *given, "--device", "cpu"])
+    [line] = [line for line in result.stderr.splitlines() if line and not line.startswith(("Predicting", "\r"))][-1:]
+    assert (
+        result.exit_code == 130
+        and line == f"Interrupted: the rows of the first images are in {tmp_path}/_out.csv.partial."
+    )
+    assert (tmp_path / "_out.csv.partial").read_text().count(".png") == 1 and not (tmp_path / "out.csv").exists()
+
+
+def test_evaluate_names_the_split_after_its_source(tmp_path: Path) -> None:
+    model, _ = model_and_images(tmp_path)
+    for name in ("holdout", "unlabeled"):
+        for grey, label in enumerate(("moth", "fly")):
+            (tmp_path / name / label).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (90 * grey, 0, 0)).save(tmp_path / name / label / "a.png")
+    for name in ("holdout", "unlabeled"):
+        facts = tmp_path / f"{name}.json"
+        result = RUN.invoke(app, ["evaluate", model, str(tmp_path / name), "--json", str(facts), "--device", "cpu"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(facts.read_text())["split"] == name
+        assert any(line.split()[3:4] == [name] for line in result.stdout.splitlines() if line.startswith("Top-1"))
+    splits = [word for name in ("holdout", "unlabeled") for word in ("--split", str(tmp_path / name))]
+    splits += ["--split", f"again={tmp_path / 'holdout'}"]
+    result = RUN.invoke(app, ["report", model, *splits, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    measured = [line.split()[3] for line in result.stdout.splitlines() if line.startswith("Top-1")]
+    assert measured == ["holdout", "unlabeled", "again"]
+    result = RUN.invoke(app, ["report", model, *splits[:2], *splits[:2]])
+    assert result.exit_code == 2 and "two splits are named holdout" in result.stderr

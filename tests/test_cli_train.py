@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from datasets import config as datasets_config
@@ -16,8 +18,11 @@ from typer.testing import CliRunner
 import ccssl_hf
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.cli import app
-from ccssl_hf.cli.flags import parse_recipe
-from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, build_trainer
+from ccssl_hf.cli.flags import parse_own_images, parse_recipe, sections_of
+from ccssl_hf.cli.help import packaged_sections
+from ccssl_hf.cli.train import OWN_IMAGES as OWN_IMAGES_OF_THE_COMMAND
+from ccssl_hf.recipe import CPU_DEFAULTS, OWN_IMAGES, FolderArguments, RecipeArguments, build_trainer
+from ccssl_hf.transforms import MAX_SIDE_HELD
 from test_recipes import ROOT, assert_is_published, changed, environment, launch, place, results
 
 COMMAND = str(Path(sys.executable).with_name("ccssl-hf"))
@@ -32,14 +37,38 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "predict --help"])
+VERBS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+ANSWERED = [
+    *("--version", "--help", *(f"{verb} --help" for verb in VERBS), "train --help_all"),
+    *("export --help", "export onnx --help", "export handler --help"),
+]
+REFUSED = {
+    "": "Usage: ccssl-hf",
+    "trian": "error: No such command 'trian'. Did you mean 'train'?",
+    "--versoin": "error: No such option: --versoin",
+    "predict --embeding": "error: No such option: --embeding",
+    "predict": "error: Missing argument 'MODEL'. See `ccssl-hf predict --help`.",
+    "serve model --port high": "error: Invalid value for '--port':",
+    "export onx model": "error: No such command 'onx'. Did you mean 'onnx'?",
+    "train --lamda_u 1": "error: Unknown argument --lamda_u. Did you mean 'lambda_u'",
+}
+
+
+@pytest.mark.parametrize("words", [*ANSWERED, *REFUSED, "-m predict --help"])
 def test_it_answers_without_importing_what_takes_seconds(words: str) -> None:
-    done = run(sys.executable, "-X", "importtime", COMMAND, *words.split())
-    assert done.returncode == 0, done.stderr[-3000:]
-    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "ccssl_hf.cli" in imported
+    start = ["-m", "ccssl_hf.cli"] if words.startswith("-m ") else [COMMAND]
+    done = run(sys.executable, "-X", "importtime", *start, *words.removeprefix("-m ").split())
+    lines = done.stderr.splitlines()
+    imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
+    said = [line for line in lines if line.strip() and not line.startswith("import time:")]
+    assert {"ccssl_hf.cli", "typer"} <= imported
     assert not imported & {"torch", "transformers", "timm", "datasets", "numpy", "huggingface_hub"}
-    assert ccssl_hf.__version__ in done.stdout if words == "--version" else "Usage" in done.stdout
+    assert done.returncode == (2 if words in REFUSED else 0), done.stderr[-3000:]
+    if words in REFUSED:
+        assert (done.stdout + "\n".join(said)).lstrip().startswith(REFUSED[words])
+        assert len(said) == 1 or not words  # without words it shows its help
+    else:
+        assert not said and (ccssl_hf.__version__ in done.stdout or "usage: ccssl-hf" in done.stdout.lower())
 
 
 def test_bash_completes_verbs_and_flags() -> None:
@@ -76,6 +105,13 @@ def test_public_names_are_there_and_imported_when_asked_for() -> None:
 def test_importing_the_package_is_enough_for_plain_loading_of_our_wide_resnets() -> None:
     done = run(sys.executable, "-c", "import ccssl_hf, timm; print(timm.is_model('wide_resnet28_2_cifar'))")
     assert done.stdout == "True\n", done.stderr
+
+
+def test_importing_the_package_imports_nothing_beyond_timm_and_torch() -> None:
+    code = "import sys, timm, torch; before = set(sys.modules); import ccssl_hf; print(*set(sys.modules) - before)"
+    done = run(sys.executable, "-c", code)
+    added = {name.split(".")[0] for name in done.stdout.split()}
+    assert "ccssl_hf" in added and added <= {"ccssl_hf", *sys.stdlib_module_names}, done.stderr
 
 
 def test_the_command_loads_them_too(tmp_path: Path, place: Path) -> None:
@@ -138,16 +174,69 @@ def test_two_processes_train_by_it(place: Path) -> None:
     assert done.stdout.count("model, card and metrics are in outputs/train_two.") == 1
 
 
-def test_help_of_train_shows_every_flag_by_its_class_with_the_defaults_of_the_file() -> None:
-    done = CliRunner().invoke(app, ["train", "--help"])
+def test_on_a_cpu_without_a_backbone_the_defaults_are_smaller_and_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def chosen(*flags: str) -> tuple[Any, ...]:
+        recipe, args = parse_own_images(["--use_cpu", "true", *flags])
+        return recipe.backbone, recipe.image_size, args.mu, args.max_steps
+
+    assert chosen() == ("resnet18", 64, 3, 5000)
+    text = capsys.readouterr().err
+    assert "this run trains resnet18 at 64 px, with mu 3, for 5,000 steps. --backbone" in text and text.count("\n") == 1
+    assert chosen("--mu", "7", "--image_size", "96") == ("resnet18", 96, 7, 5000)  # what is given is kept
+    assert "resnet18 at 96 px, with mu 7" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("mu: 5\nalgorithm: comatch")
+    assert chosen("--config", str(tmp_path / "mine.yaml")) == ("resnet18", 64, 5, 5000)
+    capsys.readouterr()
+    for flags in (["--backbone", "resnet50"], ["--model", "outputs/photos"]):
+        assert chosen(*flags)[1:] == (None, 7, 20000)
+    assert capsys.readouterr().err == ""
+    assert RecipeArguments().backbone is None and CPU_DEFAULTS["image_size"] <= MAX_SIDE_HELD
+
+
+def test_help_of_train_fits_a_screen_or_two_and_help_all_has_every_flag_by_its_class() -> None:
+    done = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "80"})
+    assert done.exit_code == 0 and done.stdout.startswith("usage: ccssl-hf train [--config FILE]")
+    rows = done.stdout.partition("\nData:\n")[2].splitlines()
+    shown = [line for line in rows if line.startswith("  --")]
+    assert 25 <= len(shown) <= 40 and len(rows) - len(shown) < 20 and max(map(len, rows[:-3])) <= 80
+    assert "--max_steps Length of the run in optimizer steps. [20000]" in [" ".join(line.split()) for line in shown]
+    known = {f.name for cls in (FolderArguments, CCSSLTrainingArguments) for f in dataclasses.fields(cls) if f.init}
+    assert {line.split()[0][2:] for line in shown} <= known
+    assert f"--help_all describes all {len(known)} flags." in done.stdout
+
+    done = CliRunner().invoke(app, ["train", "--help_all"])
     assert done.exit_code == 0 and done.stdout.startswith("usage: ")
     sections = ["FolderArguments", "RecipeArguments", "CCSSLTrainingArguments", "HyperparameterArguments"]
     positions = [done.stdout.index(f"\n{name}:\n") for name in [*sections, "TrainingArguments"]]
     assert positions == sorted(positions)
     text = " ".join(done.stdout.split())
-    assert "--max_steps VALUE Length of the run in optimizer steps. (default: 20000)" in text
-    assert "--nesterov [VALUE]" in text and "--no_nesterov" not in text
-    assert OWN_IMAGES.is_file()
+    assert "--max_steps VALUE Length of the run in optimizer steps. [20000]" in text
+    assert "--nesterov Use Nesterov momentum in SGD. [on]" in text and "--no_nesterov" not in text
+    assert all(f" --{name} " in text for name in known)
+    assert OWN_IMAGES == OWN_IMAGES_OF_THE_COMMAND and OWN_IMAGES.is_file()
+
+
+def test_help_shows_the_defaults_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("max_steps: 77")
+    done = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "mine.yaml"), "--help"])
+    assert "optimizer steps. [77]" in done.stdout and "[0.03]" in done.stdout  # else the defaults of the dataclass
+    (tmp_path / "mine.yaml").write_text("max_steps: [")
+    done = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "mine.yaml"), "--help"])
+    assert done.exit_code == 2 and done.stderr.startswith("error: The config ") and done.stderr.count("\n") == 1
+
+
+def test_the_flags_of_transformers_are_those_of_the_installed_release() -> None:
+    types = (FolderArguments, CCSSLTrainingArguments)
+    expected, found = sections_of(*types), packaged_sections([cls.__name__ for cls in types])
+    assert list(found) == list(expected)
+    for name, (flag, read) in {
+        name: (flag, found["TrainingArguments"].flags[name])
+        for name, flag in expected["TrainingArguments"].flags.items()
+    }.items():
+        assert (read.value == "") == (flag.value == "") and read.help in ("", flag.help), name
+    assert found["TrainingArguments"].flags.keys() == expected["TrainingArguments"].flags.keys()
 
 
 def test_a_wrong_flag_of_train_is_an_error_in_one_line(place: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pyarrow.parquet as pq
 import pytest
 import timm
@@ -18,7 +20,7 @@ from torch import nn
 
 from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.deploy import predict as inference
-from ccssl_hf.deploy.predict import Classifier, open_images, predict_to_parquet
+from ccssl_hf.deploy.predict import Classifier, open_images, predict_to_file
 from small_models import LABELS, picture, published
 
 
@@ -69,7 +71,7 @@ def test_labels_and_scores_are_those_of_the_pipeline(backbone, size, with_head, 
     expected = [pipeline(file) for file in files]
     assert len({answer[0]["label"] for answer in expected}) > 1  # else equal labels would say little
     classifier = Classifier.from_pretrained(model, device="cpu")
-    assert predict_to_parquet(classifier, folder, tmp_path / "out.parquet").images == len(files)
+    assert predict_to_file(classifier, folder, tmp_path / "out.parquet").images == len(files)
     rows = rows_of(tmp_path / "out.parquet")
     assert [row["path"] for row in rows] == files and all(row["error"] is None for row in rows)
     assert [row["label"] for row in rows] == [answer[0]["label"] for answer in expected]
@@ -111,7 +113,7 @@ def test_embeddings_are_the_models_and_the_file_says_which(backbone, with_head, 
     classifier = Classifier.from_pretrained(folder, device="cpu")
     paths = [file for file in pictures[1] if "turned" not in file]
     out = tmp_path / "out.parquet"
-    predict_to_parquet(classifier, paths, out, embedding=True, batch_size=3)
+    predict_to_file(classifier, paths, out, embedding=True, batch_size=3)
     embeddings = torch.tensor([row["embedding"] for row in rows_of(out)])
     data_config = timm.data.resolve_data_config(pretrained_cfg=model.backbone.pretrained_cfg)
     transform = timm.data.create_transform(**data_config)
@@ -140,7 +142,7 @@ def test_a_broken_image_is_a_row_and_other_files_are_passed_over(wide_resnet, tm
     picture(40, 40).save(folder / "e.png")
     (folder / "notes.txt").write_text("no image, and named so")
     out = tmp_path / "out.parquet"
-    written = predict_to_parquet(wide_resnet, folder, out, embedding=True, batch_size=2)
+    written = predict_to_file(wide_resnet, folder, out, embedding=True, batch_size=2)
     rows = rows_of(out)
     assert (written.images, written.unreadable) == (5, 3)
     assert [Path(row["path"]).name for row in rows] == ["a.png", "b.jpg", "c.jpg", "d.png", "e.png"]
@@ -158,16 +160,16 @@ def test_a_run_that_ends_early_leaves_the_old_file_and_its_rows(wide_resnet, tmp
         picture(16, 16).save(folder / f"{number:02}.png")
     (folder / "99.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"99\.png can't be read .*: repair or remove"):
-        predict_to_parquet(wide_resnet, folder, out, strict=True, batch_size=4)
+        predict_to_file(wide_resnet, folder, out, strict=True, batch_size=4)
     assert not out.exists()
     assert [Path(row["path"]).stem for row in rows_of(tmp_path / "_out.parquet.partial")] == [
         f"{number:02}" for number in range(40)
     ]
-    predict_to_parquet(wide_resnet, folder, out)
+    predict_to_file(wide_resnet, folder, out)
     before = out.read_bytes()
     assert not (tmp_path / "_out.parquet.partial").exists()
     with pytest.raises(ValueError, match="99"):
-        predict_to_parquet(wide_resnet, folder, out, strict=True)
+        predict_to_file(wide_resnet, folder, out, strict=True)
     assert out.read_bytes() == before
 
 
@@ -176,7 +178,7 @@ def test_every_kind_of_source_gives_the_same_rows(wide_resnet, pictures, tmp_pat
     out = tmp_path / "out.parquet"
 
     def predicted(source: Any) -> list[tuple[str, float]]:
-        predict_to_parquet(wide_resnet, source, out, batch_size=2)
+        predict_to_file(wide_resnet, source, out, batch_size=2)
         return [(row["label"], pytest.approx(row["confidence"], abs=1e-6)) for row in rows_of(out)]
 
     expected = predicted(folder)
@@ -198,7 +200,7 @@ def test_rows_keep_their_order_on_any_number_of_threads_and_torch_its_own(wide_r
     tables = []
     for workers in (1, 3):
         out = tmp_path / f"{workers}.parquet"
-        predict_to_parquet(wide_resnet, files, out, batch_size=5, num_workers=workers)
+        predict_to_file(wide_resnet, files, out, batch_size=5, num_workers=workers)
         tables.append(rows_of(out))
     assert [row["path"] for row in tables[0]] == files
     assert [(row["path"], row["label"]) for row in tables[0]] == [(row["path"], row["label"]) for row in tables[1]]
@@ -207,9 +209,101 @@ def test_rows_keep_their_order_on_any_number_of_threads_and_torch_its_own(wide_r
 
 def test_rows_are_written_in_groups(wide_resnet, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "ROW_GROUP", 40)
-    predict_to_parquet(wide_resnet, pictures[1] * 10, tmp_path / "out.parquet", batch_size=4)
+    predict_to_file(wide_resnet, pictures[1] * 10, tmp_path / "out.parquet", batch_size=4)
     metadata = pq.read_metadata(tmp_path / "out.parquet")
     assert [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)] == [40, 40, 10]
+
+
+ODD_NAMES = (
+    "=cmd.png",
+    "a, b.png",
+    'q"uote.png',
+    "new\nline.png",
+    "carriage\rreturn.png",
+    "ünïcode 猫.png",
+    "zz broken.png",
+)
+
+
+def read_back(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file as pandas reads them, with None for missing values."""
+    read = {".csv": pandas.read_csv, ".jsonl": partial(pandas.read_json, lines=True), ".parquet": pandas.read_parquet}
+    table = read[file.suffix](file)
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def test_the_suffix_chooses_the_format_and_every_format_has_the_same_rows(tmp_path):
+    labels = ["path", "error", "label", 'a "class", =1\n']  # the names of columns are no problem
+    torch.manual_seed(0)
+    model = CCSSLForImageClassification.from_timm("test_resnet", labels=labels, image_size=32)
+    model.save_pretrained(tmp_path / "model")
+    classifier, folder = Classifier.from_pretrained(tmp_path / "model", device="cpu"), tmp_path / "images"
+    folder.mkdir()
+    for name in ODD_NAMES[:-1]:
+        picture(30, 30).save(folder / name)
+    (folder / ODD_NAMES[-1]).write_bytes(b"no image")
+    files = {suffix: tmp_path / f"out{suffix}" for suffix in inference.FORMATS}
+    for file in files.values():
+        done = predict_to_file(classifier, folder, file, top_k=3, probabilities=True, embedding=True)
+        assert (done.images, done.unreadable) == (len(ODD_NAMES), 1)
+    tables = {suffix: read_back(file) for suffix, file in files.items()}
+    paths = sorted(str(folder / name) for name in ODD_NAMES)
+    ranked = ["label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3"]
+    assert list(tables[".parquet"][0]) == list(tables[".jsonl"][0])
+    assert list(tables[".parquet"][0]) == ["path", *ranked, "probabilities", "embedding", "error"]
+    assert list(tables[".csv"][0]) == [
+        "path",
+        *ranked,
+        *(f"probability_{each}" for each in labels),
+        "embedding",
+        "error",
+    ]
+    assert json.loads(pq.read_schema(files[".parquet"]).metadata[b"labels"]) == labels
+    for of_csv, of_json, of_parquet in zip(*(tables[suffix] for suffix in (".csv", ".jsonl", ".parquet")), strict=True):
+        for name in ("path", "error", *ranked[::2]):
+            assert of_csv[name] == of_json[name] == of_parquet[name]
+        if of_csv["error"]:
+            assert all(value is None for name, value in of_csv.items() if name not in ("path", "error"))
+            assert all(value is None for name, value in of_json.items() if name not in ("path", "error"))
+            continue
+        probabilities = of_parquet["probabilities"]
+        best = probabilities.argsort()[::-1][:3]
+        assert [of_csv[name] for name in ranked[::2]] == [labels[number] for number in best]
+        for row in (of_csv, of_json, of_parquet):
+            assert [row[name] for name in ranked[1::2]] == pytest.approx(probabilities[best].tolist(), abs=1e-6)
+        assert of_json["probabilities"] == pytest.approx(
+            dict(zip(labels, probabilities.tolist(), strict=True)), abs=1e-6
+        )
+        assert [of_csv[f"probability_{each}"] for each in labels] == pytest.approx(probabilities.tolist(), abs=1e-6)
+        np.testing.assert_array_equal(np.float32(json.loads(of_csv["embedding"])), of_parquet["embedding"])
+        np.testing.assert_array_equal(np.float32(of_json["embedding"]), of_parquet["embedding"])
+    assert sorted(row["path"] for row in tables[".csv"]) == paths  # unchanged
+
+
+def test_more_classes_than_there_are_and_equal_probabilities(wide_resnet, tmp_path):
+    rows: list[dict[str, Any]] = [{}]
+    inference._add_classes(rows, torch.full((1, 4), 0.25), LABELS, range(2, 5))
+    assert [rows[0][f"label_{rank}"] for rank in (2, 3, 4)] == LABELS[1:]  # the first is `label`
+    picture(20, 20).save(tmp_path / "a.png")
+    predict_to_file(wide_resnet, tmp_path / "a.png", tmp_path / "out.jsonl", top_k=99)
+    [row] = read_back(tmp_path / "out.jsonl")
+    assert sorted(value for name, value in row.items() if name.startswith("label")) == sorted(LABELS)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_an_interrupted_run_leaves_a_text_file_with_its_rows(wide_resnet, suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "ROW_GROUP", 8)
+    folder, out = tmp_path / "images", tmp_path / f"out{suffix}"
+    folder.mkdir()
+    for number in range(20):
+        picture(16, 16).save(folder / f"{number:02}.png")
+    (folder / "99.png").write_bytes(b"no image")
+    out.write_text("an earlier file")
+    with pytest.raises(ValueError, match="99"):
+        predict_to_file(wide_resnet, folder, out, strict=True, batch_size=4)
+    assert out.read_text() == "an earlier file"
+    left = inference.partial_file(out).rename(tmp_path / f"left{suffix}")
+    assert [Path(row["path"]).stem for row in read_back(left)] == [f"{number:02}" for number in range(20)]
 
 
 def test_uint8_pixels_and_normalised_tensors_say_the_same(wide_resnet):
@@ -240,7 +334,7 @@ def test_classes_that_do_not_exclude_each_other_have_their_own_probabilities(pic
 
 
 def test_what_a_user_can_get_wrong(wide_resnet, pictures, tmp_path):
-    folder, files = pictures
+    folder = pictures[0]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image files; name a folder"):
         open_images(tmp_path / "empty")
@@ -248,10 +342,15 @@ def test_what_a_user_can_get_wrong(wide_resnet, pictures, tmp_path):
         open_images([])
     with pytest.raises(ValueError, match=r"'nowhere\.parquet' does not exist \(no such parquet file\)"):
         open_images("nowhere.parquet")
-    with pytest.raises(ValueError, match="is a folder: name the parquet file"):
-        predict_to_parquet(wide_resnet, folder, tmp_path)
+    with pytest.raises(ValueError, match="is a folder: name the file to write"):
+        predict_to_file(wide_resnet, folder, tmp_path)
+    for name in ("out", "out.json", "out.xlsx", "-"):
+        with pytest.raises(ValueError, match=rf"{name} has none of the suffixes \.parquet, \.csv, \.jsonl: name"):
+            predict_to_file(wide_resnet, "nowhere", name)
     with pytest.raises(ValueError, match="is also the source"):
-        predict_to_parquet(wide_resnet, files[0], files[0])
+        predict_to_file(wide_resnet, f"{tmp_path}/x.parquet", tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="top_k is 0: set it to 1 or more"):
+        predict_to_file(wide_resnet, folder, tmp_path / "out.csv", top_k=0)
     with pytest.raises(ValueError, match="no device 'gpu' here"):
         Classifier.from_pretrained(tmp_path, device="gpu")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):

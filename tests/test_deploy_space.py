@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,16 @@ def test_only_an_image_below_both_thresholds_may_be_out_of_distribution(space: a
         confidence, energy = (score.item() for score in app.confidence_and_energy(logits))
         answer = space.answer(image)
         assert answer.out_of_distribution == (confidence < limits.confidence and energy < limits.energy)
-        assert f"{confidence:.2f}" in answer.reason and f"{energy:.1f}" in answer.reason
+        assert answer.reason == f"Confidence {confidence:.2f}, energy score {energy:.1f}. {space.rule}"
+    assert space.rule == (
+        f"Rule: possibly out of distribution if confidence < {limits.confidence:.2f} and energy score < "
+        f"{limits.energy:.1f}; on validation images, this flags {limits.flagged:.0%} of 37 images of the model's "
+        f"classes by mistake, and detects {limits.ood_flagged:.0%} of 8 out-of-distribution images."
+    )
+    assert space.rule.removeprefix("Rule: ") in space.about()
+    alone = app.Space.__new__(app.Space)
+    alone.settings = replace(space.settings, thresholds=replace(limits, ood_images=0, ood_flagged=None))
+    assert alone.rule.endswith("by mistake, and out-of-distribution images were not measured.")
 
 
 def test_without_validation_images_only_a_floor_is_compared_with_and_the_page_says_so(

@@ -31,6 +31,7 @@ from ccssl_hf import CCSSLTrainingArguments
 from ccssl_hf.algorithms import ALGORITHMS, build_algorithm
 from ccssl_hf.cli import app
 from ccssl_hf.cli.flags import parse_recipe
+from ccssl_hf.cli.help import FLAGS_FILE
 from ccssl_hf.deploy.predict import Classifier
 from ccssl_hf.recipe import OWN_IMAGES, FolderArguments, RecipeArguments
 from hub_server import TOKENS, Hub
@@ -329,6 +330,10 @@ def test_the_table_of_algorithms_is_up_to_date(reference: dict[str, Any]) -> Non
 def test_the_pages_of_the_commands_are_up_to_date(reference: dict[str, Any]) -> None:
     found = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "cli").glob("*.md")}
     assert found == reference["pages"](), "run: python docs/reference.py"
+
+
+def test_the_flags_that_the_command_shows_without_importing_torch_are_up_to_date(reference: dict[str, Any]) -> None:
+    assert FLAGS_FILE.read_text(encoding="utf-8") == reference["flags_file"](), "run: python docs/reference.py"
 
 
 def test_every_setting_in_the_second_column_of_migration_exists() -> None:

@@ -27,7 +27,7 @@ from ccssl_hf import images
 from ccssl_hf.data import EvaluationDataset, drop_unreadable
 from ccssl_hf.deploy import handler
 from ccssl_hf.deploy.evaluate import evaluate
-from ccssl_hf.deploy.predict import Classifier, predict_to_parquet
+from ccssl_hf.deploy.predict import Classifier, predict_to_file
 from ccssl_hf.deploy.space_page import app
 from ccssl_hf.images import MISSING, content_hashes, decode_image, open_image, upright_rgb
 from ccssl_hf.pixels import ImageFiles, PixelTable
@@ -383,7 +383,7 @@ def test_a_url_is_never_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert decode_image({"bytes": content, "path": urls[0]}, 0, "test").size == (WIDTH, HEIGHT)
     assert len(drop_unreadable(dataset_of([None, content], [urls[0], None]))) == 1
     classifier = Classifier.from_pretrained(published(tmp_path / "model", "wide_resnet10_1_cifar", 16), device="cpu")
-    predict_to_parquet(classifier, urls, tmp_path / "out.parquet")
+    predict_to_file(classifier, urls, tmp_path / "out.parquet")
     errors = datasets.Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "cache"))["error"]
     assert all("is a URL and only local files are opened" in error for error in errors)
 
@@ -482,7 +482,7 @@ def test_hostile_files_are_refused_everywhere_before_they_are_decoded(
     with pytest.raises(ValueError, match=sentence):
         EvaluationDataset(dataset, None, image_column="image", transform=np.asarray, role="test")[1]
     classifier = Classifier.from_pretrained(published(tmp_path / "model", "wide_resnet10_1_cifar", 16), device="cpu")
-    assert predict_to_parquet(classifier, dataset, tmp_path / "out.parquet").unreadable == 1
+    assert predict_to_file(classifier, dataset, tmp_path / "out.parquet").unreadable == 1
 
 
 def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +500,7 @@ def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match="at most 383 are allowed"):
         EvaluationDataset(dataset, None, image_column="image", transform=np.asarray, role="test", **few)[0]
     classifier = Classifier.from_pretrained(published(tmp_path / "model", "wide_resnet10_1_cifar", 16), device="cpu")
-    assert predict_to_parquet(classifier, dataset, tmp_path / "out.parquet", **few).unreadable == 1
+    assert predict_to_file(classifier, dataset, tmp_path / "out.parquet", **few).unreadable == 1
     with pytest.raises(ValueError, match="at most 383 are allowed"):
         evaluate(classifier, dataset.add_column("label", ["moth"]), "test", **few)
 

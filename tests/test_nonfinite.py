@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
 from ccssl_hf.checkpoint import HEAD_FILE, WEIGHTS_FILE, check_finite, save_tensors
-from ccssl_hf.deploy.predict import Classifier, open_images, predict_all, predict_to_parquet
+from ccssl_hf.deploy.predict import Classifier, open_images, predict_all, predict_to_file
 from ccssl_hf.nonfinite import FiniteGuard, NonFiniteError
 from ccssl_hf.resume import TRAINING_STATE
 from nonfinite_runs import break_gradient, break_term
@@ -303,7 +303,7 @@ def test_predictions_that_are_not_finite_are_errors_of_their_rows(tmp_path: Path
 
     network.register_forward_hook(third_is_nan)
     images = open_images(VALIDATION.select(range(6)))
-    done = predict_to_parquet(classifier, images, tmp_path / "out.parquet", num_workers=1)
+    done = predict_to_file(classifier, images, tmp_path / "out.parquet", num_workers=1)
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["error"] is None for row in rows] == [True, True, False, True, True, True]
     assert (

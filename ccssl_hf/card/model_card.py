@@ -18,9 +18,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..algorithms import ALGORITHMS, CCSSL_PAPER
 from ..checkpoint import is_own_backbone
 from ..data import FINGERPRINTED_IMAGES
-from ..record import CONFIDENCE, CURVES, Provenance, Result, RunRecord, Section, Split
+from ..record import CONFIDENCE, CURVES, Provenance, Result, RunRecord, Section, Split, duration
 from .facts import CardFacts, known, read_facts, store_facts
-from .text import cell, duration, plain, public_name, without_folder
+from .text import cell, plain, public_name, without_folder
 
 UNREADABLE_FILE = "unreadable_images.txt"
 """Lists the images that could not be read, if the card has no room for all. It is not uploaded."""

@@ -109,7 +109,7 @@ def describe(model: str) -> str:
     lines = [f"{model}: {config.architecture}, {size} px, {megabytes:.1f} MB, {len(labels)} classes ({names})"]
     card = read_card(_card_folder(model))
     if card is None:
-        return "\n".join([*lines, f"It has no card: `ccssl-hf report {model} --split NAME=SOURCE` writes one."])
+        return "\n".join([*lines, f"It has no card: `ccssl-hf report {model} --split SOURCE` writes one."])
     facts = read_facts(card)
     lines += ["", results_table(facts.results) if facts.results else "Its card has no results with provenance."]
     if facts.splits:

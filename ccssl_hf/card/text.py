@@ -1,4 +1,4 @@
-"""Values as text and plain data: names without local paths, durations, cells and tables."""
+"""Values as text and plain data: names without local paths, cells and tables."""
 
 from __future__ import annotations
 
@@ -59,13 +59,6 @@ def cell(value: Any) -> str:
     if value is None:
         return "none"
     return " ".join(without_folder(str(value)).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text, such as `1 h 6 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def format_table(

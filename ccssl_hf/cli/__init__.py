@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
 from .check import DATA_FLAGS, check
@@ -18,8 +20,34 @@ from .serve import serve
 from .space import space
 from .train import ANY_FLAG, train
 
+
+class OneLineErrors(TyperGroup):
+    """Shows a wrong argument in one line instead of a box. `click.UsageError` has moved between typer's releases."""
+
+    def main(self, args: Any = None, *others: Any, standalone_mode: bool = True, **settings: Any) -> Any:
+        settings["standalone_mode"] = False
+        try:
+            code = super().main(args, *others, **settings)
+        except Exception as error:
+            if not (standalone_mode and hasattr(error, "format_message")):
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":  # the help is its message
+                error.show()  # type: ignore[attr-defined]
+            else:
+                command = getattr(getattr(error, "ctx", None), "command_path", "ccssl-hf")
+                text = " ".join(error.format_message().split())
+                print(f"error: {text.rstrip('.')}. See `{command} --help`.", file=sys.stderr)
+            code = getattr(error, "exit_code", 2)
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
 app = typer.Typer(
-    name="ccssl-hf", no_args_is_help=True, help="Semi-supervised image classification for the Hugging Face ecosystem."
+    cls=OneLineErrors,
+    name="ccssl-hf",
+    no_args_is_help=True,
+    help="Semi-supervised image classification for the Hugging Face ecosystem.",
 )
 RUNS, PUBLISHING = "Train and evaluate", "Publish and serve"
 

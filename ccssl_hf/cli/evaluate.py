@@ -16,8 +16,12 @@ def evaluate(
     model: Model,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=f"Labeled images: {LABELED_SOURCE}.")],
     split: Annotated[
-        str, typer.Option(help="Name of the split in the results, and the split to load from a Hub dataset.")
-    ] = "test",
+        str | None,
+        typer.Option(
+            help="Name of the split in the results, and the split to load from a Hub dataset; default: the name of the "
+            "folder or parquet file, and test on the Hub."
+        ),
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Also write the metrics to this file.")
     ] = None,
@@ -36,10 +40,11 @@ def evaluate(
     with errors_in_one_line():
         from ..card.report import provenance_of, results_table
         from ..deploy.evaluate import evaluate as measure
-        from ..deploy.evaluate import load_labeled, look_at
+        from ..deploy.evaluate import load_labeled, look_at, split_name
         from ..deploy.predict import Classifier
         from ..survey import Survey, ood_sentence
 
+        split = split or split_name(source)
         dataset = load_labeled(source, split, image_root)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
         reading: dict[str, Any] = dict(

@@ -1,4 +1,4 @@
-"""`ccssl-hf predict`: labels of images, as a parquet file."""
+"""`ccssl-hf predict`: labels of images, as a Parquet, CSV or JSON Lines file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ def predict(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="Image folder, image, glob, csv, parquet or Hub dataset.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The parquet file to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .parquet, .csv or .jsonl.")],
+    top_k: Annotated[int, typer.Option("--top-k", "--top_k", min=1, help="Number of classes to write.")] = 1,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write the probability of every class.")
+    ] = False,
     embedding: Annotated[bool, typer.Option("--embedding", help="Also write embeddings.")] = False,
     batch_size: BatchSize = None,
     num_workers: NumWorkers = None,
@@ -25,14 +29,24 @@ def predict(
     image_root: ImageRoot = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
 ) -> None:
-    """Predict labels, confidences and embeddings of images, and write a parquet file with one row per image."""
-    with errors_in_one_line():
-        from ..deploy.predict import Classifier, check_output, open_images, predict_to_parquet
+    """Predict labels, confidences and embeddings of images, and write a file with one row per image.
 
-        images = open_images(source, image_column=image_column, image_root=image_root)
+    Columns: path, label, confidence and error; label_2, confidence_2 and so on with --top-k. With --probabilities, a
+    CSV file has a column probability_CLASS for each class. An interrupted run leaves its rows in _OUT.partial.
+    """
+    with errors_in_one_line():
+        from ..deploy.predict import Classifier, check_output, open_images, partial_file, predict_to_file
+
         check_output(out, source)
+        images = open_images(source, image_column=image_column, image_root=image_root)
         classifier = Classifier.from_pretrained(model, device=device)
-        settings: dict[str, Any] = dict(batch_size=batch_size, num_workers=num_workers, image_column=image_column)
-        done = predict_to_parquet(classifier, images, out, embedding=embedding, strict=strict, **settings)
+        settings: dict[str, Any] = dict(
+            top_k=top_k, probabilities=probabilities, embedding=embedding, strict=strict, image_column=image_column
+        )
+        try:
+            done = predict_to_file(classifier, images, out, batch_size=batch_size, num_workers=num_workers, **settings)
+        except KeyboardInterrupt:
+            typer.echo(f"Interrupted: the rows of the first images are in {partial_file(out)}.", err=True)
+            raise typer.Exit(130) from None
     unreadable = f" ({done.unreadable} could not be read, see column error)" if done.unreadable else ""
     typer.echo(f"{done.images:,} images{unreadable} at {done.images / done.seconds:,.1f} a second, written to {out}.")

@@ -20,8 +20,8 @@ def report(
     split: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=SOURCE",
-            help=f"Labeled images to measure on, and their name: {LABELED_SOURCE}. Can be repeated.",
+            metavar="[NAME=]SOURCE",
+            help=f"Labeled images to measure on: {LABELED_SOURCE}. NAME is the folder's by default. Can be repeated.",
         ),
     ] = None,
     embeddings: Annotated[
@@ -43,18 +43,23 @@ def report(
     """
     with errors_in_one_line():
         from ..card.report import describe, provenance_of, results_table, write_report
-        from ..deploy.evaluate import evaluate, load_labeled, look_at
+        from ..deploy.evaluate import evaluate, load_labeled, look_at, split_name
         from ..deploy.predict import Classifier
         from ..survey import Survey, ood_sentence
 
         if not split:
             if out is not None or embeddings:
-                raise ValueError("There is no split to measure on: add at least one --split NAME=SOURCE.")
+                raise ValueError("There is no split to measure on: add at least one --split SOURCE.")
             typer.echo(describe(model))
             return
-        if wrong := [each for each in split if not all(each.partition("="))]:
-            raise ValueError(f"--split {wrong[0]}: use NAME=SOURCE, such as test=photos/test.")
-        sources = {name: source for name, _, source in (each.partition("=") for each in split)}
+        sources: dict[str, str] = {}
+        for each in split:
+            name, _, source = each.rpartition("=") if not Path(each).exists() else ("", "", each)
+            name = name or split_name(source)
+            if not source or name in sources:
+                what = f"two splits are named {name}" if source else "it has no SOURCE"
+                raise ValueError(f"--split {each}: {what}; use NAME=SOURCE, such as test=photos/test.")
+            sources[name] = source
         if out is None and not Path(model).is_dir():
             raise ValueError(f"{model} is on the Hub: name the folder to write its card to.")
         datasets = {name: load_labeled(source, name, image_root) for name, source in sources.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,6 +16,15 @@ from ..record import Provenance, Result, SplitPredictions
 from ..sources import load_split, skipped
 from ..survey import SplitSurvey, count_labels
 from .predict import Classifier, predict_all
+
+
+def split_name(source: str) -> str:
+    """The name of a split from its source: the folder, the file without its number or pattern, or the Hub's split."""
+    path = Path(source).expanduser()
+    if path.suffix == "" and not path.is_dir():
+        return source.partition(":")[2] or "test"
+    name = path.resolve().name if path.is_dir() else path.stem
+    return re.sub(r"(-\d+-of-\d+|[-_.]*[*?\[].*)$", "", name) or path.parent.name or "test"
 
 
 def load_labeled(source: str, split: str, image_root: str | None = None) -> datasets.Dataset:
@@ -37,7 +48,7 @@ def evaluate(
 
     Labels are aligned by name. A label that is not a class of the model, and -1, marks an out-of-distribution (OOD)
     image. Load the classifier with `fold=False` if every digit counts. For `batch_size`, `num_workers` and `max_pixels`
-    see `predict.predict_to_parquet`.
+    see `predict.predict_to_file`.
 
     Raises:
         ValueError: Images cannot be read, which it names all, or the columns or labels do not fit.

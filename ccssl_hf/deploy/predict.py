@@ -1,4 +1,4 @@
-"""Predict labels, confidences and embeddings of images, and of whole folders to parquet.
+"""Predict labels, confidences and embeddings of images, and of whole folders to a Parquet, CSV or JSON Lines file.
 
 On a CPU a few threads each take a batch from file to result, and each runs the network on its own share of the cores.
 Pillow and torch release Python's lock while they work, so threads suffice and share one copy of the weights.
@@ -6,12 +6,13 @@ Pillow and torch release Python's lock while they work, so threads suffice and s
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 import warnings
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,7 @@ from ..survey import unreadable_images
 MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lock
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it
 NOT_FINITE = "the network's output is NaN or infinite: use float32 or weights of an earlier step"
+FORMATS = (".parquet", ".csv", ".jsonl")  # of the file of predictions
 ROW_GROUP = 4096  # rows that are written at a time: 32 MiB with embeddings of size 2048
 
 
@@ -324,11 +328,13 @@ class Written(NamedTuple):
     seconds: float
 
 
-def predict_to_parquet(
+def predict_to_file(
     classifier: Classifier,
     source: str | Path | Sequence[str | Path] | datasets.Dataset,
     out: str | Path,
     *,
+    top_k: int = 1,
+    probabilities: bool = False,
     embedding: bool = False,
     batch_size: int | None = None,
     num_workers: int | None = None,
@@ -338,14 +344,20 @@ def predict_to_parquet(
 ) -> Written:
     """Predict all images of a source and write one row for each, in their order.
 
-    Columns: `path` (the row number of images without one), `label`, `confidence`, `embedding` if requested, and
-    `error`: why an image could not be read; the other columns are null then. The file's metadata holds the `model` and,
-    with embeddings, `embedding`: see `Classifier.embedding`. Memory does not grow with the number of images.
+    Columns: `path` (unchanged; the row number of images without one), `label`, `confidence`, and `error`: why an image
+    could not be read; the other columns are null then, and empty in CSV. A path or label that a spreadsheet would take
+    for a formula, such as `=a.png`, is written unchanged: import such a column as text. Memory does not grow with the
+    number of images.
 
     Args:
         source, image_column: See `open_images`.
-        out: The file. It is replaced at the end: until then rows are in `_<name>.partial` in the same folder. An
-            interrupted run leaves that file readable.
+        out: The file: `.parquet`, `.csv` or `.jsonl` (JSON Lines), in UTF-8. It is replaced at the end: until then rows
+            are in `partial_file(out)`. An interrupted run leaves that file readable.
+        top_k: Write the next best classes, too, as `label_2`, `confidence_2` and so on; at most all classes.
+        probabilities: Write the probability of every class. Parquet: a list `probabilities`, in the order of `labels`
+            in the file's metadata. JSON Lines: an object by class. CSV: a column `probability_<class>` for each class.
+        embedding: Write embeddings, as a list; as JSON text in CSV. The metadata of a Parquet file says which: see
+            `Classifier.embedding`.
         batch_size: Images per forward pass; where None 16 on a CPU and 64 on an accelerator.
         num_workers: Threads that decode and predict; where None as many as torch uses, at most 8.
         strict: Whether to stop at the first image that cannot be read.
@@ -354,38 +366,110 @@ def predict_to_parquet(
     Raises:
         ValueError: There are no images, `out` cannot be written, or with `strict` an image cannot be read.
     """
-    images = open_images(source, image_column=image_column)
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}: set it to 1 or more.")
+    twice = sorted(name for name, count in Counter(classifier.labels).items() if count > 1)
+    if probabilities and twice:
+        raise ValueError(
+            f"Several classes are named {', '.join(twice[:10])}: give each a name of its own in config.json."
+        )
     out = check_output(out, source)
+    images = open_images(source, image_column=image_column)
+    ranks = range(2, min(top_k, len(classifier.labels)) + 1)
     columns = {"path": pa.string(), "label": pa.string(), "confidence": pa.float32()}
-    metadata = {"model": classifier.name}
+    for rank in ranks:
+        columns |= {f"label_{rank}": pa.string(), f"confidence_{rank}": pa.float32()}
+    metadata = {"model": classifier.name, "labels": json.dumps(classifier.labels)}
+    if probabilities:
+        columns["probabilities"] = pa.list_(pa.float32())
     if embedding:
         columns["embedding"], metadata["embedding"] = pa.list_(pa.float32()), classifier.embedding
     schema = pa.schema({**columns, "error": pa.string()}, metadata)
-    unfinished = out.with_name(f"_{out.name}.partial")
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
     with (
         closing(_in_batches(classifier, images, batch_size, num_workers, strict, max_pixels)) as results,
-        pq.ParquetWriter(unfinished, schema) as writer,
+        _rows_to(partial_file(out), schema, classifier.labels) as write,
     ):
         try:
-            for new, _ in results:
-                unreadable += sum(row["error"] is not None for row in new)
+            for new, found in results:
+                readable = [row for row in new if row["error"] is None]
+                unreadable += len(new) - len(readable)
+                if found is not None:
+                    _add_classes(readable, found.probabilities, classifier.labels, ranks)
                 rows += new
                 if len(rows) >= ROW_GROUP:
-                    writer.write_table(pa.Table.from_pylist(rows, schema))
+                    write(rows)
                     rows = []
         finally:
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-    os.replace(unfinished, out)
+            write(rows)
+    os.replace(partial_file(out), out)
     return Written(len(images), unreadable, time.perf_counter() - started)
 
 
+def _add_classes(
+    rows: list[dict[str, Any]], probabilities: Tensor, labels: Sequence[str], ranks: Sequence[int]
+) -> None:
+    """Add the next best classes to the rows of readable images, and all probabilities."""
+    values, numbers = probabilities.sort(descending=True, stable=True)  # of equal ones the first, as argmax does
+    for row, every, best, order in zip(rows, probabilities.numpy(), values.tolist(), numbers.tolist(), strict=True):
+        row["probabilities"] = every
+        for rank in ranks:
+            row |= {f"label_{rank}": labels[order[rank - 1]], f"confidence_{rank}": best[rank - 1]}
+
+
+@contextmanager
+def _rows_to(file: Path, schema: pa.Schema, labels: Sequence[str]) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A function that appends rows to a new file, in the format of the second last suffix of its name."""
+    if Path(file.stem).suffix.lower() == ".parquet":
+        with pq.ParquetWriter(file, schema) as parquet:
+            yield lambda rows: parquet.write_table(pa.Table.from_pylist(rows, schema))
+    elif Path(file.stem).suffix.lower() == ".csv":
+        with pa.csv.CSVWriter(file, _csv_table([], schema, labels).schema) as csv:
+            yield lambda rows: csv.write_table(_csv_table(rows, schema, labels))
+    else:
+        with file.open("w", encoding="utf-8", newline="\n") as lines:
+
+            def write(rows: list[dict[str, Any]]) -> None:
+                for row in rows:
+                    values = {name: row.get(name) for name in schema.names}
+                    if (every := values.get("probabilities")) is not None:
+                        values["probabilities"] = dict(zip(labels, every.tolist(), strict=True))
+                    lines.write(json.dumps(values, ensure_ascii=False, default=np.ndarray.tolist) + "\n")
+
+            yield write
+
+
+def _csv_table(rows: list[dict[str, Any]], schema: pa.Schema, labels: Sequence[str]) -> pa.Table:
+    """Rows as a table without lists: a column for each class, and embeddings as JSON text."""
+    columns: dict[str, pa.Array] = {}
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        if field.name == "probabilities":
+            matrix = np.array([np.zeros(len(labels)) if each is None else each for each in values], np.float32)
+            missing = np.array([each is None for each in values], bool)
+            for label, column in zip(labels, matrix.reshape(-1, len(labels)).T, strict=True):
+                columns[f"probability_{label}"] = pa.array(column, mask=missing)
+        elif field.name == "embedding":
+            texts = [None if each is None else f"[{', '.join(f'{x:.9g}' for x in each)}]" for each in values]
+            columns[field.name] = pa.array(texts, pa.string())
+        else:
+            columns[field.name] = pa.array(values, field.type)
+    return pa.table(columns)
+
+
+def partial_file(out: str | Path) -> Path:
+    """The file of the rows of an unfinished run, in the folder of `out`."""
+    return Path(out).with_name(f"_{Path(out).name}.partial")
+
+
 def check_output(out: str | Path, source: Any) -> Path:
-    """The path of the file to write. Raises ValueError if it cannot be written or is the source."""
+    """The path of the file to write. Raises ValueError if its format is unknown, or it is a folder or the source."""
     out = Path(out)
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: name the parquet file to write, such as {out / 'predictions.parquet'}.")
+        raise ValueError(f"{out} is a folder: name the file to write, such as {out / 'predictions.parquet'}.")
+    if out.suffix.lower() not in FORMATS:
+        raise ValueError(f"{out} has none of the suffixes {', '.join(FORMATS)}: name such a file for the predictions.")
     if isinstance(source, (str, Path)) and out.resolve() == Path(source).resolve():
         raise ValueError(f"{out} is also the source: write the predictions to another file.")
     check_writable(out.parent)

@@ -342,7 +342,7 @@ class Answer:
     """What the page shows for one image."""
 
     out_of_distribution: bool  # whether it may be
-    reason: str  # the scores and thresholds behind that
+    reason: str  # the scores behind that, and the rule
     confidences: dict[str, float]  # class name to softmax probability
     best: int  # number of the most probable class
     overlay: Image.Image  # the heat map of that class over the image
@@ -364,44 +364,51 @@ class Space:
         confidence, energy = (score.item() for score in confidence_and_energy(logits))
         if limits := self.settings.thresholds:
             ood = bool(possibly_ood(logits, confidence=limits.confidence, energy=limits.energy))
-            usual = f"{1 - limits.quantile:.0%}"
-            reason = (
-                f"Confidence {confidence:.2f}, energy score {energy:.1f}. Of the in-distribution images, {usual} have "
-                f"a confidence of at least {limits.confidence:.2f}, and {usual} an energy score of at least "
-                f"{limits.energy:.1f}."
-            )
+            scores = f"Confidence {confidence:.2f}, energy score {energy:.1f}."
         else:
             ood = confidence < CONFIDENCE_FLOOR
-            reason = f"Confidence {confidence:.2f}. The threshold is {CONFIDENCE_FLOOR}; it was set by hand."
+            scores = f"Confidence {confidence:.2f}."
         near = self.gallery.nearest(features[0]) if self.gallery else []
         labels, best = self.model.labels, int(logits.argmax())
         return Answer(
             out_of_distribution=ood,
-            reason=reason,
+            reason=f"{scores} {self.rule}",
             confidences=dict(zip(labels, logits.softmax(dim=1)[0].tolist(), strict=True)),
             best=best,
             overlay=self.model.explain(image, best),
             nearest=[(enlarge(each, 192), f"{labels[number]} · {cosine:.2f}") for each, number, cosine in near],
         )
 
+    @property
+    def rule(self) -> str:
+        """When an image may be out of distribution, in one sentence with what was measured."""
+        limits = self.settings.thresholds
+        if limits is None:
+            return (
+                f"Rule: possibly out of distribution if confidence < {CONFIDENCE_FLOOR}, set by hand and not measured."
+            )
+        detected = "out-of-distribution images were not measured"
+        if limits.ood_flagged is not None:
+            detected = f"detects {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images"
+        return (
+            f"Rule: possibly out of distribution if confidence < {limits.confidence:.2f} and energy score < "
+            f"{limits.energy:.1f}; on validation images, this flags {limits.flagged:.0%} of {limits.images:,} images "
+            f"of the model's classes by mistake, and {detected}."
+        )
+
     def about(self) -> str:
         """What the numbers mean and what they do not mean, as Markdown."""
-        rule = f"if the confidence is below {CONFIDENCE_FLOOR}. This threshold was set by hand and not measured."
+        measured = ""
         if limits := self.settings.thresholds:
-            rule = (
-                "if both scores are below their thresholds. Each threshold is the value that "
-                f"{1 - limits.quantile:.0%} of {limits.images:,} in-distribution images reach ({limits.source}; top-1 "
-                f"accuracy {limits.top1:.0%}). The note appears for {limits.flagged:.0%} of these images. "
+            measured = (
+                f"The thresholds are the values that {1 - limits.quantile:.0%} of these images reach ({limits.source}; "
+                f"top-1 accuracy {limits.top1:.0%}). "
             )
-            if limits.ood_flagged is None:
-                rule += "Out-of-distribution images were not measured."
-            else:
-                rule += f"It appears for {limits.ood_flagged:.0%} of {limits.ood_images:,} out-of-distribution images."
         lines = [
             f"**Confidence** is the softmax probability. It sums to 100% over the {len(self.model.labels)} classes, "
             "even if the image shows none of them. It is not the probability that the class is right.",
             "**Energy score** is the log-sum-exp of the logits. It is low if all logits are low.",
-            f"**“Possibly out of distribution”** appears {rule} It is a hint only: a network that was trained on its "
+            f"{self.rule.replace('Rule:', '**Rule:**')} {measured}It is a hint only: a network that was trained on its "
             "own pseudo labels can be as confident on out-of-distribution images as on others.",
             "**The heat map** (Grad-CAM) shows which regions of the network's last feature map increase the score of a "
             "class. Redder regions increase it more. The map is coarse: it shows where, not why."
