@@ -19,10 +19,10 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[object], limit: int = 10) -> str:
-    """The first names, separated by commas, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + more
+    """The first names, separated by commas, and how many more there are. Control characters are escaped."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
+    return ", ".join(text if text.isprintable() else repr(text) for text in texts[:limit]) + more
 
 
 def warn(logger: logging.Logger, message: str, *values: object) -> None:
