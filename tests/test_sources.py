@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from ccssl_hf.data import fingerprint, read_class_names, read_labels
+from ccssl_hf.deploy.evaluate import load_labeled
 from ccssl_hf.deploy.predict import open_images
 from ccssl_hf.images import PixelTable
 from ccssl_hf.sources import load_split, skipped
@@ -250,6 +251,15 @@ def test_metadata_may_lie_in_folders_and_be_json_or_parquet(tmp_path: Path) -> N
     assert len(open_images(tmp_path / "pq")) == 1
 
 
+def test_metadata_files_of_different_columns_are_refused(tmp_path: Path) -> None:
+    table(tmp_path / "x" / "metadata.csv", "file_name,label\n1.png,cat\n", "1.png")
+    table(tmp_path / "y" / "metadata.csv", "file_name,label\n1.png,7\n", "1.png")
+    for text in ("file_name,label\n1.png,7\n", "file_name,mask_file_name,label\n1.png,1.png,cat\n"):
+        (tmp_path / "y" / "metadata.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"has metadata files of different columns .*: make them alike"):
+            load_split(tmp_path, role="labeled")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "labels"),
     [
@@ -343,6 +353,8 @@ def test_image_root_is_looked_up_after_the_folder_of_the_file(tmp_path: Path) ->
     file = table(tmp_path / "meta" / "labels.csv", f"file_name,label\na/1.png,x\n{root}/2.png,y\n3.png,x\n", "3.png")
     split = load_split(file, role="labeled", image_root=root)
     assert paths(split, tmp_path) == ["images/a/1.png", "images/2.png", "meta/3.png"]
+    assert paths(open_images(file, image_root=root), tmp_path) == paths(split, tmp_path)
+    assert paths(load_labeled(str(file), "test", str(root)), tmp_path) == paths(split, tmp_path)
 
 
 def test_a_folder_of_several_splits_as_parquet_is_refused(tmp_path: Path) -> None:
