@@ -212,7 +212,7 @@ class _Problems:
     def raise_if_any(self, name: str, **others: list[str]) -> None:
         kinds = {
             "files outside of its folder and of image_root, or URLs, which are not opened": self.outside,
-            "files that do not exist": self.missing,
+            "files that do not exist in its folder or in image_root": self.missing,
             **others,
         }
         told = [f"{what} ({len(files):,}): {listed(files)}" for what, files in kinds.items() if files]

@@ -283,7 +283,10 @@ def test_a_table_names_files_and_labels(name: str, text: str, labels: list[Any],
     [
         ("name,label\n1.png,cat\n", r"labels.csv needs one column file_name .*\(it has name, label\)"),
         ("file_name,image,label\n1.png,x,cat\n", r"and none named image \(it has file_name, image, label\)"),
-        ("file_name,label\n1.png,a\nno.png,a\n,a\n", r"do not exist \(2\): no.png, row 2 names none\."),
+        (
+            "file_name,label\n1.png,a\nno.png,a\n,a\n",
+            r"do not exist in its folder or in image_root \(2\): no.png, row 2 names none\.",
+        ),
         ("file_name,label\n1.png,a\n1.png,b\n", r"files in several rows \(1\): .*1.png"),
         ("", r"labels.csv cannot be read \(No columns"),
         ("file_name,label\n1.png,a,b,c\n1.png,a,b,c,d\n", r"labels.csv cannot be read"),
