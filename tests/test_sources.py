@@ -179,8 +179,8 @@ def test_folders_that_cannot_be_opened_are_an_error(tmp_path: Path, monkeypatch:
         save(tmp_path / name / "1.png")
     opened = os.scandir
 
-    def scandir(path: str) -> Any:  # root may open folders of any mode
-        if path.endswith(("/b", "/c")):
+    def scandir(path: Any) -> Any:  # root may open folders of any mode
+        if str(path).endswith(("/b", "/c")):
             raise PermissionError(13, "Permission denied", path)
         return opened(path)
 
