@@ -142,16 +142,14 @@ def _aligned_numbers(numbers: np.ndarray, class_names: Sequence[str], where: str
     if all(re.fullmatch(r"\d+", name) for name in class_names):
         shifted = [[int(name) + step for name in class_names] for step in (-1, 1)]
         if len(class_names) > 1 and sorted(values) in map(sorted, shifted):
-            problem = (
-                f"holds {values[0]} to {values[-1]}, and the classes are numbered from {min(map(int, class_names))}"
-            )
+            first = min(map(int, class_names))
+            problem = f"holds {values[0]} to {values[-1]}, and the classes are numbered from {first}"
             raise ValueError(f"{where} {problem}: number the labels of all splits alike.")
         return [str(value) for value in values], np.where(numbers >= 0, np.searchsorted(values, numbers), numbers)
     if len(values) and values[0] == 1 and values[-1] == len(class_names):
         fix = "subtract 1, or replace them by class names"
-        raise ValueError(
-            f"{where} holds 1 to {len(class_names)}, so its labels seem to start at 1 and not at 0: {fix}."
-        )
+        problem = f"holds 1 to {len(class_names)}, so its labels seem to start at 1 and not at 0"
+        raise ValueError(f"{where} {problem}: {fix}.")
     return list(class_names), numbers
 
 
@@ -162,7 +160,8 @@ def _key(name: str) -> str:
         return name
     if number := re.fullmatch(r"\s*(\d+)(\.0+)?\s*", name):
         return str(int(number[1]))
-    return unicodedata.normalize("NFC", re.sub(r"[\s_-]+", " ", name.strip(" _")).casefold())
+    words = re.sub(r"^[\s_]+|[\s_]+$", "", name)
+    return unicodedata.normalize("NFC", re.sub(r"[\s_-]+", " ", words).casefold())
 
 
 def _alike(names: Iterable[str], class_names: Iterable[str]) -> dict[str, str]:

@@ -20,10 +20,10 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[object], separator: str = ", ", *, limit: int = 10) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and how many more there are. Names with control characters are quoted and escaped."""
     found = [str(name) for name in names]
     more = f" and {len(found) - limit:,} more" if len(found) > limit else ""
-    return separator.join(found[:limit]) + more
+    return separator.join(name if name.isprintable() else repr(name) for name in found[:limit]) + more
 
 
 def warn(logger: logging.Logger, message: str, *values: object) -> None:

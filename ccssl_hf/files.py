@@ -46,7 +46,7 @@ class FoundFiles:
     digest: Any = field(default_factory=hashlib.sha256)
 
     def skip(self, reason: str, name: str) -> None:
-        self.skipped.setdefault(reason, []).append(name)
+        self.skipped.setdefault(reason, []).append(name.encode(errors="backslashreplace").decode())
 
     def tell(self, name: str) -> None:
         """Log what was skipped."""
@@ -60,17 +60,17 @@ class FoundFiles:
 
     def sort_in(self, file: str, name: str, readable: Callable[[str], bool]) -> None:
         """Add a file to the images, the metadata or what is skipped."""
-        suffix = os.path.splitext(name)[1].lower()
+        suffix, base = os.path.splitext(name)[1].lower(), os.path.basename(name)
         try:
             state = os.stat(file)
             regular, content = stat.S_ISREG(state.st_mode), (state.st_size, state.st_mtime_ns)
         except OSError:  # a link to nowhere is an unreadable image, and reported as one
             regular, content = True, (0, 0)
-        if is_hidden(os.path.basename(name)):
+        if is_hidden(base):
             self.skip(HIDDEN, name)
         elif not regular:
             self.skip("pipes, sockets and devices", name)
-        elif os.path.basename(name) in METADATA:
+        elif base in METADATA:
             self.tables.append(file)
         elif not readable(suffix) and suffix in _FIXES:
             self.skip(f"images that Pillow cannot open here, {_FIXES[suffix]}", name)
@@ -81,7 +81,7 @@ class FoundFiles:
                 self.digest.update(f"{file}\0{content}".encode())
                 self.images.append(file)
             except UnicodeEncodeError:
-                self.skip("files whose names are not UTF-8", ascii(name))
+                self.skip("files whose names are not UTF-8", name)
 
 
 def find_images(path: Path) -> FoundFiles | None:

@@ -124,7 +124,7 @@ def _check_class_folders(name: str, root: str, classes: list[str], role: str) ->
         fix = f"give one of them, such as {os.path.join(root, splits[0])}"
         raise ValueError(f"{name} has folders named like splits ({listed(splits)}) and not like classes: {fix}.")
     inner = os.path.join(root, classes[0])
-    below = sorted(entry.name for entry in os.scandir(inner) if entry.is_dir())
+    below = sorted(entry.name for entry in os.scandir(inner) if entry.is_dir() and not is_hidden(entry.name))
     if role == "labeled" and len(classes) == 1 and len(below) > 1:
         fix = f"if the folders in it ({listed(below)}) are the classes, give {inner}"
         raise ValueError(f"{name} has one class only ({classes[0]}): {fix}.")
@@ -172,14 +172,14 @@ def _load_tables(
     counts = Counter(files["image"]) if "image" in files else Counter()
     repeated = [file for file, count in counts.items() if count > 1 and file]
     problems.raise_if_any(name, **{"files in several rows": repeated})
+    for file in sorted(set(found.images).difference(*files.values())):
+        found.skip("images without a row in the metadata", os.path.relpath(file, root))
     try:
         rest = pa.concat_tables(parts, promote_options="default")
         features = datasets.Features.from_arrow_schema(rest.schema)
+        return _dataset(name, files, dict(zip(rest.column_names, rest.columns, strict=True)), features, found)
     except pa.ArrowException as error:
         raise ValueError(f"{name} has metadata files of different columns ({error}): make them alike.") from error
-    for file in sorted(set(found.images).difference(*files.values())):
-        found.skip("images without a row in the metadata", os.path.relpath(file, root))
-    return _dataset(name, files, dict(zip(rest.column_names, rest.columns, strict=True)), features, found)
 
 
 def _read_table(file: str) -> pa.Table:
@@ -213,7 +213,7 @@ class _Problems:
     def raise_if_any(self, name: str, **others: list[str]) -> None:
         kinds = {
             "files outside of its folder and of image_root, or URLs, which are not opened": self.outside,
-            "files that do not exist": self.missing,
+            "files that do not exist in its folder or in image_root": self.missing,
             **others,
         }
         told = [f"{what} ({len(files):,}): {listed(files)}" for what, files in kinds.items() if files]
@@ -252,8 +252,10 @@ def _with_resolved_paths(dataset: datasets.Dataset, folders: Sequence[str], prob
         for chunk in table.column(column).chunks:
             content, paths = (pc.struct_field(chunk, key) for key in ("bytes", "path"))
             rows = pc.and_(pc.is_null(content), pc.is_valid(paths))
-            resolved += (new := _resolve(paths.filter(rows).to_pylist(), folders, problems))
-            chunks.append(_image_column(pc.replace_with_mask(paths, rows, pa.array(new, pa.string())), content))
+            if new := _resolve(paths.filter(rows).to_pylist(), folders, problems):
+                chunk = _image_column(pc.replace_with_mask(paths, rows, pa.array(new, pa.string())), content)
+            chunks.append(chunk)
+            resolved += new
         if resolved:
             table = table.set_column(table.column_names.index(column), column, pa.chunked_array(chunks))
             key = Hasher.hash([dataset._fingerprint, resolved])
@@ -277,7 +279,7 @@ def _load_parquet(name: str, files: list[str], image_root: str | None, role: str
             version = version_of(some)  # `datasets` would keep rows of a file that was written in place
             part = datasets.load_dataset("parquet", version, data_files={"train": patterns}, split="train")
             parts.append(_with_resolved_paths(part, _folders(some[0], image_root), problems))
-        dataset = datasets.concatenate_datasets(parts)
+        dataset = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except (DatasetGenerationError, ValueError) as error:  # Arrow's errors are ValueErrors
         raise ValueError(f"{name} cannot be read ({error.__cause__ or error}): write the file again.") from error
     problems.raise_if_any(name)

@@ -108,6 +108,31 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "3 labels of the evaluation split .*ants, bees, cats.*Did you mean 'ant'",
     ),
+    "classes written in another way in validation": (
+        {"eval_dataset": lambda: rows(3, [0, 1, 2], datasets.ClassLabel(names=["Ant", "bee", "CAT"]))},
+        {},
+        "2 labels of the evaluation split .*write 'Ant' as 'ant', 'CAT' as 'cat'",
+    ),
+    "hidden labels written in another way": (
+        {"unlabeled_dataset": lambda: rows(24, ["Ant", "bee"] * 12, datasets.Value("string"))},
+        {"hidden_label_column": "label"},
+        "12 labels of the unlabeled split .*write 'Ant' as 'ant'",
+    ),
+    "labels that start at 1": (
+        {"train_dataset": lambda: rows(3, [1, 2, 3], datasets.Value("int64"))},
+        {},
+        "'label' of the labeled split holds 1 to 3, so its labels seem to start at 1",
+    ),
+    "rows without labels": (
+        {"train_dataset": lambda: rows(4, [0, None, 1, None])},
+        {},
+        r"2 labels of the labeled split .*\(null\).*\(rows 1, 3\)",
+    ),
+    "several labels an image": (
+        {"train_dataset": lambda: rows(2, [[0], [1, 2]], datasets.List(datasets.Value("int64")))},
+        {},
+        "not labels: set label_column to a column with one label per image",
+    ),
     "numbers as labels of validation": (
         {"eval_dataset": lambda: rows(3, [0, 1, 7], datasets.Value("int64"))},
         {},

@@ -224,6 +224,8 @@ def test_tables_take_image_root(tmp_path: Path) -> None:
     root, file = photos(tmp_path / "images", "a", images=1), tmp_path / "meta" / "labels.csv"
     file.parent.mkdir()
     file.write_text("file_name,label\na/cat/0.png,cat\na/dog/0.png,dog\n")
-    with pytest.raises(ValueError, match=r"do not exist \(2\): a/cat/0.png, a/dog/0.png"):
+    with pytest.raises(
+        ValueError, match=r"do not exist in its folder or in image_root \(2\): a/cat/0.png, a/dog/0.png"
+    ):
         load_splits(RecipeArguments(labeled=str(file)))
     assert len(load_splits(RecipeArguments(labeled=str(file), image_root=str(root)))["labeled"]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from ccssl_hf.data import fingerprint, read_class_names, read_labels
+from ccssl_hf.deploy.evaluate import load_labeled
 from ccssl_hf.deploy.predict import open_images
 from ccssl_hf.pixels import PixelTable
 from ccssl_hf.sources import load_split, skipped
 from conftest import SHARED, needs_shared
+from hub_server import TOKENS, Hub
 from pictures import mixed_sizes, write
 
 SIZE = 16
@@ -116,7 +120,7 @@ HIDDEN = {"__MACOSX/", "cat/.ipynb_checkpoints/", "dog/._2.png", "dog/Thumbs.db"
 
 
 def test_a_folder_as_people_have_it_gives_all_images_and_names_what_is_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fault_record: Callable[[str, str, str], None]
 ) -> None:
     root = tmp_path / "labeled"
     images = messy_folder(root, tmp_path / "elsewhere")
@@ -134,9 +138,11 @@ def test_a_folder_as_people_have_it_gives_all_images_and_names_what_is_skipped(
         "pipes, sockets and devices": ["dog/8.png"],
         "class folders without images": ["empty"],
     }
-    [line] = [record.getMessage() for record in caplog.records]
+    [line] = caplog.messages
     assert "files that are no images (2): dog/notes.txt, dog/scan.h5" in line and "empty" in line
     assert not any(name in line for name in HIDDEN)
+    fault = "an image folder with links, a link to itself, hidden files, a pipe, files that are no images"
+    fault_record(fault, "all images are read, and what is skipped is counted and named", "0 images")
 
 
 def test_training_and_predict_find_the_same_images(tmp_path: Path) -> None:
@@ -165,19 +171,22 @@ def test_names_that_are_not_utf8_are_skipped_and_named(tmp_path: Path) -> None:
     save(tmp_path / "images" / "1.png")
     (Path(os.fsdecode(os.fsencode(tmp_path / "images") + b"/caf\xe9.png"))).write_bytes(b"")
     split = load_split(tmp_path / "images", role="unlabeled")
-    assert len(split) == 1 and skipped(split) == {"files whose names are not UTF-8": ["'caf\\udce9.png'"]}
+    assert len(split) == 1 and skipped(split) == {"files whose names are not UTF-8": ["caf\\udce9.png"]}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
-def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+def test_folders_that_cannot_be_opened_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
         save(tmp_path / name / "1.png")
-    (tmp_path / "b").chmod(0)
-    try:
-        with pytest.raises(ValueError, match=r"Folders cannot be opened.*/b"):
-            load_split(tmp_path, role="labeled")
-    finally:
-        (tmp_path / "b").chmod(0o700)
+    opened = os.scandir
+
+    def scandir(path: Any) -> Any:  # root may open folders of any mode
+        if str(path).endswith(("/b", "/c")):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"Folders cannot be opened: .*/b, .*/c\."):
+        load_split(tmp_path, role="labeled")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +254,15 @@ def test_metadata_may_lie_in_folders_and_be_json_or_parquet(tmp_path: Path) -> N
     assert len(open_images(tmp_path / "pq")) == 1
 
 
+def test_metadata_files_of_different_columns_are_refused(tmp_path: Path) -> None:
+    table(tmp_path / "x" / "metadata.csv", "file_name,label\n1.png,cat\n", "1.png")
+    table(tmp_path / "y" / "metadata.csv", "file_name,label\n1.png,7\n", "1.png")
+    for text in ("file_name,label\n1.png,7\n", "file_name,mask_file_name,label\n1.png,1.png,cat\n"):
+        (tmp_path / "y" / "metadata.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"has metadata files of different columns .*: make them alike"):
+            load_split(tmp_path, role="labeled")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "labels"),
     [
@@ -268,7 +286,10 @@ def test_a_table_names_files_and_labels(name: str, text: str, labels: list[Any],
     [
         ("name,label\n1.png,cat\n", r"labels.csv needs one column file_name .*\(it has name, label\)"),
         ("file_name,image,label\n1.png,x,cat\n", r"and none named image \(it has file_name, image, label\)"),
-        ("file_name,label\n1.png,a\nno.png,a\n,a\n", r"do not exist \(2\): no.png, row 2 names none\."),
+        (
+            "file_name,label\n1.png,a\nno.png,a\n,a\n",
+            r"do not exist in its folder or in image_root \(2\): no.png, row 2 names none\.",
+        ),
         ("file_name,label\n1.png,a\n1.png,b\n", r"files in several rows \(1\): .*1.png"),
         ("", r"labels.csv cannot be read \(No columns"),
         ("file_name,label\n1.png,a,b,c\n1.png,a,b,c,d\n", r"labels.csv cannot be read"),
@@ -293,7 +314,9 @@ def write_rows(file: Path, rows: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "metadata.csv", "parquet"])
-def test_no_path_in_a_dataset_leads_out_of_its_folder(kind: str, tmp_path: Path) -> None:
+def test_no_path_in_a_dataset_leads_out_of_its_folder(
+    kind: str, tmp_path: Path, fault_record: Callable[[str, str, str], None]
+) -> None:
     data, other = tmp_path / "data", tmp_path / "other"
     save(data / "1.png"), save(other / "1.png")
     names, file = [*OUTSIDE, "1.png"], data / ("metadata.csv" if kind == "metadata.csv" else f"rows.{kind}")
@@ -312,6 +335,9 @@ def test_no_path_in_a_dataset_leads_out_of_its_folder(kind: str, tmp_path: Path)
     assert "../other/1.png" not in str(error.value)
     with pytest.raises(ValueError, match=r"image_root .* is not a folder"):
         load_split(source, role="labeled", image_root=tmp_path / "none")
+    fault_record(
+        f"rows of a {kind} file that name URLs and files outside of its folder", "refused, all named", "nothing"
+    )
 
 
 def test_rows_of_parquet_may_name_files_in_their_folder(tmp_path: Path) -> None:
@@ -333,6 +359,8 @@ def test_image_root_is_looked_up_after_the_folder_of_the_file(tmp_path: Path) ->
     file = table(tmp_path / "meta" / "labels.csv", f"file_name,label\na/1.png,x\n{root}/2.png,y\n3.png,x\n", "3.png")
     split = load_split(file, role="labeled", image_root=root)
     assert paths(split, tmp_path) == ["images/a/1.png", "images/2.png", "meta/3.png"]
+    assert paths(open_images(file, image_root=root), tmp_path) == paths(split, tmp_path)
+    assert paths(load_labeled(str(file), "test", str(root)), tmp_path) == paths(split, tmp_path)
 
 
 def test_a_folder_of_several_splits_as_parquet_is_refused(tmp_path: Path) -> None:
@@ -343,6 +371,31 @@ def test_a_folder_of_several_splits_as_parquet_is_refused(tmp_path: Path) -> Non
             load_split(source, role="labeled")
     assert len(load_split(f"{tmp_path}/train*.parquet", role="labeled")) == 4
     assert len(load_split(tmp_path, role="unlabeled")) == 6
+
+
+def test_datasets_on_the_hub_name_no_files_outside_of_the_cache(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = TOKENS["anna"]
+    monkeypatch.setenv("HF_TOKEN", token)
+    api, secret = HfApi(token=token), tmp_path / "secret.png"
+    save(secret)
+    folders = {"hostile": tmp_path / "hostile", "folder": tmp_path / "folder"}
+    folders["hostile"].mkdir()
+    write_rows(
+        folders["hostile"] / "train-0.parquet", [{"bytes": None, "path": path} for path in (OUTSIDE[0], str(secret))]
+    )
+    for name in ("cat/1.png", "dog/1.png"):
+        save(folders["folder"] / "train" / name)
+    for name, folder in folders.items():
+        api.create_repo(f"anna/sources-{name}", repo_type="dataset")
+        api.upload_folder(repo_id=f"anna/sources-{name}", folder_path=folder, repo_type="dataset")
+    with pytest.raises(ValueError, match=r"which are not opened \(2\): http.*secret.png"):
+        load_split("anna/sources-hostile", role="labeled")
+    split = load_split("anna/sources-folder", role="labeled")
+    assert sorted(named(split)) == ["cat", "dog"] and split[0]["image"].size == (8, 8)
+    with pytest.raises(ValueError, match=r"no split 'trian' \(only train\); .*Did you mean 'train'"):
+        load_split("anna/sources-folder:trian", role="labeled")
 
 
 @needs_shared
