@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
+from ccssl_hf.card.report import describe
 from ccssl_hf.cli import app
 from ccssl_hf.deploy.evaluate import split_name
 from ccssl_hf.sources import load_split
@@ -152,6 +154,19 @@ def test_report_writes_the_first_card_of_a_folder(images: Path, tmp_path: Path) 
     card = ModelCard.load(tmp_path / "bare" / "README.md")
     assert "| test | published | – | – |" in card.text and card.data.model_name == "bare"
     assert all(result.metric_name.endswith("(published weights)") for result in card.data.eval_results)
+
+
+def test_tables_fit_the_terminal_and_keep_every_word(run: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(run[1], tmp_path / "model")
+    name = "photographs of " + "moths and butterflies " * 8 + "x" * 90
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(card.replace("in-memory dataset", name), encoding="utf-8")
+    full, narrow = describe(str(folder)), describe(str(folder), width=80)
+    tables = narrow.partition("\n\n")[2].splitlines()
+    assert max(map(len, full.splitlines())) > 200 and max(map(len, tables)) <= 80
+    assert sorted(narrow.replace(" ", "").replace("\n", "").replace("-", "")) == sorted(
+        full.replace(" ", "").replace("\n", "").replace("-", "")
+    )
 
 
 def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Annotated
 
 import typer
@@ -14,3 +15,8 @@ NumWorkers = Annotated[int | None, typer.Option(min=1, help="Threads; default: o
 Device = Annotated[str | None, typer.Option(help="A device such as cuda:0; default: an accelerator, else the CPU.")]
 ImageColumn = Annotated[str, typer.Option(help="The image column of parquet files and datasets.")]
 LabelColumn = Annotated[str, typer.Option(help="The label column of parquet files and datasets.")]
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 0 where the output goes to a file or another program."""
+    return shutil.get_terminal_size((0, 0)).columns

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
-from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
+from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers, terminal_width
 
 
 def report(
@@ -48,7 +48,7 @@ def report(
         if not split:
             if out is not None or embeddings:
                 raise ValueError("There is no split to measure on: add at least one --split SOURCE.")
-            typer.echo(describe(model))
+            typer.echo(describe(model, width=terminal_width()))
             return
         sources: dict[str, str] = {}
         for each in split:
@@ -72,4 +72,4 @@ def report(
             predictions.append(outputs if embeddings else replace(outputs, embeddings=None))
         folder = out or Path(model)
         written = write_report(model, folder, results, predictions, sources)
-    typer.echo(f"{results_table(results)}\n\nWritten to {folder}: {', '.join(written)}.")
+    typer.echo(f"{results_table(results, width=terminal_width())}\n\nWritten to {folder}: {', '.join(written)}.")
