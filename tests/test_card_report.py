@@ -24,6 +24,7 @@ from test_trainer import with_ood_images
 from tiny_runs import LABELS, trainer_of
 
 OOD_NAME = "a stranger"
+OWN_FILE = Path(__file__)
 
 
 def ccssl_hf(*arguments: Any) -> Result:
@@ -173,6 +174,9 @@ def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> No
     assert "<class>/<image>" in the_error(ccssl_hf("evaluate", run[1], images / OOD_NAME))
     assert "not a folder" in the_error(ccssl_hf("evaluate", run[1], tmp_path / "none"))
     assert "config.json" in the_error(ccssl_hf("evaluate", images, images))
+    assert "has no config.json: pass a published folder" in the_error(ccssl_hf("report", images))
+    for out, words in ((tmp_path, "is a folder: name a file"), (OWN_FILE / "x.json", "cannot be written to")):
+        assert words in the_error(ccssl_hf("evaluate", run[1], images, "--json", out))  # before any work
     assert "it has no SOURCE; use NAME=SOURCE" in the_error(ccssl_hf("report", run[1], "--split", "test="))
     assert "at least one --split" in the_error(ccssl_hf("report", run[1], tmp_path / "out"))
     broken = tmp_path / "broken" / "zero"

@@ -90,7 +90,10 @@ def write_report(
 
 
 def _config(model: str) -> dict[str, Any]:
-    return json.loads((find_checkpoint(model) / CONFIG_FILE).read_text(encoding="utf-8"))
+    path = find_checkpoint(model) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{model!r} has no {CONFIG_FILE}: pass a published folder, or a Hub id 'user/name'.")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def describe(model: str, *, width: int = 0) -> str:

@@ -38,10 +38,15 @@ def evaluate(
     """
     with errors_in_one_line():
         from ..card.report import provenance_of, results_table
+        from ..data import check_writable
         from ..deploy.evaluate import evaluate as measure
         from ..deploy.evaluate import load_labeled, ood_names, split_name
         from ..deploy.predict import Classifier
 
+        if json_out is not None:
+            if json_out.is_dir():
+                raise ValueError(f"--json {json_out} is a folder: name a file.")
+            check_writable(json_out.parent)
         split = split or split_name(source)
         dataset = load_labeled(source, split)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
@@ -57,6 +62,5 @@ def evaluate(
     if json_out is not None:
         weights = str(predictions.provenance or "published")
         facts = dict(model=model, source=source, split=split, weights=weights, images=images, unknown=ood)
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps(facts | {each.metric: each.value for each in results}, indent=2) + "\n")
         typer.echo(f"\nWritten to {json_out}.")
