@@ -289,7 +289,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        problem = f"output_dir {folder} cannot be written to ({error.strerror})"
+        problem = f"The folder {folder} cannot be written to ({error.strerror})"
         raise ValueError(f"{problem}: choose another folder.") from error
 
 

@@ -239,7 +239,7 @@ def test_an_output_folder_that_can_not_be_written_is_refused(
 ) -> None:
     file = tmp_path / "a file"
     file.touch()
-    with pytest.raises(ValueError, match=r"output_dir .*a file/out cannot be written to .*choose another folder"):
+    with pytest.raises(ValueError, match=r"The folder .*a file/out cannot be written to .*choose another folder"):
         CCSSLTrainer(network, arguments(file / "out"), train_dataset=rows(12), unlabeled_dataset=rows(24))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
+from ccssl_hf.card.report import describe
 from ccssl_hf.cli import app
 from ccssl_hf.deploy.evaluate import split_name
 from ccssl_hf.sources import load_split
@@ -22,6 +24,7 @@ from test_trainer import with_ood_images
 from tiny_runs import LABELS, trainer_of
 
 OOD_NAME = "a stranger"
+OWN_FILE = Path(__file__)
 
 
 def ccssl_hf(*arguments: Any) -> Result:
@@ -158,10 +161,26 @@ def test_report_writes_the_first_card_of_a_folder(images: Path, tmp_path: Path) 
     assert all(result.metric_name.endswith("(published weights)") for result in card.data.eval_results)
 
 
+def test_tables_fit_the_terminal_and_keep_every_word(run: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(run[1], tmp_path / "model")
+    name = "photographs of " + "moths and butterflies " * 8 + "x" * 90
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(card.replace("in-memory dataset", name), encoding="utf-8")
+    full, narrow = describe(str(folder)), describe(str(folder), width=80)
+    tables = narrow.partition("\n\n")[2].splitlines()
+    assert max(map(len, full.splitlines())) > 200 and max(map(len, tables)) <= 80
+    assert sorted(narrow.replace(" ", "").replace("\n", "").replace("-", "")) == sorted(
+        full.replace(" ", "").replace("\n", "").replace("-", "")
+    )
+
+
 def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> None:
     assert "<class>/<image>" in the_error(ccssl_hf("evaluate", run[1], images / OOD_NAME))
     assert "not a folder" in the_error(ccssl_hf("evaluate", run[1], tmp_path / "none"))
     assert "config.json" in the_error(ccssl_hf("evaluate", images, images))
+    assert "has no config.json: pass a published folder" in the_error(ccssl_hf("report", images))
+    for out, words in ((tmp_path, "is a folder: name a file"), (OWN_FILE / "x.json", "cannot be written to")):
+        assert words in the_error(ccssl_hf("evaluate", run[1], images, "--json", out))  # before any work
     assert "it has no SOURCE; use NAME=SOURCE" in the_error(ccssl_hf("report", run[1], "--split", "test="))
     assert "at least one --split" in the_error(ccssl_hf("report", run[1], tmp_path / "out"))
     broken = tmp_path / "broken" / "zero"

@@ -178,7 +178,7 @@ def test_on_a_cpu_without_a_backbone_the_defaults_are_smaller_and_it_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def chosen(*flags: str) -> tuple[Any, ...]:
-        recipe, args = parse_own_images(["--use_cpu", "true", *flags])
+        recipe, args = parse_own_images(["--use_cpu", "true", "--labeled", "photos", *flags])
         return recipe.backbone, recipe.image_size, args.mu, args.max_steps
 
     assert chosen() == ("resnet18", 64, 3, 5000)

@@ -24,10 +24,10 @@ from .text import cell, format_table
 CARD_FILE = "README.md"
 
 
-def results_table(results: Iterable[Result]) -> str:
-    """Results as a plain text table, with split and provenance."""
+def results_table(results: Iterable[Result], *, width: int = 0) -> str:
+    """Results as a plain text table with split and provenance; for `width` see `format_table`."""
     rows = [dict(metric=r.name, value=r.value, split=r.split, weights=str(r.provenance or PUBLISHED)) for r in results]
-    return format_table(rows, ["metric", "value", "split", "weights"], digits=4)
+    return format_table(rows, ["metric", "value", "split", "weights"], digits=4, width=width)
 
 
 def _card_folder(model: str) -> Path:
@@ -100,8 +100,11 @@ def _config(model: str) -> CCSSLConfig:
     return CCSSLConfig.from_dict(read_config(find_checkpoint(model)))
 
 
-def describe(model: str) -> str:
-    """A model's backbone and classes, and the results and training settings on its card, as text."""
+def describe(model: str, *, width: int = 0) -> str:
+    """A model's backbone and classes, and the results and training settings on its card, as text.
+
+    Tables are at most `width` characters wide, if that is not 0.
+    """
     config = _config(model)
     labels, size = config.labels, (config.pretrained_cfg or {}).get("input_size", ["?"])[-1]
     megabytes = (find_checkpoint(model) / WEIGHTS_FILE).stat().st_size / 1e6
@@ -111,14 +114,17 @@ def describe(model: str) -> str:
     if card is None:
         return "\n".join([*lines, f"It has no card: `ccssl-hf report {model} --split SOURCE` writes one."])
     facts = read_facts(card)
-    lines += ["", results_table(facts.results) if facts.results else "Its card has no results with provenance."]
+    lines += [
+        "",
+        results_table(facts.results, width=width) if facts.results else "Its card has no results with provenance.",
+    ]
     if facts.splits:
         rows = [{"split": split, "data": each.data, "images": each.images} for split, each in facts.splits.items()]
-        lines += ["", format_table(rows, ["split", "data", "images"])]
+        lines += ["", format_table(rows, ["split", "data", "images"], width=width)]
         if found := found_in(facts.splits):
             texts = [{title: cell("" if value is None else value) for title, value in row.items()} for row in found]
-            lines += ["", format_table(texts, list(found[0]))]
+            lines += ["", format_table(texts, list(found[0]), width=width)]
     for title, settings in facts.settings.items():
         rows = [{title: name, "value": cell(value)} for name, value in settings.items()]
-        lines += ["", format_table(rows, [title, "value"])]
+        lines += ["", format_table(rows, [title, "value"], width=width)]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from numbers import Integral
@@ -62,12 +63,18 @@ def cell(value: Any) -> str:
 
 
 def format_table(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, digits: int = 3, markdown: bool = False
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    *,
+    digits: int = 3,
+    markdown: bool = False,
+    width: int = 0,
 ) -> str:
     """Format rows, mappings of column to value, as a plain text or Markdown table with numbers aligned at the right.
 
     A list of numbers holds one value for each seed and is written as mean ± standard deviation. A missing value or None
-    is written as a dash. `digits` are the decimals of fractions; whole numbers and texts are written unchanged.
+    is written as a dash. `digits` are the decimals of fractions; whole numbers and texts are written unchanged. A plain
+    table that is wider than `width` characters, if that is not 0, has its widest column wrapped.
 
     Raises:
         ValueError: If there is no column.
@@ -85,9 +92,20 @@ def format_table(
         padded = [text.rjust(width) if right else text.ljust(width) for text, width, right in aligned]
         return f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
 
+    too_wide, widest = sum(widths) + 2 * (len(widths) - 1) - width, widths.index(max(widths))
+    if width and too_wide > 0 and not markdown:
+        widths[widest] = max(10, len(columns[widest]), widths[widest] - too_wide)
+        cells = [line for row in cells for line in _wrapped(row, widest, widths[widest])]
     ends = [":" if right and markdown else "-" for right in numeric]
     dashes = ["-" * (width - 1) + end for width, end in zip(widths, ends, strict=True)]
     return "\n".join(map(line, [columns, dashes, *cells]))
+
+
+def _wrapped(row: Sequence[str], column: int, width: int) -> list[list[str]]:
+    """The lines of a row whose text in one column is wrapped."""
+    lines = textwrap.wrap(row[column], width) or [""]
+    rest = [["" if i != column else line for i in range(len(row))] for line in lines[1:]]
+    return [[*row[:column], lines[0], *row[column + 1 :]], *rest]
 
 
 def _number(value: Any, digits: int) -> str:

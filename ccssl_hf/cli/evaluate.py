@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
-from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, ImageRoot, LabelColumn, Model, NumWorkers
+from .options import (
+    LABELED_SOURCE,
+    BatchSize,
+    Device,
+    ImageColumn,
+    ImageRoot,
+    LabelColumn,
+    Model,
+    NumWorkers,
+    terminal_width,
+)
 
 
 def evaluate(
@@ -39,11 +49,16 @@ def evaluate(
     """
     with errors_in_one_line():
         from ..card.report import provenance_of, results_table
+        from ..data import check_writable
         from ..deploy.evaluate import evaluate as measure
         from ..deploy.evaluate import load_labeled, look_at, split_name
         from ..deploy.predict import Classifier
         from ..survey import Survey, ood_sentence
 
+        if json_out is not None:
+            if json_out.is_dir():
+                raise ValueError(f"--json {json_out} is a folder: name a file.")
+            check_writable(json_out.parent)
         split = split or split_name(source)
         dataset = load_labeled(source, split, image_root)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
@@ -57,12 +72,11 @@ def evaluate(
             typer.echo(f"{ood_sentence(held.ood, split)}\n")
         results, predictions = measure(classifier, dataset, split, provenance=provenance_of(model), **reading)
     images, ood = len(predictions.labels), int((~predictions.in_distribution).sum())
-    typer.echo(results_table(results))
+    typer.echo(results_table(results, width=terminal_width()))
     if json_out is not None:
         weights = str(predictions.provenance or "published")
         facts = dict(
             model=model, source=source, split=split, weights=weights, images=images, unknown=ood, ood_images=held.ood
         )
-        json_out.parent.mkdir(parents=True, exist_ok=True)
         json_out.write_text(json.dumps(facts | {each.metric: each.value for each in results}, indent=2) + "\n")
         typer.echo(f"\nWritten to {json_out}.")

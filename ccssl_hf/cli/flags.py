@@ -99,7 +99,7 @@ def parse_own_images(
     own = [name for part in read_config(file, _names(*types)) for name in part] if file else []
     smaller = [f"--{name}={value}" for name, value in CPU_DEFAULTS.items() if name not in own]
     recipe, args = parse_recipe(*types, config=OWN_IMAGES, arguments=[*smaller, *given], **page)
-    if os.environ.get("RANK", "0") == "0":
+    if recipe.labeled is not None and os.environ.get("RANK", "0") == "0":
         print(
             f"There is no accelerator, and no backbone was given: this run trains {recipe.backbone} at "
             f"{recipe.image_size} px, with mu {args.mu}, for {args.max_steps:,} steps. --backbone, --image_size, --mu "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Annotated
 
 import typer
@@ -20,3 +21,8 @@ ImageRoot = Annotated[
         metavar="FOLDER", help="Folder in which csv, jsonl and parquet files may name images, next to theirs."
     ),
 ]
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 0 where the output goes to a file or another program."""
+    return shutil.get_terminal_size((0, 0)).columns

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
-from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, ImageRoot, LabelColumn, Model, NumWorkers
+from .options import (
+    LABELED_SOURCE,
+    BatchSize,
+    Device,
+    ImageColumn,
+    ImageRoot,
+    LabelColumn,
+    Model,
+    NumWorkers,
+    terminal_width,
+)
 
 
 def report(
@@ -50,7 +60,7 @@ def report(
         if not split:
             if out is not None or embeddings:
                 raise ValueError("There is no split to measure on: add at least one --split SOURCE.")
-            typer.echo(describe(model))
+            typer.echo(describe(model, width=terminal_width()))
             return
         sources: dict[str, str] = {}
         for each in split:
@@ -79,4 +89,4 @@ def report(
         folder = out or Path(model)
         facts = {name: each.facts() for name, each in held.items()}
         written = write_report(model, folder, results, predictions, sources, facts)
-    typer.echo(f"{results_table(results)}\n\nWritten to {folder}: {', '.join(written)}.")
+    typer.echo(f"{results_table(results, width=terminal_width())}\n\nWritten to {folder}: {', '.join(written)}.")
