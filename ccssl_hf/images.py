@@ -23,8 +23,6 @@ MAX_PIXELS = 89_478_485
 MISSING = bytes(16)
 """The content hash of a row without an image, and of a file that cannot be read."""
 
-CHUNK_BYTES = 1 << 24  # decoded pixels that are written at a time: far below the 2 GiB limit of an Arrow column
-_ROWS = 8  # images that a worker holds at once; their crop boxes are drawn together
 REPAIR = "repair or remove such files, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)."
 
 _THREADS = 8  # that read files and decode images before training
