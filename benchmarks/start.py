@@ -29,7 +29,7 @@ from harness import Bar, Row, in_child, main, resident, rise_of_own_memory
 from PIL import Image
 from workload import FEATURES, LABELS, StepEnds, make_trainer
 
-from ccssl_hf import images
+from ccssl_hf import pixels
 from ccssl_hf.sources import load_split
 
 DISTINCT = 2000
@@ -57,16 +57,15 @@ def write(path: Path, rows: int, side: int) -> None:
 
 def prepare(folder: Path, unlabeled: str, decode: str) -> None:
     """Fill the cache with a first run, which decodes a repeated file only once in each batch."""
-    pixels = images._pixels
+    decode_batch = pixels._pixels
 
-    def pixels_of_distinct(batch: list[Any], rows: list[int], **given: Any) -> Any:
-        row_of = {image["bytes"]: row for row, image in enumerate(batch)}
-        distinct = [batch[row] for row in row_of.values()]
-        decoded = pixels(distinct, list(row_of.values()), **given)["pixels"]
-        by_file = dict(zip(row_of, decoded, strict=True))
-        return {"pixels": [by_file[image["bytes"]] for image in batch]}
+    def pixels_of_distinct(batch: list[Any], **given: Any) -> Any:
+        distinct = {image["bytes"]: image for image in batch}
+        decoded = decode_batch(list(distinct.values()), **given)["pixels"]
+        by_file = dict(zip(distinct, decoded, strict=True))
+        return {"pixels": [by_file[image["bytes"]] for image in batch], "error": [None] * len(batch)}
 
-    images._pixels = pixels_of_distinct
+    pixels._pixels = pixels_of_distinct
     first_step(folder, unlabeled, decode)
 
 

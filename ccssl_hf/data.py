@@ -57,7 +57,8 @@ def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[s
         if content.startswith(b"\x89PNG"):
             with suppress(Exception):  # a damaged PNG is hashed as it is; Pillow raises nearly any type of error
                 image = Image.open(io.BytesIO(content))
-                content = repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes()
+                if image.width * image.height <= MAX_PIXELS:
+                    content = repr((image.mode, image.size, image.getpalette())).encode() + image.tobytes()
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
 
@@ -277,9 +278,11 @@ def split_validation(
     return dataset.select(np.sort(kept)), dataset.select(np.sort(taken))
 
 
-def drop_unreadable(dataset: datasets.Dataset, image_column: str = "image") -> datasets.Dataset:
+def drop_unreadable(
+    dataset: datasets.Dataset, image_column: str = "image", *, max_pixels: int = MAX_PIXELS
+) -> datasets.Dataset:
     """The rows of `dataset` whose images can be decoded. Reads every image once, with a progress bar."""
-    bad = [row for row, _, _ in unreadable(dataset, image_column)]
+    bad = [row for row, _, _ in unreadable(dataset, image_column, max_pixels=max_pixels)]
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), bad))
 
 

@@ -141,7 +141,7 @@ def open_image(
 
 def check_local(path: str) -> None:
     """Raise a ValueError if a path of a dataset is a URL, or names a folder, pipe or device."""
-    if re.match(r"[\w+.-]*(://|::)", path):
+    if re.match(r"\w[\w+.-]*://", path) or ("::" in path and not os.path.exists(path)):
         raise ValueError(f"{path} is a URL and only local files are opened; download the file first")
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("a folder, pipe or device, not a file")

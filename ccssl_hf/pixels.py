@@ -120,9 +120,9 @@ class PixelTable:
             if row in self.errors:
                 raise ValueError(self.errors[row])
 
-        if self.errors:
+        for place in np.flatnonzero(np.isin(index, list(self.errors))) if self.errors else ():
             known: dict[str, Any] = {"seed": seed, "stream": stream, "rows": len(self), "read": check}
-            index[:] = [first_readable(*each, **known)[0] for each in zip(index.tolist(), draw.tolist(), strict=True)]
+            index[place], _ = first_readable(int(index[place]), int(draw[place]), **known)
 
     def read(self, index: np.ndarray) -> Tensor:
         """Rows `index`, uint8 `[n, 3, size, size]`. They must be readable."""

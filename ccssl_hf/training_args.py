@@ -196,8 +196,8 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     )
     on_bad_image: Literal["skip", "stop"] = argument(
         "skip",
-        "Unlabeled image that cannot be read. skip: train on another one, and list it; the run stops above 5% of the "
-        "images. stop: stop the run. Labeled, validation and test images must be readable.",
+        "Unlabeled image that cannot be read. skip: train on another one, and list it; the run stops if more than one "
+        "in twenty are unreadable. stop: stop the run. Labeled, validation and test images must be readable.",
     )
     max_image_pixels: int = argument(MAX_PIXELS, "Pixels of an image above which it counts as unreadable.")
 

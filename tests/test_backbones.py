@@ -7,12 +7,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import get_pretrained_cfg
 from torch import nn
 
+from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.backbones import (
     authors_key,
     build_head,
     check_backbone,
+    check_input,
     create_backbone,
     describe_head,
     projection_head,
@@ -157,6 +160,48 @@ def test_image_size_reaches_the_network_and_its_input_description():
 def test_arguments_that_contradict_or_cannot_be_saved_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         create_backbone("test_vit", num_classes=3, **arguments)
+
+
+def overlay(**entries):
+    return {"pretrained_cfg_overlay": entries}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        *(("test_resnet", {"image_size": size}, "use 1 to 4096 pixels") for size in (0, -32, 10**6, 32.5, "64", True)),
+        *((name, {"image_size": (64, 128)}, "one image_size for both sides") for name in ("test_resnet", "test_vit")),
+        ("test_vit", {"img_size": (64, 128)}, "one image_size for both sides"),
+        ("test_vit", {"image_size": 40}, r"patches of 16 px.*image_size to a multiple, such as 32"),
+        ("vit_tiny_patch16_224", {"image_size": 230}, "such as 224"),
+        ("mixer_s32_224", {"image_size": 100}, "such as 96"),
+        *((name, {"in_chans": 1}, "read as RGB") for name in ("test_resnet", "test_vit", "wide_resnet10_1_cifar")),
+        ("test_resnet", overlay(input_size=(3, 64, 64)), "give image_size"),
+        *(("test_resnet", overlay(mean=mean), "mean of .*three numbers") for mean in ((0.5,), 0.5, (0.5, 0.5, "a"))),
+        *(("test_resnet", overlay(std=(std,) * 3), "three positive numbers") for std in (0, -1.0, float("nan"))),
+        *(("test_resnet", overlay(crop_pct=pct), "crop_pct of .*above 0, at most 2") for pct in (0, -1, 2.5, "x")),
+        *(("test_resnet", overlay(interpolation=word), "bilinear, bicubic") for word in ("random", "cubic")),
+        ("test_resnet", overlay(crop_mode="middle"), "center, squash, border"),
+    ],
+)
+def test_inputs_that_cannot_be_trained_are_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_backbone(name, num_classes=3, **arguments)
+
+
+def test_a_published_folder_for_grey_images_is_refused(tmp_path):
+    model = CCSSLForImageClassification.from_timm("test_resnet", labels=["a", "b"], image_size=32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [1, 32, 32]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"input_size of the model's input is \[1, 32, 32\]: use 3 channels"):
+        CCSSLForImageClassification.from_pretrained(tmp_path)
+
+
+def test_the_inputs_of_all_timm_models_are_accepted():
+    for name in timm.list_pretrained():
+        check_input(get_pretrained_cfg(name).to_dict())
 
 
 @pytest.mark.parametrize(

@@ -246,3 +246,11 @@ def test_without_bad_images_a_batch_and_the_log_are_as_before(tmp_path: Path) ->
         trainer.train()
         assert all("unreadable" not in batch for batch in trainer.get_train_dataloader())
         assert not any("unreadable_images" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("decode", ["memory", "stream"])
+def test_max_image_pixels_reaches_training_and_evaluation(tmp_path: Path, decode: str) -> None:
+    trainer = trainer_of(tmp_path, validation=digits(120, 130), max_image_pixels=255, **SETTINGS[decode])
+    for call in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"16 x 16 pixels, at most 255 are allowed"):
+            call()

@@ -78,6 +78,15 @@ def test_a_fingerprint_is_of_content_wherever_it_is_stored(tmp_path: Path) -> No
     assert len({*others, fingerprint(in_memory, "image", names)}) == 5
 
 
+def test_a_fingerprint_counts_unreadable_files_as_they_are() -> None:
+    """A run whose unlabeled images were replaced still gets its card."""
+    whole = encoded(picture(0, 60, 60))
+    cut = {"bytes": whole["bytes"][:900], "path": None}
+    bad = [None, {"bytes": None, "path": "/nowhere/1.png"}, {"bytes": None, "path": "http://example.com/1.png"}, cut]
+    prints = [fingerprint(dataset([whole, each]), "image") for each in [*bad, whole]]
+    assert len(set(prints)) == 3  # nothing to read three times, a part of the image, the image
+
+
 def test_a_fingerprint_of_a_large_split_reads_images_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ccssl_hf.data.FINGERPRINTED_IMAGES", 3)
     pictures = [encoded(picture(seed), "JPEG") for seed in range(7)]

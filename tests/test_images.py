@@ -388,8 +388,9 @@ def test_a_url_is_never_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert all("is a URL and only local files are opened" in error for error in errors)
 
 
-def test_a_colon_in_a_file_name_is_not_a_url(tmp_path: Path) -> None:
-    path = tmp_path / "12:30.png"
+@pytest.mark.parametrize("name", ["12:30.png", "moth::1.png"])
+def test_a_colon_in_a_file_name_is_not_a_url(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
     try:
         noise("RGB").save(path)
     except OSError:

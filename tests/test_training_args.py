@@ -124,11 +124,15 @@ def test_views_follow_the_size_of_the_network_and_the_arguments(tmp_path: Path) 
     assert (settings.image_size, settings.mean, settings.std) == (64, (0.5,) * 3, (0.25,) * 3)
     assert (settings.weak_crop, settings.contrastive_view, settings.cutout_size) == ("pad", "randaugment", 4)
     assert args.view_settings({**own, "input_size": (3, 65, 65)}).weak_crop == "resized"
+    with pytest.raises(ValueError, match=r"64 x 128 pixels, and only square ones can be trained: .* one image_size"):
+        args.view_settings({**own, "input_size": (3, 64, 128)})
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"mu": 0}, "mu is 0: set it to 1 or more"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0: set it to 1 or more"),
+    ({"max_image_pixels": 0}, "max_image_pixels is 0: set it to 1 or more"),
+    ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore': choose one of skip, stop"),
     ({"max_steps": -1}, "max_steps is -1: set it to 1 or more"),
     ({"dataloader_num_workers": -2}, "dataloader_num_workers is -2: set it to -1"),
     ({"num_train_epochs": 10}, "num_train_epochs=10 .*set max_steps alone"),
