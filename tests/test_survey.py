@@ -194,6 +194,13 @@ def test_errors_of_all_splits_are_collected() -> None:
     assert "The test split has no column 'image'" in no_column.errors()[1]
 
 
+def test_names_do_not_control_the_terminal() -> None:
+    names = ["ant", "\x1b[31mred\nline"]
+    found = look_at({"test": labeled(pictures(0, 3), [*names, "\x1b[2J"])}, names)
+    said = found.table() + "".join(found.texts("note"))
+    assert "\x1b" not in said and len(found.table().splitlines()) == 2 and r"\x1b[2J (1)" in said
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_copies_are_found_by_content_however_they_are_stored(shuffled: bool, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -277,6 +284,9 @@ def test_a_new_split_is_looked_at_when_it_is_evaluated(tmp_path: Path, capsys: p
     for call in (trainer.evaluate, trainer.predict):
         with pytest.raises(UserError, match=r"2 unreadable images(.|\n)*\n  2\.png: .*\n  5\.png: "):
             call(spoiled(test, [2, 5]))
+    trainer.evaluate(LABELED.select(range(9)), metric_key_prefix="eval_labeled")  # not mistaken for the labeled split
+    said = capsys.readouterr().out
+    assert "\nevaluation labeled  9 " in said and "shares" not in said
     trainer.predict(test.remove_columns("label"))
     assert "test   12" in capsys.readouterr().out
 
