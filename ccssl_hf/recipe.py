@@ -15,6 +15,7 @@ from transformers import set_seed
 from .algorithms import build_algorithm
 from .backbones import check_backbone
 from .data import read_class_names
+from .errors import errors_in_one_line
 from .modeling import CCSSLForImageClassification
 from .sources import load_split
 from .survey import Finding, Survey, size_errors, survey
@@ -106,7 +107,6 @@ def build_trainer(
     trainer.dataset_names = {role: getattr(recipe, role).split(":")[0] for role in splits}  # for the card
     pretrained = recipe.pretrained and (get_pretrained_cfg(recipe.backbone).hf_hub_id or recipe.backbone)
     trainer.base_model = pretrained or recipe.model
-    trainer.check_data({role: splits[role] for role in splits if role == "test"})
     return trainer, splits
 
 
@@ -153,6 +153,8 @@ def check(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> Survey:
 
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
     """Train, or resume from `args.resume_from_checkpoint`, evaluate on validation and test splits, save and push."""
+    with errors_in_one_line():
+        trainer.check_data({role: splits[role] for role in splits if role == "test"})
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_metrics("train", {**result.metrics, "train_steps": result.global_step})
     for role in ("validation", "test"):

@@ -178,11 +178,12 @@ def count_of(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def unreadable_images(split: str, images: Sequence[str]) -> list[str]:
-    """An error that names all unreadable images of a split, a line each; nothing if there are none."""
+def unreadable_images(split: str, images: Sequence[str], count: int | None = None) -> list[str]:
+    """An error that names unreadable images of a split, all or `count`, a line each; nothing if there are none."""
     fix = "Repair or remove them, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)"
-    first = f"The {split} split has {count_of(len(images), 'unreadable image')}. {fix}:"
-    return ["\n  ".join([first, *images])] if images else []
+    first = f"The {split} split has {count_of(count or len(images), 'unreadable image')}. {fix}:"
+    more = [f"and {count - len(images):,} more"] if count and count > len(images) else []
+    return ["\n  ".join([first, *images, *more])] if images else []
 
 
 def ood_sentence(ood: Mapping[str, int], split: str) -> str:
@@ -301,7 +302,8 @@ def _describe(found: Survey, name: str, classes: Sequence[str], image_size: int 
     """Sentences about one split."""
     split = found.splits[name]
     if must or len(split.unreadable) > UNREADABLE_LIMIT * min(split.images, HEADERS):
-        for text in unreadable_images(name, split.unreadable):
+        named = split.unreadable if must else split.unreadable[:10]  # thousands are no files to repair by hand
+        for text in unreadable_images(name, named, len(split.unreadable)):
             found.add("error", name, text)
     elif split.unreadable:
         count = count_of(len(split.unreadable), "unreadable image")
@@ -344,8 +346,8 @@ def _describe_copies(
                     shared.setdefault((name, other), []).extend(map(files[name].name, rows))
             numbers = labels[name][rows].tolist() if name in labels else []
             if len(set(numbers)) > 1:
-                both = (f"{files[name].name(row)} ({classes[n]})" for row, n in zip(rows, numbers, strict=True))
-                conflicts.setdefault(name, []).append(" = ".join(both))
+                both = [f"{files[name].name(row)} ({classes[n]})" for row, n in zip(rows, numbers, strict=True)]
+                conflicts.setdefault(name, []).append(" = ".join(both[:3]) + " = ..." * (len(both) > 3))
     for name, pairs in conflicts.items():
         text = f"The {name} split has {count_of(len(pairs), 'image')} with different labels: {listed(pairs)}."
         found.add("warning", name, f"{text} Keep the right one of each.")

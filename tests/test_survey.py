@@ -173,6 +173,17 @@ def test_many_unreadable_unlabeled_images_are_an_error(share: int) -> None:
     assert len(look_at({"unlabeled": dataset(images)}, CLASSES, skip_bad=False).errors()) == 1
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "ICO"])
+@pytest.mark.parametrize("embedded", [False, True])
+def test_headers_of_all_formats_are_read(kind: str, embedded: bool, tmp_path: Path) -> None:
+    images = [encoded(image, kind) for image in pictures(0, 4, 32)]
+    for number, image in enumerate(images if not embedded else ()):
+        (tmp_path / str(number)).write_bytes(image["bytes"])
+        images[number] = {"bytes": None, "path": str(tmp_path / str(number))}
+    found = look_at({"unlabeled": dataset(images)}, None, image_size=100).splits["unlabeled"]
+    assert (found.unreadable, found.small, found.smallest) == ([], 4, (32, 32))
+
+
 def test_rows_without_a_class_are_counted_apart() -> None:
     values = ["ant", "bee", "wolf", "wolf", None]
     named = look_at({"validation": labeled(pictures(0, 5), values)}, CLASSES).splits["validation"]
