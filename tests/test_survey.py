@@ -261,7 +261,7 @@ def test_training_says_what_it_found_before_the_first_step(
     assert read_facts(card).splits["labeled"].fewest_class == "three"
 
 
-def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path: Path) -> None:
+def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path: Path, fault_record: Any) -> None:
     trainer = trainer_of(tmp_path, labeled=spoiled(LABELED, [1, 7]), validation=spoiled(VALIDATION, [3]), max_steps=1)
     with pytest.raises(UserError) as error:
         trainer.train()
@@ -270,6 +270,8 @@ def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path: Path) -> Non
     assert trainer.state.global_step == 0
     with pytest.raises(UserError):  # not taken for checked
         trainer.train()
+    what = "an error before step 1 that names every unreadable image"
+    fault_record("Unreadable images in the labeled and validation split", what, "0 steps")
 
 
 def test_the_survey_changes_no_bit_and_can_be_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
