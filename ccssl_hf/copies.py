@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 import datasets
 import numpy as np
 import PIL
-import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
@@ -58,7 +58,8 @@ class EncodedImages:
 
     def _open(self, row: int) -> Any:
         content = self._bytes[int(self._rows[row])]
-        return pa.BufferReader(content.as_buffer()) if content.is_valid else open(self._path(row), "rb")
+        # Not pyarrow's own reader: it lacks methods that Pillow's plugins call.
+        return io.BytesIO(content.as_buffer()) if content.is_valid else open(self._path(row), "rb")
 
     def name(self, row: int) -> str:
         path = self._path(row) or f"row {row}"

@@ -152,7 +152,6 @@ def build_trainer(
     trainer.dataset_names = {role: _name_for_card(recipe, role, args.seed) for role in splits}
     pretrained = recipe.pretrained and (get_pretrained_cfg(backbone).hf_hub_id or backbone)
     trainer.base_model = pretrained or recipe.model
-    trainer.check_data({role: splits[role] for role in splits if role == "test"})
     return trainer, splits
 
 
@@ -207,6 +206,7 @@ def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
     """Train, or resume from `args.resume_from_checkpoint`, evaluate on validation and test splits, save and push."""
     trainer.stop.command = continuing_command()
     with errors_of_a_run():
+        trainer.check_data({role: splits[role] for role in splits if role == "test"})
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # before anything else can fail
         done = f"model, card and metrics are in {trainer.args.output_dir}"

@@ -33,7 +33,16 @@ logger = logging.getLogger(__name__)
 
 TRAINING = ("labeled", "unlabeled")
 UNREADABLE_LIMIT = 0.05  # share of unreadable unlabeled images above which a run stops
+_COLUMNS = "split|images|classes|fewest per class|most per class|OOD|in training|small|unreadable|skipped"
 HEADERS = 20_000  # images of a split whose headers are read, evenly spread over the rows
+
+_READER = 1
+"""Increase it when `images.open_image` refuses other images, so that all splits are decoded again."""
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: names of classes and files must not control it."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class Finding(NamedTuple):
@@ -66,12 +75,8 @@ class SplitSurvey:
             if counts:
                 found[f"{key}_class"] = name = pick(counts, key=counts.__getitem__)
                 found[key] = counts[name]
-        numbers = dict(in_training=self.in_training, small=self.small, unreadable=len(self.unreadable))
-        return found | {
-            "ood_images": sum(self.ood.values()),
-            **numbers,
-            "skipped": sum(map(len, self.skipped.values())),
-        }
+        found |= dict(ood_images=sum(self.ood.values()), in_training=self.in_training, small=self.small)
+        return found | dict(unreadable=len(self.unreadable), skipped=sum(map(len, self.skipped.values())))
 
 
 @dataclass
@@ -82,7 +87,7 @@ class Survey:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, split: str, text: str) -> None:
-        self.findings.append(Finding(kind, split, text))
+        self.findings.append(Finding(kind, split, printable(text)))
 
     def texts(self, kind: str, splits: Collection[str] | None = None) -> list[str]:
         """The sentences of one kind, about some splits or all."""
@@ -94,20 +99,7 @@ class Survey:
 
     def table(self, splits: Collection[str] | None = None) -> str:
         """One row for each split, as text. A column of zeros is left out."""
-        rows = [
-            [
-                "split",
-                "images",
-                "classes",
-                "fewest per class",
-                "most per class",
-                "OOD",
-                "in training",
-                "small",
-                "unreadable",
-                "skipped",
-            ]
-        ]
+        rows = [_COLUMNS.split("|")]
         for name, split in self.splits.items():
             facts = split.facts()
             names = {key: " ".join(facts.get(f"{key}_class", "").split()) for key in ("fewest", "most")}
@@ -117,7 +109,8 @@ class Survey:
                 rows.append([name, str(split.images), str(facts.get("classes", "")), *extremes, *counts])
         columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
         widths = [max(map(len, column)) for column in columns]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True))
+        lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True))
+        return printable("\n".join(lines))
 
 
 class RunSurvey:
@@ -137,17 +130,22 @@ class RunSurvey:
 
     def of_all(self, evaluation: Mapping[str, datasets.Dataset]) -> Survey:
         """Survey all splits. Raises UserError if a split cannot be used."""
-        return self._run(self._training | dict(evaluation), [*self._training, *evaluation])
+        return self._run(evaluation, [*self._training])
 
     def of_new(self, name: str, split: datasets.Dataset, **settings: Any) -> None:
         """Survey an evaluation split, unless it was looked at. Raises UserError if it cannot be used."""
         if split._fingerprint not in self._found:
-            self._run({**self._training, name: split}, [name], decode=[name], **settings)
+            self._run({name: split}, [], decode=[self._name(name)], **settings)
 
-    def _run(self, splits: Mapping[str, datasets.Dataset], names: Sequence[str], **settings: Any) -> Survey:
+    def _name(self, split: str) -> str:
+        return f"evaluation {split}" if split in TRAINING else split
+
+    def _run(self, evaluation: Mapping[str, Any], shown: list[str], **settings: Any) -> Survey:
+        splits = self._training | {self._name(name): split for name, split in evaluation.items()}
+        shown += map(self._name, evaluation)
         found = on_main_process(partial(survey, splits, self._class_names, **{**self._settings, **settings}))
-        announce(found, names, show=self._show)
-        self._found |= {splits[name]._fingerprint: found.splits[name] for name in names}
+        announce(found, shown, show=self._show)
+        self._found |= {splits[name]._fingerprint: found.splits[name] for name in shown}
         return found
 
 
@@ -180,11 +178,12 @@ def count_of(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def unreadable_images(split: str, images: Sequence[str]) -> list[str]:
-    """An error that names all unreadable images of a split, a line each; nothing if there are none."""
+def unreadable_images(split: str, images: Sequence[str], count: int | None = None) -> list[str]:
+    """An error that names unreadable images of a split, all or `count`, a line each; nothing if there are none."""
     fix = "Repair or remove them, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)"
-    first = f"The {split} split has {count_of(len(images), 'unreadable image')}. {fix}:"
-    return ["\n  ".join([first, *images])] if images else []
+    first = f"The {split} split has {count_of(count or len(images), 'unreadable image')}. {fix}:"
+    more = [f"and {count - len(images):,} more"] if count and count > len(images) else []
+    return ["\n  ".join([first, *images, *more])] if images else []
 
 
 def ood_sentence(ood: Mapping[str, int], split: str) -> str:
@@ -217,7 +216,7 @@ def count_labels(
 
 def _broken_images(dataset: datasets.Dataset, column: str, files: EncodedImages, max_pixels: int) -> list[str]:
     """The images that cannot be decoded, with reasons. A file in the cache marks a split that has none."""
-    facts = repr([dataset._fingerprint, column, max_pixels, PIL.__version__]).encode()
+    facts = repr([dataset._fingerprint, column, max_pixels, PIL.__version__, _READER]).encode()
     key = hashlib.sha256(facts + files.lengths.tobytes() + files.changed.tobytes()).hexdigest()[:32]
     mark = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf" / "readable" / key
     if mark.is_file():
@@ -250,7 +249,8 @@ def survey(
         image_size: The shorter side that training uses, in pixels. None: sizes are not compared.
         max_pixels: Images of more pixels count as unreadable.
         skip_bad: Whether training skips unreadable unlabeled images. Otherwise they are an error, too.
-        decode: Splits of which every image is decoded; of others only headers are read. None: all but `unlabeled`.
+        decode: Splits of which every image is decoded; others are only searched for copies of them. None: all, but of
+            `unlabeled` only headers are read.
     """
     found, files, labels = Survey(), dict[str, EncodedImages](), dict[str, np.ndarray]()
     for name, dataset in splits.items():
@@ -270,7 +270,8 @@ def survey(
                 found.add("error", name, str(error))
         whole = name != "unlabeled" if decode is None else name in decode
         must = name != "unlabeled" or not skip_bad
-        _read_headers(split, files[name], image_size, max_pixels)
+        if whole or decode is None:
+            _read_headers(split, files[name], image_size, max_pixels)
         if whole:
             split.unreadable = _broken_images(dataset, image_column, files[name], max_pixels)
         _describe(found, name, class_names or (), image_size, must)
@@ -300,8 +301,10 @@ def _read_headers(split: SplitSurvey, files: EncodedImages, image_size: int | No
 def _describe(found: Survey, name: str, classes: Sequence[str], image_size: int | None, must: bool) -> None:
     """Sentences about one split."""
     split = found.splits[name]
-    if must or len(split.unreadable) > UNREADABLE_LIMIT * split.images:
-        found.findings += [Finding("error", name, text) for text in unreadable_images(name, split.unreadable)]
+    if must or len(split.unreadable) > UNREADABLE_LIMIT * min(split.images, HEADERS):
+        named = split.unreadable if must else split.unreadable[:10]  # thousands are no files to repair by hand
+        for text in unreadable_images(name, named, len(split.unreadable)):
+            found.add("error", name, text)
     elif split.unreadable:
         count = count_of(len(split.unreadable), "unreadable image")
         found.add("warning", name, f"The {name} split has {count}: {listed(split.unreadable)}.")
@@ -343,8 +346,8 @@ def _describe_copies(
                     shared.setdefault((name, other), []).extend(map(files[name].name, rows))
             numbers = labels[name][rows].tolist() if name in labels else []
             if len(set(numbers)) > 1:
-                both = (f"{files[name].name(row)} ({classes[n]})" for row, n in zip(rows, numbers, strict=True))
-                conflicts.setdefault(name, []).append(" = ".join(both))
+                both = [f"{files[name].name(row)} ({classes[n]})" for row, n in zip(rows, numbers, strict=True)]
+                conflicts.setdefault(name, []).append(" = ".join(both[:3]) + " = ..." * (len(both) > 3))
     for name, pairs in conflicts.items():
         text = f"The {name} split has {count_of(len(pairs), 'image')} with different labels: {listed(pairs)}."
         found.add("warning", name, f"{text} Keep the right one of each.")

@@ -101,7 +101,6 @@ if __name__ == "__main__":
             unlabeled_dataset=splits["train"],
             callbacks=callbacks,
         )
-        trainer.check_data({"test": splits["test"]})
         trainer.dataset_names = dict.fromkeys(("labeled", "unlabeled", "test"), recipe.data)
 
     # Train, evaluate the averaged weights (EMA) of the last step on the test split, and save them with a card.

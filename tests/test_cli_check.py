@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -87,7 +88,7 @@ def test_train_stops_where_check_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_end_together_with_one_sentence(tmp_path: Path) -> None:
+def test_two_processes_end_together_with_one_sentence(tmp_path: Path, fault_record: Any) -> None:
     for number in range(8):
         write(tmp_path / f"photos/labeled/{'ab'[number % 2]}/{number}.png", number)
         write(tmp_path / f"photos/unlabeled/{number}.png", 10 + number)
@@ -106,3 +107,5 @@ def test_two_processes_end_together_with_one_sentence(tmp_path: Path) -> None:
     assert said.count("error: The labeled split has 1 unreadable image.") == 1, said[-3000:]
     assert said.count("labeled/a/broken.png: ") == 1 and said.count("fewest per class") == 1
     assert "/ccssl_hf/" not in said  # the only traceback is that of the launcher
+    what = "both processes end before step 1 with one sentence that names it"
+    fault_record("An unreadable labeled image, two processes", what, "0 steps")

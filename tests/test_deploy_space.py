@@ -103,6 +103,24 @@ def space(written: Path) -> app.Space:
 # --------------------------------------------------------------------------------------------------------------- folder
 
 
+def test_all_unreadable_images_are_named_before_anything_is_written(
+    work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(work / "validation", tmp_path / "open")
+    bad = [next(tmp_path.glob("open/*")) / name for name in ("x.png", "y.png")]
+    for path in bad:
+        path.write_bytes(b"no image")
+    out, sources = tmp_path / "out", {"validation": str(tmp_path / "open")}
+    with pytest.raises(ValueError, match="The validation split has 2 unreadable images") as error:
+        write_space(work / "model", out, **sources)
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == list(map(str, bad))
+    assert list(out.iterdir()) == []
+    for path in bad:
+        path.unlink()
+    write_space(work / "model", out, **sources)
+    assert "images of the validation split show no class of the model and count as out-of-distribution" in caplog.text
+
+
 def test_the_folder_is_a_space_with_a_plain_model_and_nothing_of_this_machine(written: Path, work: Path) -> None:
     files = {str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()}
     examples = {f"examples/{number}.webp" for number in range(6)}  # four classes, two OOD

@@ -173,6 +173,17 @@ def test_many_unreadable_unlabeled_images_are_an_error(share: int) -> None:
     assert len(look_at({"unlabeled": dataset(images)}, CLASSES, skip_bad=False).errors()) == 1
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "ICO"])
+@pytest.mark.parametrize("embedded", [False, True])
+def test_headers_of_all_formats_are_read(kind: str, embedded: bool, tmp_path: Path) -> None:
+    images = [encoded(image, kind) for image in pictures(0, 4, 32)]
+    for number, image in enumerate(images if not embedded else ()):
+        (tmp_path / str(number)).write_bytes(image["bytes"])
+        images[number] = {"bytes": None, "path": str(tmp_path / str(number))}
+    found = look_at({"unlabeled": dataset(images)}, None, image_size=100).splits["unlabeled"]
+    assert (found.unreadable, found.small, found.smallest) == ([], 4, (32, 32))
+
+
 def test_rows_without_a_class_are_counted_apart() -> None:
     values = ["ant", "bee", "wolf", "wolf", None]
     named = look_at({"validation": labeled(pictures(0, 5), values)}, CLASSES).splits["validation"]
@@ -192,6 +203,13 @@ def test_errors_of_all_splits_are_collected() -> None:
     assert len(found.errors()) == 2 and "owl" in found.errors()[0] and "x, y" in found.errors()[1]
     no_column = look_at({"labeled": wrong, "test": wrong.rename_column("image", "photo")}, CLASSES)
     assert "The test split has no column 'image'" in no_column.errors()[1]
+
+
+def test_names_do_not_control_the_terminal() -> None:
+    names = ["ant", "\x1b[31mred\nline"]
+    found = look_at({"test": labeled(pictures(0, 3), [*names, "\x1b[2J"])}, names)
+    said = found.table() + "".join(found.texts("note"))
+    assert "\x1b" not in said and len(found.table().splitlines()) == 2 and r"\x1b[2J (1)" in said
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -243,7 +261,7 @@ def test_training_says_what_it_found_before_the_first_step(
     assert read_facts(card).splits["labeled"].fewest_class == "three"
 
 
-def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path: Path) -> None:
+def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path: Path, fault_record: Any) -> None:
     trainer = trainer_of(tmp_path, labeled=spoiled(LABELED, [1, 7]), validation=spoiled(VALIDATION, [3]), max_steps=1)
     with pytest.raises(UserError) as error:
         trainer.train()
@@ -252,6 +270,8 @@ def test_a_broken_image_stops_a_run_before_its_first_step(tmp_path: Path) -> Non
     assert trainer.state.global_step == 0
     with pytest.raises(UserError):  # not taken for checked
         trainer.train()
+    what = "an error before step 1 that names every unreadable image"
+    fault_record("Unreadable images in the labeled and validation split", what, "0 steps")
 
 
 def test_the_survey_changes_no_bit_and_can_be_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,6 +297,9 @@ def test_a_new_split_is_looked_at_when_it_is_evaluated(tmp_path: Path, capsys: p
     for call in (trainer.evaluate, trainer.predict):
         with pytest.raises(UserError, match=r"2 unreadable images(.|\n)*\n  2\.png: .*\n  5\.png: "):
             call(spoiled(test, [2, 5]))
+    trainer.evaluate(LABELED.select(range(9)), metric_key_prefix="eval_labeled")  # not mistaken for the labeled split
+    said = capsys.readouterr().out
+    assert "\nevaluation labeled  9 " in said and "shares" not in said
     trainer.predict(test.remove_columns("label"))
     assert "test   12" in capsys.readouterr().out
 
