@@ -7,8 +7,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+from .escape import printable
 
 
 def near_misses(name: str, known: Iterable[str]) -> str:
@@ -17,10 +19,11 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def listed(offenders: Sequence[str], separator: str = ", ") -> str:
-    """The first ten offenders, and how many more there are."""
-    more = f" and {len(offenders) - 10:,} more" if len(offenders) > 10 else ""
-    return separator.join(offenders[:10]) + more
+def listed(names: Iterable[object], limit: int = 10, separator: str = ", ") -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return separator.join(map(str, names[:limit])) + more
 
 
 def summary(error: BaseException) -> str:
@@ -39,7 +42,7 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError) as error:
         if os.environ.get("RANK", "0") == "0":  # one line, not one per process
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error), lines=True)}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

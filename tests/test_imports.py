@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ccssl_hf"
 
 # The training core from the bottom up: a module imports only modules that stand before it.
 CORE = (
-    *("errors", "distributed", "sampling", "transforms", "images", "sources", "data"),
+    *("escape", "errors", "distributed", "sampling", "transforms", "images", "sources", "data"),
     *("losses", "algorithms", "wide_resnet_cifar", "backbones", "checkpoint", "config_file", "resume"),
     *("metrics", "record", "hub", "modeling", "training_args", "step", "optimization", "ema", "callbacks"),
     *("trainer", "recipe"),

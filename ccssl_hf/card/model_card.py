@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..algorithms import ALGORITHMS, CCSSL_PAPER
 from ..checkpoint import is_own_backbone
 from ..data import FINGERPRINTED_IMAGES
-from ..record import CONFIDENCE, CURVES, Provenance, Result, RunRecord, Section, Split
+from ..escape import code
+from ..record import CONFIDENCE, CURVES, PICTURES, Provenance, Result, RunRecord, Section, Split
 from .facts import CardFacts, known, read_facts, store_facts
 from .text import cell, duration, plain, public_name, without_folder
 
@@ -48,7 +49,7 @@ def _settings(record: RunRecord) -> dict[str, dict[str, Any]]:
 def _render(template: str, **values: Any) -> str:
     """A template without the blank lines of the sections that are left out."""
     source = resources.files(__package__).joinpath(f"templates/{template}.md.j2").read_text(encoding="utf-8")
-    text = jinja2.Template(source).render(cell=cell, **values)
+    text = jinja2.Template(source).render(cell=cell, code=code, **values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -120,7 +121,7 @@ def render_card(
         num_labeled=sum(record.labeled_per_class.values()),
         num_unlabeled=record.splits["unlabeled"].images if "unlabeled" in record.splits and record.mu else None,
         settings=facts.settings,
-        limits=limits,
+        limits=limits and limits.strip().replace("\n", "\n  "),  # within one item of a list
         fingerprinted=FINGERPRINTED_IMAGES,
         curves={CURVES: pictures[CURVES]} if CURVES in pictures else {},
     )
@@ -146,7 +147,7 @@ def renew_results(
     renewed = {result.split for result in results}
     facts.results = [*(old for old in facts.results if old.split not in renewed), *results]
     facts.splits |= {split: Split(public_name(name)[0]) for split, name in datasets.items()}
-    facts.pictures |= pictures
+    facts.pictures = {file: text for file, text in facts.pictures.items() if file in PICTURES} | dict(pictures)
     store_facts(card, facts, model_name=model_name)
     section = _render_results(facts.results, facts.pictures, facts.provenance)
     if marked := _MARKED.search(card.text):

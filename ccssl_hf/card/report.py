@@ -12,13 +12,14 @@ from huggingface_hub import ModelCard, snapshot_download
 from ..checkpoint import WEIGHTS_FILE, find_checkpoint
 from ..config_file import read_config
 from ..data import check_writable
-from ..hub import why_not_pushed
+from ..escape import printable
+from ..hub import MAX_TEXT_MB, why_not_pushed
 from ..modeling import CCSSLConfig
 from ..record import IMAGES, PICTURES, PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
 from .facts import read_facts, upgrade
 from .model_card import render_card, renew_results
 from .plots import draw_pictures
-from .text import cell, format_table
+from .text import format_table, words
 
 CARD_FILE = "README.md"
 
@@ -46,6 +47,8 @@ def read_card(folder: Path) -> ModelCard | None:
     path = folder / CARD_FILE
     if not path.is_file():
         return None
+    if path.stat().st_size > MAX_TEXT_MB * 1e6:
+        raise ValueError(f"{path} has more than {MAX_TEXT_MB} MB and cannot be a card: shorten or remove it.")
     try:
         card = ModelCard.load(path)
         upgrade(card)
@@ -102,7 +105,7 @@ def describe(model: str) -> str:
     config = _config(model)
     labels, size = config.labels, (config.pretrained_cfg or {}).get("input_size", ["?"])[-1]
     megabytes = (find_checkpoint(model) / WEIGHTS_FILE).stat().st_size / 1e6
-    names = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
+    names = ", ".join(printable(label, most=60) for label in labels[:8]) + ", ..." * (len(labels) > 8)
     lines = [f"{model}: {config.architecture}, {size} px, {megabytes:.1f} MB, {len(labels)} classes ({names})"]
     card = read_card(_card_folder(model))
     if card is None:
@@ -113,6 +116,6 @@ def describe(model: str) -> str:
         rows = [{"split": split, "data": each.data, "images": each.images} for split, each in facts.splits.items()]
         lines += ["", format_table(rows, ["split", "data", "images"])]
     for title, settings in facts.settings.items():
-        rows = [{title: name, "value": cell(value)} for name, value in settings.items()]
+        rows = [{title: name, "value": words(value)} for name, value in settings.items()]
         lines += ["", format_table(rows, [title, "value"])]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
+from ..escape import printable
 from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
 
 
@@ -48,7 +49,7 @@ def evaluate(
     names = ood_names(dataset, label_column, classifier.labels)
     named = f" ({', '.join(names[:10])}{', ...' * (len(names) > 10)})" if names else ""
     note = f", {ood:,} of them out of distribution{named}" if ood else ""
-    typer.echo(f"{model} on {source}: {images:,} images{note}\n\n{results_table(results)}")
+    typer.echo(printable(f"{model} on {source}: {images:,} images{note}\n\n{results_table(results)}", lines=True))
     if json_out is not None:
         weights = str(predictions.provenance or "published")
         facts = dict(model=model, source=source, split=split, weights=weights, images=images, unknown=ood)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
+from ..escape import printable
 from .options import LABELED_SOURCE, BatchSize, Device, ImageColumn, LabelColumn, Model, NumWorkers
 
 
@@ -48,7 +49,7 @@ def report(
         if not split:
             if out is not None or embeddings:
                 raise ValueError("There is no split to measure on: add at least one --split NAME=SOURCE.")
-            typer.echo(describe(model))
+            typer.echo(printable(describe(model), lines=True))
             return
         if wrong := [each for each in split if not all(each.partition("="))]:
             raise ValueError(f"--split {wrong[0]}: use NAME=SOURCE, such as test=photos/test.")

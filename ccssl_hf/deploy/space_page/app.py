@@ -13,7 +13,7 @@ import math
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -122,6 +122,24 @@ class Settings:
         (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def shown(text: str, most: int = 80) -> str:
+    """A name in one line, not too long, without characters that are invisible or change the direction of text."""
+    text = "".join(each if each.isprintable() or each in "\u200c\u200d" else " " for each in text).strip()
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def shown_names(labels: Iterable[str]) -> list[str]:
+    """The names of the classes as the page shows them: each another one."""
+    names = [shown(label) for label in labels]
+    twice = Counter(names)
+    return [f"{name} ({number})" if twice[name] > 1 or not name else name for number, name in enumerate(names)]
+
+
+def code_span(text: str) -> str:
+    """Text for Markdown that shows as it is."""
+    return "`" + (shown(text).replace("`", "'") or " ") + "`"
+
+
 def confidence_and_energy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest softmax probability and the log-sum-exp of logits `[N, C]`, both `[N]`; low for OOD images.
 
@@ -201,7 +219,7 @@ class Model:
     def __init__(self, name: str | Path, *, revision: str | None = None) -> None:
         self._processor = AutoImageProcessor.from_pretrained(name, revision=revision)
         model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
-        self.labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+        self.labels = shown_names(model.config.id2label[number] for number in range(model.config.num_labels))
         self.network = model.timm_model.eval().requires_grad_(False)
         size = self._processor.data_config["input_size"][-2:]
         self.side = max(size)
@@ -332,8 +350,9 @@ class Space:
         if limits := self.settings.thresholds:
             rule = (
                 "if both scores are below their thresholds. Each threshold is the value that "
-                f"{1 - limits.quantile:.0%} of {limits.images:,} in-distribution images reach ({limits.source}; top-1 "
-                f"accuracy {limits.top1:.0%}). The note appears for {limits.flagged:.0%} of these images. "
+                f"{1 - limits.quantile:.0%} of {limits.images:,} in-distribution images reach "
+                f"({code_span(limits.source)}; top-1 accuracy {limits.top1:.0%}). The note appears for "
+                f"{limits.flagged:.0%} of these images. "
             )
             if limits.ood_flagged is None:
                 rule += "Out-of-distribution images were not measured."
