@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ MAX_INTEGER = 100_000  # in model_args
 MAX_BUFFERS = 1 << 28  # elements of tables that a network computes for its input size, 1 GiB
 
 _FLOATS, _INTEGERS = {"F16", "BF16", "F32", "F64"}, {"I64", "I32", "U8", "BOOL"}
+_REPR = reprlib.Repr()  # of a value that can be long and deep
+_REPR.maxstring = _REPR.maxother = 60
 _PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -174,10 +177,7 @@ def is_text(label: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, (list, dict)) and len(value) > 10:
-        return f"a {type(value).__name__} of {len(value):,} entries"
-    text = "null or missing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "null or missing" if value is None else _REPR.repr(value)
 
 
 def read_heads(path: Path) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_a_configuration_is_checked_before_anything_is_opened_or_allocated(
         (b'{"architecture": "test_vit", "num_classes": NaN}', "num_classes is nan"),
         (b'{"x": "' + bytes(33 << 20) + b'"}', "has more than 32 MiB"),
         (
-            b'{"architecture": "test_vit", "num_classes": 3, "model_args": ' + b'{"depth": ' * 400 + b"1" + b"}" * 401,
+            b'{"architecture": "test_vit", "num_classes": 3, "model_args": ' + b'{"depth": ' * 900 + b"1" + b"}" * 901,
             "model_args",
         ),
     ],
@@ -379,11 +379,10 @@ def test_names_that_people_use_are_written_as_they_are() -> None:
 def test_names_are_drawn_without_mathematics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rng, names = np.random.default_rng(0), [*NAMES[:7], "_hidden", "x" * 500, "\x1b[31m"]
     labels = np.arange(len(names)).repeat(2)
-    logits, embeddings = rng.normal(size=(len(labels), len(names))), rng.normal(size=(len(labels), 8))
-    split = SplitPredictions("$x$", None, logits, labels, embeddings)
+    split = SplitPredictions("$x$", None, rng.normal(size=(len(labels), len(names))), labels)
     history = [{"step": step, "eval__$a_top1": 0.5, "loss": 1.0} for step in (1, 2)]
     pictures = draw_pictures(RunRecord("resnet18", names, predictions=[split], history=history), tmp_path)
-    assert len(pictures) == 4 and not caplog.records
+    assert len(pictures) == 3 and not caplog.records
     assert plot_text("x" * 99) == "x" * 39 + "…" and plot_text("_a$") == r" _a\$"
 
 
