@@ -123,7 +123,7 @@ def create_backbone(
         timm_kwargs.setdefault("img_size", size[0] if size[0] == size[1] else size)
     model_args = {key: value for key, value in timm_kwargs.items() if key not in _RUNTIME_ARGS}
     if unknown := unknown_arguments(name, model_args):
-        raise ValueError(f"{listed(unknown, '; ')}.")
+        raise ValueError(f"{listed(unknown, separator='; ')}.")
     try:
         json.dumps(model_args)
     except TypeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ MAX_INTEGER = 100_000  # in model_args
 MAX_BUFFERS = 1 << 28  # elements of tables that a network computes for its input size, 1 GiB
 
 _FLOATS, _INTEGERS = {"F16", "BF16", "F32", "F64"}, {"I64", "I32", "U8", "BOOL"}
+_REPR = reprlib.Repr()  # of a value that can be long and deep
+_REPR.maxstring = _REPR.maxother = 60
 _PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -102,7 +105,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not problems and config["num_classes"] > rows:
         problems = [f"num_classes is {config['num_classes']}, but no tensor of the weights has more than {rows} rows"]
     if problems:
-        raise ValueError(f"'{path}' can't be used: {listed(problems, '; ')}. Save the folder again, or correct it.")
+        raise ValueError(
+            f"'{path}' can't be used: {listed(problems, separator='; ')}. Save the folder again, or correct it."
+        )
     return config
 
 
@@ -160,17 +165,19 @@ def _input_problems(entries: Mapping[str, Any]) -> list[str]:
 def _label_problems(labels: Any) -> list[str]:
     if not isinstance(labels, list) or not labels:
         return [f"label_names is {_short(labels)}, not a list of names"]
-    if strange := [_short(label) for label in labels if not isinstance(label, str)]:
+    if strange := [_short(label) for label in labels if not is_text(label)]:
         return [f"label_names has {listed(strange)}, which are no names"]
     repeated = [repr(label) for label, number in Counter(labels).items() if number > 1]
     return [f"label_names repeats {listed(repeated)}"] if repeated else []
 
 
+def is_text(label: Any) -> bool:
+    """Whether a class name is text that files can hold; names of damaged files can have parts of characters."""
+    return isinstance(label, str) and re.search("[\ud800-\udfff]", label) is None
+
+
 def _short(value: Any) -> str:
-    if isinstance(value, (list, dict)) and len(value) > 10:
-        return f"a {type(value).__name__} of {len(value):,} entries"
-    text = "null or missing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "null or missing" if value is None else _REPR.repr(value)
 
 
 def read_heads(path: Path) -> dict[str, Any]:
@@ -231,6 +238,6 @@ def check_fit(model: nn.Module, tensors: Mapping[str, tuple[Sequence[int], str]]
         elif dtype not in (_FLOATS if own[key].is_floating_point() else _INTEGERS):
             wrong.append(f"{key} is stored as {dtype}")
     if wrong:
-        raise ValueError(f"{what}: {listed(wrong, '; ')}. Save the folder again.")
+        raise ValueError(f"{what}: {listed(wrong, separator='; ')}. Save the folder again.")
     if (elements := sum(buffer.numel() for buffer in model.buffers())) > MAX_BUFFERS:
         raise ValueError(f"{what}: its tables for this input size have {elements:,} numbers. Use a smaller input_size.")

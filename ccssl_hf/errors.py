@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from .escape import printable
+
 
 def near_misses(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'this' or 'that'?`, with the leading space, or an empty string."""
@@ -19,11 +21,11 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def listed(names: Iterable[object], separator: str = ", ", *, limit: int = 10) -> str:
-    """The first names, and how many more there are. Names with control characters are quoted and escaped."""
-    found = [str(name) for name in names]
+def listed(names: Iterable[object], limit: int = 10, separator: str = ", ") -> str:
+    """The first names, and how many more there are, without control characters."""
+    found = [printable(str(name)) for name in names]
     more = f" and {len(found) - limit:,} more" if len(found) > limit else ""
-    return separator.join(name if name.isprintable() else repr(name) for name in found[:limit]) + more
+    return separator.join(found[:limit]) + more
 
 
 def warn(logger: logging.Logger, message: str, *values: object) -> None:
@@ -72,7 +74,7 @@ def errors_of_a_run() -> Iterator[None]:
 
 def _end(line: str, code: int, error: BaseException) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":  # one line, not one per process
-        print(line, file=sys.stderr)
+        print(printable(line, lines=True), file=sys.stderr)
     raise SystemExit(code) from error
 
 

@@ -83,7 +83,7 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
     files = {path.relative_to(folder).as_posix(): path for path in found}
     refused = {name: reason for name in files if (reason := why_not_pushed(folder, name))}
     if refused:
-        reasons = listed([f"{name}: {reason}" for name, reason in refused.items()], "; ")
+        reasons = listed([f"{name}: {reason}" for name, reason in refused.items()], separator="; ")
         raise ValueError(f"'{folder}' can't be pushed ({reasons}): replace them by files of the folder.")
     foreign = "only pictures that ccssl-hf drew are uploaded"
     for name in shown - pictures.keys():

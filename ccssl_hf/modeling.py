@@ -30,7 +30,7 @@ from .checkpoint import (
     save_tensors,
     write_config,
 )
-from .config_file import check_fit, few_parameters, read_config, read_heads, tensors_in
+from .config_file import check_fit, few_parameters, is_text, read_config, read_heads, tensors_in
 from .errors import summary
 from .hub import plan_push, upload
 
@@ -136,7 +136,7 @@ class CCSSLForImageClassification(PreTrainedModel):
             ValueError: The labels are not distinct names, timm has no such model or weights, or the backbone has no
                 classifier on pooled features.
         """
-        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        if isinstance(labels, str) or not all(map(is_text, labels)):
             raise ValueError("labels must be a list of class names, such as dataset.features['label'].names.")
         repeated = sorted(label for label, count in Counter(labels).items() if count > 1)
         if repeated or not labels:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -78,6 +79,8 @@ class Provenance:
         if weights is None or self.which not in ("last", "best"):
             raise ValueError(f"Provenance {self.weights!r}, {self.which!r}: use 'EMA' or 'raw', and 'last' or 'best'.")
         object.__setattr__(self, "weights", weights)
+        for name in ("step", "seed"):  # raises TypeError: cards that were read can hold anything
+            object.__setattr__(self, name, index(getattr(self, name)))
 
     def __str__(self) -> str:
         return f"{self.weights} weights, {self.which} step {self.step}, seed {self.seed}"

@@ -26,6 +26,7 @@ from .copies import EncodedImages, Place, find_copies, in_threads
 from .data import OUT_OF_DISTRIBUTION, check_images, read_labels
 from .distributed import on_main_process, rank
 from .errors import UserError, listed
+from .escape import printable
 from .images import MAX_PIXELS, unreadable
 from .sources import skipped
 
@@ -38,11 +39,6 @@ HEADERS = 20_000  # images of a split whose headers are read, evenly spread over
 
 _READER = 1
 """Increase it when `images.open_image` refuses other images, so that all splits are decoded again."""
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: names of classes and files must not control it."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class Finding(NamedTuple):
@@ -87,7 +83,7 @@ class Survey:
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, split: str, text: str) -> None:
-        self.findings.append(Finding(kind, split, printable(text)))
+        self.findings.append(Finding(kind, split, printable(text, lines=True)))
 
     def texts(self, kind: str, splits: Collection[str] | None = None) -> list[str]:
         """The sentences of one kind, about some splits or all."""
@@ -110,7 +106,7 @@ class Survey:
         columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
         widths = [max(map(len, column)) for column in columns]
         lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True))
-        return printable("\n".join(lines))
+        return printable("\n".join(lines), lines=True)
 
 
 class RunSurvey:

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
@@ -425,6 +429,67 @@ def test_a_file_that_is_no_checkpoint(usb, tmp_path):
     torch.save(torch.zeros(1), path)
     with pytest.raises(ValueError, match="contains a Tensor"):
         convert("moco", path, tmp_path / "out", labels=LABELS)
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:200] + bytes(50) + content[250:]
+
+
+def resnet18() -> dict[str, Tensor]:
+    state = torchvision.models.resnet18(num_classes=10).state_dict()
+    return {re.sub(r"^fc\.", "classifier.", key): value for key, value in state.items()}
+
+
+STATE = {"state_dict": {"conv1.weight": torch.zeros(3)}}
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(STATE, protocol=4)), "or is damaged"),
+    "a pickle of objects in objects": (
+        lambda path: path.write_bytes(b"\x80\x02" + b"]" * 10**5 + b"."),
+        "or is damaged",
+    ),
+    "a zip file": (lambda path: shutil.make_archive(str(path)[:-4], "zip", path.parent / "empty"), "or is damaged"),
+    "a damaged file": (
+        lambda path: (torch.save(STATE, path), path.write_bytes(flipped(path.read_bytes()))),
+        "is damaged",
+    ),
+    "a truncated file of old torch": (
+        lambda path: (
+            torch.save(STATE, path, _use_new_zipfile_serialization=False),
+            path.write_bytes(path.read_bytes()[:-9]),
+        ),
+        "or is damaged",
+    ),
+    "a whole network": (lambda path: torch.save(torch.nn.Linear(2, 2), path), r"more than weights \(torch.nn.modules"),
+    "safetensors": (lambda path: save_file({"a": torch.zeros(1)}, path), "is a safetensors file .*load it with"),
+    "a pointer of Git LFS": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "is a pointer of Git LFS .*git lfs pull",
+    ),
+    "a page of the Hub": (lambda path: path.write_text("<!DOCTYPE html>\n<html>"), "is a web page .*download"),
+    "a list": (lambda path: torch.save([1], path), "contains a list: pass a checkpoint"),
+    "numbered tensors": (lambda path: save(path, state_dict={1: torch.zeros(1)}), "no weights under 'state_dict'"),
+    "sparse tensors": (lambda path: save(path, state_dict={"a": torch.eye(2).to_sparse()}), "no weights under"),
+    "no tensors": (lambda path: save(path, state_dict={}), "no weights under 'state_dict'"),
+    "integers": (
+        lambda path: save(path, state_dict={key: value.to(torch.int8) for key, value in resnet18().items()}),
+        "has torch.int8 for 'backbone.conv1.weight'",
+    ),
+    "a view of a petabyte": (
+        lambda path: save(path, state_dict={"conv1.weight": torch.zeros(1).expand(10**15)}),
+        r"lacks \d+ tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_foreign_or_damaged_file_gets_one_sentence(case, tmp_path, recwarn):
+    write, words = FILES[case]
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "file.zip"
+    write(path)
+    with pytest.raises(ValueError, match=words) as caught:
+        convert("semicls", path, tmp_path / "out", weights="raw", **RESNET)
+    assert "\n" not in str(caught.value) and not [each for each in recwarn if "pickle" in str(each.message)]
 
 
 @pytest.mark.parametrize(

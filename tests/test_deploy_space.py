@@ -388,10 +388,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def address(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def running(written: Path, elsewhere: Path) -> Iterator[str]:
     """The page's address. `python app.py` serves it without network and without this package."""
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "ccssl_hf.py").write_text("raise ImportError('a Space does not have ccssl_hf')\n")
     port = free_port()
     settings = {
@@ -422,6 +421,12 @@ def address(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             server.terminate()
             server.wait(timeout=30)
     assert "Traceback" not in (elsewhere / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def address(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running(written, tmp_path_factory.mktemp("elsewhere")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -522,6 +527,42 @@ def test_a_file_that_is_no_image_gets_a_sentence_and_the_page_goes_on(page: Any,
     page.locator("#examples img").first.click()
     expect(page.locator("#classes")).to_be_visible()
     expect(page.locator("#note .warning").or_(page.locator("#note"))).not_to_contain_text("can't be read")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_class_names_of_somebody_else_are_text_on_the_page(browser: Any, tmp_path: Path) -> None:
+    script = "<script>window.harm=1</script><img src=x onerror='window.harm=1'>"
+    names = [f"{script}\n# h1 | [a](http://x)", f"</title>{script}", "\u202e" + "x" * 500, "**b** `c` $m$ & &lt;i&gt;"]
+    model = CCSSLForImageClassification.from_timm("wide_resnet10_1_cifar", labels=names, image_size=16)
+    model.save_pretrained(tmp_path / "model")
+    rows = [{"image": image, "label": number % 4} for number, image in enumerate(noise(24))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    data = tmp_path / f"data {script.replace('/', '')} [b](x).parquet"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(data)
+    sources = dict(labeled=str(data), validation=str(data))
+    write_space(tmp_path / "model", tmp_path / "out", title=f"</title>{script}", **sources)
+    card = SpaceCard.load(tmp_path / "out" / "README.md")
+    assert card.data.title == f"</title>{script}" and "<script" not in card.text and "<img" not in card.text
+    noise(1)[0].save(tmp_path / "image.png")
+    (tmp_path / "elsewhere").mkdir()
+    with running(tmp_path / "out", tmp_path / "elsewhere") as url:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(30_000)
+        page.goto(url)
+        page.locator("#picture input[type=file]").wait_for(state="attached")
+        drop(page, tmp_path / "image.png")
+        expect(page.locator("#classes")).to_be_visible()
+        expect(page.locator("#classes")).to_contain_text("<script>window.harm=1</script>")
+        expect(page.locator("#nearest .caption-label").first).to_be_visible()
+        page.get_by_label("Class of the heat map").click()
+        page.get_by_text("What these numbers mean").click()
+        expect(page.get_by_text("is the softmax probability")).to_be_visible()
+        assert page.evaluate("window.harm") is None
+        assert page.locator("img[src='x'], img[src$='/x'], a[href='http://x']").count() == 0
+        assert page.locator("h1").count() == 1
+        photograph(page, "hostile")
+        page.close()
 
 
 @needs_browser

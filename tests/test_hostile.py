@@ -9,15 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
+from typer.testing import CliRunner
 
 from ccssl_hf import CCSSLForImageClassification
-from ccssl_hf.card.report import describe
+from ccssl_hf.card.facts import KEY, read_facts
+from ccssl_hf.card.model_card import render_card, renew_results
+from ccssl_hf.card.plots import draw_pictures
+from ccssl_hf.card.report import describe, read_card, results_table
 from ccssl_hf.checkpoint import save_tensors
+from ccssl_hf.cli import app
+from ccssl_hf.escape import markdown, plot_text, printable
+from ccssl_hf.record import Provenance, Result, RunRecord, Split, SplitPredictions
 
 LABELS = ["ant", "bee", "cat"]
 
@@ -133,7 +143,7 @@ def test_a_configuration_is_checked_before_anything_is_opened_or_allocated(
         (b'{"architecture": "test_vit", "num_classes": NaN}', "num_classes is nan"),
         (b'{"x": "' + bytes(33 << 20) + b'"}', "has more than 32 MiB"),
         (
-            b'{"architecture": "test_vit", "num_classes": 3, "model_args": ' + b'{"depth": ' * 400 + b"1" + b"}" * 401,
+            b'{"architecture": "test_vit", "num_classes": 3, "model_args": ' + b'{"depth": ' * 900 + b"1" + b"}" * 901,
             "model_args",
         ),
     ],
@@ -247,3 +257,183 @@ def test_heads_that_do_not_fit_get_a_sentence(case: str, folder: Path) -> None:
     harm(folder / "ccssl_head.safetensors")
     with pytest.raises(ValueError, match=words):
         CCSSLForImageClassification.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+NAMES = [
+    "](http://x) <img src=x onerror=1> | \n --- # h1 ",
+    "![a](private/passport.png)",
+    "<!-- /results -->",
+    "<script>alert(1)</script>",
+    "</details></td>&lt;b&gt;",
+    "`code` ```fence",
+    "$math$ $$\\frac{1$$",
+    "# heading",
+    "- item",
+    "1. item",
+    "> quote",
+    "---",
+    "===",
+    "***",
+    "**bold** _slanted_ ~~gone~~",
+    "[a]: http://x",
+    "see https://evil.example/x or www.evil.example",
+    "yes",
+    "null",
+    "1e3",
+    "key: value",
+    "- a\n---\nlicense: evil",
+    "{{ 7 * 7 }}{% raw %}",
+    "\x1b[31mred\x1b]0;title\x07",
+    "\u202egnp.exe",
+    "a\tb\u2028c\rd",
+    "  spaces  ",
+    "x" * 5000,
+    "=1+1",
+    "@SUM(A1)",
+    "日本語 🦋 é",
+    " ",
+]
+
+
+def card_of(names: list[str]) -> ModelCard:
+    """A card in which each name is a class, and all kinds of other names are one of them, in turn."""
+
+    def name(number: int) -> str:
+        return names[number % len(names)]
+
+    record = RunRecord(
+        backbone="resnet18",
+        class_names=names,
+        algorithm="fixmatch",
+        hyperparameters={"lambda_contrast": 1.0, **{f"{each} {n}": each for n, each in enumerate(names)}},
+        splits={f"{each} {n}": Split(f"./{each}", 3, each) for n, each in enumerate(names)},
+        labeled_per_class=dict.fromkeys(names, 1),
+        base_model=name(5),
+        provenance=Provenance("EMA", 3, "last", 0),
+        results=[Result(f"{each}@{each}", 0.5, each, Provenance("EMA", 3, "last", 0)) for each in names],
+    )
+    card = render_card(record, model_name=name(0), limits="Seen.\n# none", pictures={"images/reliability.png": name(1)})
+    renew_results(
+        card,
+        [Result("top1", 0.5, each) for each in names],
+        datasets={each: f"./{each}" for each in names},
+        pictures={"images/confusion_matrix.png": name(0)},
+        model_name=name(2),
+    )
+    return card
+
+
+def blocks(text: str) -> list[str]:
+    """The structure of Markdown: what blocks there are in which order, and links, pictures and HTML in them."""
+    found = []
+    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
+        kinds = ("link_open", "image", "html_inline", "em_open", "code_inline")
+        inline = [each for each in token.children or () if each.type in kinds]
+        links = [str(each.attrs.get("href") or each.attrs.get("src") or each.type) for each in inline]
+        found += [token.content if token.type == "html_block" else token.type + token.tag, *links]
+    return found
+
+
+def test_names_change_neither_the_structure_of_a_card_nor_its_metadata(tmp_path: Path) -> None:
+    plain = [f"name {number}" for number in range(len(NAMES))]
+    cards = []
+    for names in (NAMES, plain):
+        card_of(names).save(tmp_path / "card.md")
+        cards.append(ModelCard.load(tmp_path / "card.md"))
+    hostile, ordinary = cards
+    assert blocks(hostile.text) == blocks(ordinary.text)
+    assert hostile.data.to_dict().keys() == ordinary.data.to_dict().keys()
+    assert hostile.data.license is None and list(read_facts(hostile).splits)[-1] == NAMES[-1]
+    assert {each.dataset_split for each in hostile.data.eval_results} == {*NAMES}
+    for sign in ("\x1b", "\u202e", "\x07", "\u2028"):
+        assert sign not in hostile.text
+
+
+def test_an_escaped_name_shows_as_it_is() -> None:
+    for name in NAMES:
+        tokens = MarkdownIt("commonmark").enable("table").parse(f"| {markdown(name)} | b |\n| --- | --- |")
+        inline = next(token for token in tokens if token.type == "inline")
+        shown = "".join(each.content for each in inline.children or ())
+        assert {each.type for each in inline.children or ()} <= {"text"}, name
+        assert shown == " ".join(printable(name).split()), name
+
+
+def test_names_that_people_use_are_written_as_they_are() -> None:
+    for name in (
+        "confidence_threshold",
+        "0.95",
+        "-1",
+        "1e-3",
+        "Danaus plexippus",
+        "AT&T",
+        "c++",
+        "7 * 7",
+        "a (b)",
+        "x.y",
+    ):
+        assert markdown(name) == name
+
+
+def test_names_are_drawn_without_mathematics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng, names = np.random.default_rng(0), [*NAMES[:7], "_hidden", "x" * 500, "\x1b[31m"]
+    labels = np.arange(len(names)).repeat(2)
+    split = SplitPredictions("$x$", None, rng.normal(size=(len(labels), len(names))), labels)
+    history = [{"step": step, "eval__$a_top1": 0.5, "loss": 1.0} for step in (1, 2)]
+    pictures = draw_pictures(RunRecord("resnet18", names, predictions=[split], history=history), tmp_path)
+    assert len(pictures) == 3 and not caplog.records
+    assert plot_text("x" * 99) == "x" * 39 + "…" and plot_text("_a$") == r" _a\$"
+
+
+def test_a_terminal_gets_no_control_characters(folder: Path) -> None:
+    change(folder, label_names=["\x1b[31mred", "\u202egnp", "a\nb"])
+    card_of(NAMES).save(folder / "README.md")
+    result = CliRunner().invoke(app, ["report", str(folder)])
+    assert result.exit_code == 0, result.output
+    table = results_table([Result("top1", 0.5, each) for each in NAMES])
+    assert len(table.splitlines()) == len(NAMES) + 2
+    missing = CliRunner().invoke(app, ["report", "/nowhere/\x1b[31mred"])
+    assert missing.exit_code == 2
+    for text in (result.stdout, table, missing.stderr):
+        assert not {"\x1b", "\x07", "\u202e", "\r", "\u2028"} & {*text}
+
+
+def test_a_class_name_that_no_file_can_hold_is_refused(folder: Path) -> None:
+    change(folder, label_names=["ant", "bee", "\ud800"])
+    with pytest.raises(ValueError, match=r"label_names has .*no names"):
+        CCSSLForImageClassification.from_pretrained(folder)
+    with pytest.raises(ValueError, match="labels must be a list of class names"):
+        CCSSLForImageClassification.from_timm("test_vit", labels=["ant", "\udcff"])
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"provenance": {"weights": "EMA", "step": "<img>", "which": "last", "seed": 0}},
+        {"results": [{"metric": "top1", "value": "<img>", "split": "test"}]},
+        {"results": [{"metric": "top1"}]},
+        {"pictures": ["a"]},
+        {"splits": {"test": {"evil": 1}}},
+        [1],
+    ],
+)
+def test_facts_of_another_type_get_a_sentence(block: Any, folder: Path) -> None:
+    card = card_of(["a", "b", "c"])
+    card.data[KEY] = block
+    card.save(folder / "README.md")
+    with pytest.raises(ValueError, match=r"README.md has metadata that cannot be read"):
+        read_card(folder)
+
+
+def test_pictures_of_a_downloaded_card_are_not_shown_again(folder: Path) -> None:
+    card = card_of(["a", "b", "c"])
+    card.data[KEY]["pictures"] = {"../private/passport.png": "a", "http://x/y.png": "b", "images/curves.png": "c"}
+    renew_results(card, [Result("top1", 0.5, "test")], datasets={}, pictures={}, model_name="a")
+    assert "passport" not in card.text and "y.png" not in card.text
+
+
+def test_a_huge_card_gets_a_sentence(folder: Path) -> None:
+    (folder / "README.md").write_text("x" * 6_000_000)
+    with pytest.raises(ValueError, match="has more than 5 MB and cannot be a card"):
+        read_card(folder)

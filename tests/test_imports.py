@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ccssl_hf"
 
 # The training core from the bottom up: a module imports only modules that stand before it.
 CORE = (
-    *("errors", "distributed", "sampling", "transforms", "images", "pixels", "files", "sources", "data", "copies"),
-    *("survey", "losses", "algorithms", "wide_resnet_cifar", "backbones", "checkpoint", "config_file"),
+    *("escape", "errors", "distributed", "sampling", "transforms", "images", "pixels", "files", "sources", "data"),
+    *("copies", "survey", "losses", "algorithms", "wide_resnet_cifar", "backbones", "checkpoint", "config_file"),
     *("metrics", "record", "argument_checks", "training_args", "resume", "hub", "modeling", "output_folder"),
     *("step", "optimization", "ema", "callbacks", "nonfinite", "trainer", "recipe"),
 )

@@ -38,13 +38,13 @@ def read_facts(card: ModelCard) -> CardFacts:
         provenance=Provenance(**block["provenance"]) if "provenance" in block else None,
         splits={name: Split(**split) for name, split in block.get("splits", {}).items()},
         results=[_read_result(**result) for result in block.get("results", ())],
-        pictures=dict(block.get("pictures", {})),
+        pictures={str(file): str(caption) for file, caption in block.get("pictures", {}).items()},
         settings=block.get("settings", {}),
     )
 
 
 def _read_result(metric: str, value: float, split: str, **provenance: Any) -> Result:
-    return Result(metric, value, split, Provenance(**provenance) if provenance else None)
+    return Result(str(metric), float(value), str(split), Provenance(**provenance) if provenance else None)
 
 
 def store_facts(card: ModelCard, facts: CardFacts, *, model_name: str) -> None:

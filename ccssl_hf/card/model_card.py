@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..algorithms import ALGORITHMS, CCSSL_PAPER
 from ..checkpoint import is_own_backbone
 from ..data import FINGERPRINTED_IMAGES
-from ..record import CONFIDENCE, CURVES, Provenance, Result, RunRecord, Section, Split, duration
+from ..escape import code
+from ..record import CONFIDENCE, CURVES, PICTURES, Provenance, Result, RunRecord, Section, Split, duration
 from .facts import CardFacts, known, read_facts, store_facts
 from .text import cell, plain, public_name, without_folder
 
@@ -79,7 +80,7 @@ def _with_class(split: Split, key: str) -> Any:
 def _render(template: str, **values: Any) -> str:
     """A template without the blank lines of the sections that are left out."""
     source = resources.files(__package__).joinpath(f"templates/{template}.md.j2").read_text(encoding="utf-8")
-    text = jinja2.Template(source).render(cell=cell, **values)
+    text = jinja2.Template(source).render(cell=cell, code=code, **values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -152,7 +153,7 @@ def render_card(
         num_labeled=sum(record.labeled_per_class.values()),
         num_unlabeled=record.splits["unlabeled"].images if "unlabeled" in record.splits and record.mu else None,
         settings=facts.settings,
-        limits=limits,
+        limits=limits and limits.strip().replace("\n", "\n  "),  # within one item of a list
         fingerprinted=FINGERPRINTED_IMAGES,
         unreadable_file=UNREADABLE_FILE,
         curves={CURVES: pictures[CURVES]} if CURVES in pictures else {},
@@ -182,7 +183,7 @@ def renew_results(
     facts.results = [*(old for old in facts.results if old.split not in renewed), *results]
     found = found or {}
     facts.splits |= {split: Split(public_name(name)[0], **found.get(split, {})) for split, name in datasets.items()}
-    facts.pictures |= pictures
+    facts.pictures = {file: text for file, text in facts.pictures.items() if file in PICTURES} | dict(pictures)
     store_facts(card, facts, model_name=model_name)
     section = _render_results(facts.results, facts.pictures, facts.provenance)
     if marked := _MARKED.search(card.text):

@@ -24,6 +24,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from PIL import Image
 
 from ..data import OUT_OF_DISTRIBUTION
+from ..escape import plot_text
 from ..metrics import confidences, expected_calibration_error, out_of_distribution_auroc, reliability_bins, to_numpy
 from ..record import (
     CONFIDENCE,
@@ -90,7 +91,8 @@ def plot_lines(ax: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -> 
     for (name, points), color, marker in zip(lines.items(), cycle(COLORS), cycle(MARKERS)):
         steps, values = np.array(points, dtype=float).T
         look: dict[str, Any] = {"color": color, "linewidth": 1.6, "marker": marker, "markersize": 4}
-        ax.plot(steps, values, **look, markevery=math.ceil(len(steps) / 12), label=f"{name}  {values[-1]:.3g}")
+        look |= {"markevery": math.ceil(len(steps) / 12), "label": f"{plot_text(name)}  {values[-1]:.3g}"}
+        ax.plot(steps, values, **look)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.margins(x=0.02)
     by_last_value = sorted(zip(ax.lines, lines.values(), strict=True), key=lambda each: -each[1][-1][1])
@@ -152,7 +154,7 @@ def plot_confusion_matrix(labels: Any, predictions: Any, class_names: Sequence[s
     if min(labels.min(), predictions.min() - 1) < -1 or max(labels.max(), predictions.max()) >= num_classes:
         raise ValueError(f"Labels and predictions must name one of the {num_classes} classes (labels may also be -1).")
     shown, with_ood = shown_classes(labels, predictions, num_classes), bool((labels == OUT_OF_DISTRIBUTION).any())
-    names, some = [class_names[index] for index in shown], len(shown) < num_classes
+    names, some = [plot_text(class_names[index]) for index in shown], len(shown) < num_classes
     row_names, column_names = names + ["OOD images"] * with_ood, names + ["other classes"] * some
     position = np.full(num_classes + 1, len(shown))  # the last position: other classes as columns, label -1 as row
     position[shown] = np.arange(len(shown))
@@ -287,7 +289,8 @@ def plot_embeddings(embeddings: Any, labels: Any, class_names: Sequence[str], pa
         ax.scatter(mine[:, 0], mine[:, 1], s=14, color=[colors[index]], linewidth=0, alpha=0.75)
         if num_classes <= 20:
             (x, y), outline = np.median(mine, axis=0), [withStroke(linewidth=3, foreground="white")]
-            ax.text(x, y, class_names[index], ha="center", va="center", fontsize=9, color=TEXT, path_effects=outline)
+            look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "color": TEXT}
+            ax.text(x, y, plot_text(class_names[index]), **look, path_effects=outline)
     note = f"t-SNE of {len(rows)} images, color: true class"
     note += f", gray crosses: {len(outside)} OOD images" if len(outside) else ""
     style(ax, xlabel="", ylabel="", note=note, grid=False)

@@ -13,13 +13,14 @@ from huggingface_hub import ModelCard, snapshot_download
 from ..checkpoint import WEIGHTS_FILE, find_checkpoint
 from ..config_file import read_config
 from ..data import check_writable
-from ..hub import why_not_pushed
+from ..escape import printable
+from ..hub import MAX_TEXT_MB, why_not_pushed
 from ..modeling import CCSSLConfig
 from ..record import IMAGES, PICTURES, PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
 from .facts import read_facts, upgrade
 from .model_card import found_in, render_card, renew_results
 from .plots import draw_pictures
-from .text import cell, format_table
+from .text import format_table, words
 
 CARD_FILE = "README.md"
 
@@ -47,6 +48,8 @@ def read_card(folder: Path) -> ModelCard | None:
     path = folder / CARD_FILE
     if not path.is_file():
         return None
+    if path.stat().st_size > MAX_TEXT_MB * 1e6:
+        raise ValueError(f"{path} has more than {MAX_TEXT_MB} MB and cannot be a card: shorten or remove it.")
     try:
         card = ModelCard.load(path)
         upgrade(card)
@@ -108,7 +111,7 @@ def describe(model: str, *, width: int = 0) -> str:
     config = _config(model)
     labels, size = config.labels, (config.pretrained_cfg or {}).get("input_size", ["?"])[-1]
     megabytes = (find_checkpoint(model) / WEIGHTS_FILE).stat().st_size / 1e6
-    names = ", ".join(labels[:8]) + ", ..." * (len(labels) > 8)
+    names = ", ".join(printable(label, most=60) for label in labels[:8]) + ", ..." * (len(labels) > 8)
     lines = [f"{model}: {config.architecture}, {size} px, {megabytes:.1f} MB, {len(labels)} classes ({names})"]
     card = read_card(_card_folder(model))
     if card is None:
@@ -122,9 +125,9 @@ def describe(model: str, *, width: int = 0) -> str:
         rows = [{"split": split, "data": each.data, "images": each.images} for split, each in facts.splits.items()]
         lines += ["", format_table(rows, ["split", "data", "images"], width=width)]
         if found := found_in(facts.splits):
-            texts = [{title: cell("" if value is None else value) for title, value in row.items()} for row in found]
+            texts = [{title: words("" if value is None else value) for title, value in row.items()} for row in found]
             lines += ["", format_table(texts, list(found[0]), width=width)]
     for title, settings in facts.settings.items():
-        rows = [{title: name, "value": cell(value)} for name, value in settings.items()]
+        rows = [{title: name, "value": words(value)} for name, value in settings.items()]
         lines += ["", format_table(rows, [title, "value"], width=width)]
     return "\n".join(lines)

@@ -14,6 +14,9 @@ import numpy as np
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .. import escape
+from ..escape import markdown
+
 
 def without_folder(text: str) -> str:
     """The last part of an absolute or `./`-like path; any other text as it is."""
@@ -49,17 +52,20 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else without_folder(str(value))
 
 
-def cell(value: Any) -> str:
-    """A value as a cell of a Markdown table, without the folders of paths."""
+def words(value: Any) -> str:
+    """A value as text, without the folders of paths."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, Mapping):
-        value = [f"{key}={cell(item)}" for key, item in value.items()]
+        value = [f"{key}={words(item)}" for key, item in value.items()]
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(cell, value))
-    if value is None:
-        return "none"
-    return " ".join(without_folder(str(value)).split()).replace("|", "\\|").replace("<", "&lt;")
+        return ", ".join(map(words, value))
+    return "none" if value is None else without_folder(str(value))
+
+
+def cell(value: Any) -> str:
+    """A value as a cell or line of Markdown, without the folders of paths."""
+    return markdown(words(value))
 
 
 def format_table(
@@ -81,10 +87,10 @@ def format_table(
     """
     if not columns:
         raise ValueError("Name at least one column of the table.")
-    cells = [[_number(row.get(column), digits) for column in columns] for row in rows]
-    if markdown:
-        cells = [[text.replace("|", "\\|") for text in row] for row in cells]
     numeric = [not any(isinstance(row.get(column), str) for row in rows) for column in columns]
+    cells = [[_number(row.get(column), digits) for column in columns] for row in rows]
+    show = escape.markdown if markdown else escape.printable
+    columns, cells = [show(column) for column in columns], [[show(text) for text in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
 
     def line(texts: Sequence[str]) -> str:

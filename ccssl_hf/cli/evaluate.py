@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
+from ..escape import printable
 from .options import (
     LABELED_SOURCE,
     BatchSize,
@@ -72,7 +73,7 @@ def evaluate(
             typer.echo(f"{ood_sentence(held.ood, split)}\n")
         results, predictions = measure(classifier, dataset, split, provenance=provenance_of(model), **reading)
     images, ood = len(predictions.labels), int((~predictions.in_distribution).sum())
-    typer.echo(results_table(results, width=terminal_width()))
+    typer.echo(printable(results_table(results, width=terminal_width()), lines=True))
     if json_out is not None:
         weights = str(predictions.provenance or "published")
         facts = dict(

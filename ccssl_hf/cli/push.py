@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
+from ..escape import printable
 
 Folder = typer.Argument(metavar="FOLDER", help="Folder of a published model, from a run or from save_pretrained.")
 Repository = typer.Argument(metavar="USER/REPO", help="Repository. It is created if it is missing.")
@@ -54,5 +55,6 @@ def push(
 
 
 def _table(rows: dict[str, str]) -> str:
+    rows = {printable(name): printable(text) for name, text in rows.items()}
     width = max(map(len, rows))
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())

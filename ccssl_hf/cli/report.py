@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
+from ..escape import printable
 from .options import (
     LABELED_SOURCE,
     BatchSize,
@@ -60,7 +61,7 @@ def report(
         if not split:
             if out is not None or embeddings:
                 raise ValueError("There is no split to measure on: add at least one --split SOURCE.")
-            typer.echo(describe(model, width=terminal_width()))
+            typer.echo(printable(describe(model, width=terminal_width()), lines=True))
             return
         sources: dict[str, str] = {}
         for each in split:

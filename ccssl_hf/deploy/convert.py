@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..backbones import authors_key
 from ..checkpoint import check_finite, is_own_backbone
+from ..errors import listed
 from ..modeling import CCSSLForImageClassification
 
 
@@ -52,6 +54,13 @@ _SOURCES = {
         },
     ),
 }
+
+_OTHER_FILES = (
+    ("a safetensors file", rb".{8}\{\"", "load it with safetensors.torch.load_file, and torch.save its state dict"),
+    ("a pointer of Git LFS", rb"version https://git-lfs", "get the file itself with `git lfs pull`"),
+    ("a web page", rb"\s*<(!DOCTYPE|html)", "download the file itself"),
+)
+"""What people pass instead of a checkpoint: its name, a pattern of its first bytes, and what to do."""
 
 _PHOTOS: dict[str, Any] = dict(image_size=224, crop_pct=0.875, interpolation="bilinear")
 _IMAGENET = dict(_PHOTOS, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -171,7 +180,7 @@ def convert(
             unknown.append(key)
     if unknown and not allow_unknown:
         raise ValueError(
-            f"'{checkpoint}' has {len(unknown)} keys that a {architecture} does not ({', '.join(unknown)}): choose the "
+            f"'{checkpoint}' has {len(unknown)} keys that a {architecture} does not ({listed(unknown)}): choose the "
             "backbone that it was trained with, or leave them out with allow_unknown."
         )
     new = {target: content[entry][key] for key, target in mapped.items()}
@@ -188,8 +197,15 @@ def _read(path: str | Path, entry: str, other: str) -> Mapping[str, Any]:
     """The file's content on the CPU, with weights under `entry`. Only tensors and plain Python values are unpickled."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file '{path}': pass the path of a checkpoint.")
+    with Path(path).open("rb") as file:
+        start = file.read(64)
+    for kind, sign, fix in _OTHER_FILES:
+        if re.match(sign, start, re.DOTALL):
+            raise ValueError(f"'{path}' is {kind} and not a checkpoint of torch.save: {fix}.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the type depends on where the file is damaged
         if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -201,11 +217,16 @@ def _read(path: str | Path, entry: str, other: str) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"'{path}' contains a {type(content).__name__}: pass a checkpoint, which is a dict.")
     state = content.get(entry)
-    if not (isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values())):
+    if not (isinstance(state, Mapping) and state and all(map(_is_weight, state, state.values()))):
         weights = "raw" if entry.startswith("ema") else "ema"
         hint = f"use '{other}' with weights='{weights}'" if other in {*content} - {entry} else "pass another file"
-        raise ValueError(f"'{path}' has no weights under '{entry}' (it has {', '.join(map(str, content))}): {hint}.")
+        raise ValueError(f"'{path}' has no weights under '{entry}' (it has {listed(content)}): {hint}.")
     return content
+
+
+def _is_weight(key: Any, value: Any) -> bool:
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+    return plain and isinstance(key, str)
 
 
 def _our_key(key: str) -> str:
@@ -244,6 +265,8 @@ def _check_fit(
             f"'{path}' has {len(classifier)} classes, but {labels} labels were given: name every class, in the order "
             "of the label numbers."
         )
+    elif other := next((key for key in new if new[key].is_floating_point() != own[key].is_floating_point()), None):
+        problem = f"has {new[other].dtype} for '{other}'"
     elif other := next((key for key, value in new.items() if value.shape != own[key].shape), None):
         theirs, ours = list(new[other].shape), list(own[other].shape)
         problem = f"has {theirs} for '{other}', where a {architecture} has {ours}"

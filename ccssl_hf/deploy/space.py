@@ -28,6 +28,7 @@ from torch import Tensor
 from .. import wide_resnet_cifar
 from ..checkpoint import find_checkpoint, is_own_backbone
 from ..data import OUT_OF_DISTRIBUTION, check_images, check_writable, read_labels
+from ..escape import markdown
 from ..images import decode_image, encoded_images, unreadable
 from ..metrics import top_k_accuracy
 from ..sources import load_split
@@ -120,6 +121,7 @@ def write_space(
         **_license(Path(model) / "README.md" if local else str(model)),
     )
     facts = dict(asdict(settings), classes=network.labels, labeled=len(gallery or ()), floor=app.CONFIDENCE_FLOOR)
+    facts |= {"title": markdown(settings.title), "source": markdown(limits.source) if limits else None}
     SpaceCard.from_template(metadata, template_path=str(TEMPLATE / "README.md.j2"), **facts).save(out / "README.md")
     code = [TEMPLATE / "app.py", TEMPLATE / "requirements.txt"]
     for file in [*code, own_backbone] if is_own_backbone(trained.config.architecture) else code:

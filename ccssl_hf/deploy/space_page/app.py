@@ -14,7 +14,7 @@ import threading
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -173,6 +173,24 @@ class Settings:
         (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def shown(text: str, most: int = 80) -> str:
+    """A name in one line, not too long, without characters that are invisible or change the direction of text."""
+    text = "".join(each if each.isprintable() or each in "\u200c\u200d" else " " for each in text).strip()
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def shown_names(labels: Iterable[str]) -> list[str]:
+    """The names of the classes as the page shows them: each another one."""
+    names = [shown(label) for label in labels]
+    twice = Counter(names)
+    return [f"{name} ({number})" if twice[name] > 1 or not name else name for number, name in enumerate(names)]
+
+
+def code_span(text: str) -> str:
+    """Text for Markdown that shows as it is."""
+    return "`" + (shown(text).replace("`", "'") or " ") + "`"
+
+
 def confidence_and_energy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest softmax probability and the log-sum-exp of logits `[N, C]`, both `[N]`; low for OOD images.
 
@@ -252,7 +270,7 @@ class Model:
     def __init__(self, name: str | Path, *, revision: str | None = None) -> None:
         self._processor = AutoImageProcessor.from_pretrained(name, revision=revision)
         model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
-        self.labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
+        self.labels = shown_names(model.config.id2label[number] for number in range(model.config.num_labels))
         self.network = model.timm_model.eval().requires_grad_(False)
         weights = self.network.state_dict().items()
         if wrong := [name for name, each in weights if each.is_floating_point() and not each.isfinite().all()]:
@@ -401,8 +419,8 @@ class Space:
         measured = ""
         if limits := self.settings.thresholds:
             measured = (
-                f"The thresholds are the values that {1 - limits.quantile:.0%} of these images reach ({limits.source}; "
-                f"top-1 accuracy {limits.top1:.0%}). "
+                f"The thresholds are the values that {1 - limits.quantile:.0%} of these images reach "
+                f"({code_span(limits.source)}; top-1 accuracy {limits.top1:.0%}). "
             )
         lines = [
             f"**Confidence** is the softmax probability. It sums to 100% over the {len(self.model.labels)} classes, "
