@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -18,6 +19,7 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, run_as_future
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
 from huggingface_hub.utils import get_token, validate_repo_id
+from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -58,8 +60,10 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
         if not (folder / name).is_file() and not exported:
             raise FileNotFoundError(f"'{folder}' has no {name}: pass a folder from save_model or export.")
     for name in (WEIGHTS_FILE, *([HEAD_FILE] if with_head else [])):
-        if (folder / name).is_file():
-            check_finite(load_tensors(folder / name), f"'{folder / name}'")
+        tensors: dict[str, Tensor] = {}
+        with suppress(ValueError, FileNotFoundError):  # a damaged file, or none beside an export
+            tensors = load_tensors(folder / name)
+        check_finite(tensors, f"'{folder / name}'")
     pictures = _pictures(folder / CARD_FILE)
     patterns = [*PLAIN_FILES, *map(glob.escape, pictures), *([HEAD_FILE] if with_head else [])]
     if with_training_state:  # a checkpoint's state does not fit a model without the heads
