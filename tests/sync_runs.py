@@ -15,19 +15,18 @@ from transformers import TrainerCallback
 from ccssl_hf.distributed import all_gather, all_reduce_mean, world_size
 from tiny_runs import copy_of, model_of, trainer_of
 
-BATCH, STEPS = 8, 3
+BATCH, STEPS = 8, 2
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "fixmatch": ("wide_resnet10_1_cifar", {"sync_batchnorm": True, "distribution_alignment_window": 2}),
-    "separate": ("wide_resnet10_1_cifar", {"sync_batchnorm": True, "weak_forward": "separate"}),
+    "fixmatch": ("test_resnet", {"sync_batchnorm": True, "distribution_alignment_window": 2}),
+    "separate": ("test_resnet", {"sync_batchnorm": True, "weak_forward": "separate"}),
     "comatch": (
-        "wide_resnet10_1_cifar",
+        "test_resnet",
         {"sync_batchnorm": True, "algorithm": "comatch", "confidence_threshold": None, "push_threshold": None},
     ),
     "freematch": (
-        "wide_resnet10_1_cifar",
+        "test_resnet",
         {"sync_batchnorm": True, "algorithm": "freematch", "confidence_threshold": None},
     ),
-    "timm": ("test_resnet", {"sync_batchnorm": True}),
     "without BatchNorm": ("test_vit", {}),
 }
 

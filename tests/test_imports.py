@@ -23,6 +23,7 @@ CORE = (
         "step",
         "optimization",
         "ema",
+        "nonfinite",
         "callbacks",
     ),
     *("trainer", "recipe"),
