@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -116,6 +117,65 @@ def on_main_process(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+class _SynchronizedOnCPU(_BatchNorm):
+    """BatchNorm over the images of all processes, in training. `torch.nn.SyncBatchNorm` raises on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        dimensions, shape = [0, *range(2, input.ndim)], (1, -1, *[1] * (input.ndim - 2))
+        values = input.float()
+        # The batches of all processes are equally large. Two passes: E[x^2] - E[x]^2 would lose digits.
+        count = values.numel() // values.shape[1] * world_size()
+        mean = _SumOverProcesses.apply(values.sum(dimensions)) / count
+        centred = values - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(dimensions)) / count
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            share = self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
+            self.running_mean.lerp_(mean.detach(), share)
+            self.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), share)
+        output = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.weight is not None:
+            output = output * self.weight.view(shape)
+        if self.bias is not None:
+            output = output + self.bias.view(shape)
+        output = output.to(input.dtype)
+        for name in ("drop", "act"):  # of timm's BatchNormAct2d
+            output = getattr(self, name)(output) if hasattr(self, name) else output
+        return output
+
+
+def synchronize_batchnorm(model: nn.Module, device: torch.device) -> None:
+    """Makes every BatchNorm of `model` compute its statistics over all processes in training, with gradients.
+
+    Parameters, buffers and their names stay. In eval mode and in a single process nothing changes.
+    """
+    if device.type != "cpu":
+        convert_sync_batchnorm(model)
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, _SynchronizedOnCPU):
+            cls = type(module)
+            module.__class__ = type(f"Synchronized{cls.__name__}", (_SynchronizedOnCPU, cls), {})
 
 
 def _batchnorm_buffers(model: nn.Module) -> list[Tensor]:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -17,6 +18,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
 from huggingface_hub.utils import get_token, validate_repo_id
 from PIL import Image
+from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -70,8 +72,10 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
         if not (folder / name).is_file() and not exported:
             raise FileNotFoundError(f"'{folder}' has no {name}: pass a folder from save_model or export.")
     for name in (WEIGHTS_FILE, *([HEAD_FILE] if with_head else [])):
-        if (folder / name).is_file():
-            check_finite(load_tensors(folder / name), f"'{folder / name}'")
+        tensors: dict[str, Tensor] = {}
+        with suppress(ValueError, FileNotFoundError):  # a damaged file, or none beside an export
+            tensors = load_tensors(folder / name)
+        check_finite(tensors, f"'{folder / name}'")
     shown = _pictures(folder / CARD_FILE)
     pictures = {name: why_not_pushed(folder, name) for name in shown & {*PICTURES}}
     drawn = [name for name, reason in pictures.items() if reason is None]

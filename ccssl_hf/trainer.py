@@ -37,7 +37,7 @@ from .callbacks import (
     progress_callback,
 )
 from .card import write_card
-from .distributed import copy_from_main_process, on_main_process
+from .distributed import copy_from_main_process, on_main_process, synchronize_batchnorm
 from .ema import WeightAverage, published_weights
 from .hub import plan_push, upload, upload_checkpoint
 from .metrics import check_best_metric, check_outputs
@@ -112,6 +112,8 @@ class CCSSLTrainer(Trainer):
         if args.device.type != "cpu":
             # On a CPU the fused SGD takes 4x as long on such weights, and channels_last images alone are as fast.
             model.to(memory_format=torch.channels_last)
+        if args.sync_batchnorm:
+            synchronize_batchnorm(model, args.device)
         super().__init__(
             model=model,
             args=args,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from ccssl_hf.algorithms import SSLBatch, build_algorithm
@@ -19,9 +21,11 @@ from ccssl_hf.distributed import (
     all_reduce_mean,
     average_batchnorm_buffers,
     rank,
+    synchronize_batchnorm,
     world_size,
 )
 from ccssl_hf.losses import class_aware_contrastive_loss
+from ccssl_hf.optimization import decayed_parameter_names
 
 WORLD, LABELED, UNLABELED, CLASSES, STEPS = 2, 2, 6, 4, 3  # batch sizes are those of one process
 
@@ -78,6 +82,28 @@ def train(process: int, processes: int) -> dict[str, Any]:
     return {"losses": torch.stack(losses), "gradients": gradients, "state": algorithm.state_dict()}
 
 
+def batchnorm_step(rows: Tensor) -> dict[str, Tensor]:
+    """Two synchronized BatchNorms (one of them with timm's activation) on some rows of a fixed batch of eight."""
+    torch.manual_seed(0)
+    images, weights = 3 + 2 * torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
+    norms = nn.Sequential(nn.BatchNorm2d(3, momentum=0.3), BatchNormAct2d(3, act_layer=nn.Tanh), nn.Flatten(2))
+    norms[1].weight.data.uniform_()
+    synchronize_batchnorm(norms, torch.device("cpu"))
+    own = images[rows].requires_grad_()
+    output = norms(own)
+    (output * weights[rows].flatten(2)).sum(1).mean().backward()
+    assert own.grad is not None
+    gradients = {f"gradient.{name}": p.grad for name, p in norms.named_parameters() if p.grad is not None}
+    evaluated = norms.eval()(images)
+    return {
+        "output": output.detach(),
+        "input": own.grad,
+        "evaluated": evaluated.detach(),
+        **gradients,
+        **norms.state_dict(),
+    }
+
+
 def worker(process: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=process, world_size=WORLD)
     mine = torch.full((2, 3), float(process + 1)).requires_grad_()
@@ -88,7 +114,9 @@ def worker(process: int, folder: str) -> None:
     norm[0].running_mean.fill_(process)
     norm[0].running_var.fill_(1 + 2 * process)
     average_batchnorm_buffers(norm)
+    synced = batchnorm_step(torch.arange(process, 8, WORLD))
     found = {
+        "synced": synced,
         "world": (world_size(), rank()),
         "gathered": gathered.detach(),
         "gathered_integers": all_gather(torch.tensor([process, 7])),
@@ -134,6 +162,35 @@ def test_two_processes_train_as_one_on_the_global_batch(found: list[dict[str, An
     for result in found:
         torch.testing.assert_close(result["gradients"], expected["gradients"])
         torch.testing.assert_close(result["state"], expected["state"])
+
+
+def test_synchronized_batchnorm_is_batchnorm_over_the_global_batch(found: list[dict[str, Any]]) -> None:
+    expected = batchnorm_step(torch.arange(8))
+    assert set(expected) >= {"0.running_mean", "1.weight", "gradient.1.bias"}  # plain names
+    for process, result in enumerate(found):
+        mine = result["synced"]
+        rows = torch.arange(process, 8, WORLD)
+        torch.testing.assert_close(mine["output"], expected["output"][rows])
+        torch.testing.assert_close(mine["input"] / WORLD, expected["input"][rows], rtol=1e-4, atol=1e-6)
+        for name in ("evaluated", "0.running_mean", "0.running_var", "1.running_var", "0.num_batches_tracked"):
+            torch.testing.assert_close(mine[name], expected[name])
+    for name in (name for name in expected if name.startswith("gradient")):  # DDP averages them
+        mean = sum(result["synced"][name] for result in found) / WORLD
+        torch.testing.assert_close(mean, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_synchronized_model_is_the_same_model() -> None:
+    from ccssl_hf import CCSSLForImageClassification
+
+    model = CCSSLForImageClassification.from_timm("test_resnet", labels=["a", "b"]).eval()
+    before, images = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
+    synchronize_batchnorm(model, torch.device("cpu"))
+    synchronize_batchnorm(model, torch.device("cpu"))  # a second trainer of the same model
+    assert model.state_dict().keys() == before.state_dict().keys()
+    assert torch.equal(model(images).logits, before(images).logits)
+    assert torch.equal(copy.deepcopy(model)(images).logits, before(images).logits)
+    assert decayed_parameter_names(model) == decayed_parameter_names(before)
+    assert torch.equal(model.train()(images).logits, before.train()(images).logits)  # one process
 
 
 def test_alone_everything_is_the_identity() -> None:

@@ -285,7 +285,7 @@ def test_the_metric_of_the_best_model_is_measured_or_refused() -> None:
 
 def test_logits_that_are_not_finite_are_refused_with_their_rows() -> None:
     logits = np.zeros((30, 3), np.float32)
-    logits[[4, 7]] = np.nan, np.inf
+    logits[4], logits[7, 1] = np.nan, np.inf
     with pytest.raises(ValueError, match=r"NaN or infinite for 2 of 30 images \(rows 4, 7\)"):
         m.classification_metrics(logits, np.full(30, 1))
     logits[:] = np.nan

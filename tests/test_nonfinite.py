@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import subprocess
@@ -13,14 +14,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from starlette.testclient import TestClient
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
 from ccssl_hf.checkpoint import HEAD_FILE, WEIGHTS_FILE, check_finite, save_tensors
+from ccssl_hf.deploy.export import export_onnx, write_handler
+from ccssl_hf.deploy.handler import EndpointHandler
 from ccssl_hf.deploy.predict import Classifier, open_images, predict_all, predict_to_file
+from ccssl_hf.deploy.serve import create_app
+from ccssl_hf.deploy.space import write_space
+from ccssl_hf.deploy.space_page import app
+from ccssl_hf.hub import plan_push
 from ccssl_hf.nonfinite import FiniteGuard, NonFiniteError
 from ccssl_hf.resume import TRAINING_STATE
 from nonfinite_runs import break_gradient, break_term
-from small_models import published
+from small_models import picture, published
 from tiny_runs import LABELED, VALIDATION, StopAt, different, everything, logs_of_steps, model_of, trainer_of
 
 Record = Callable[[str, str, str], None]
@@ -317,3 +325,48 @@ def test_predictions_that_are_not_finite_are_errors_of_their_rows(tmp_path: Path
     with pytest.raises(ValueError, match=r"Image 2 of the batch: the network's output is NaN"):
         classifier.predict([VALIDATION[row]["image"] for row in range(4)])
     fault_record("An image whose prediction is NaN", "an error in the row of that image", "1 prediction")
+
+
+def test_a_model_that_is_not_finite_goes_nowhere(broken: Path, tmp_path: Path) -> None:
+    for go in (
+        lambda: plan_push(broken),
+        lambda: write_handler(broken, tmp_path / "handler"),
+        lambda: EndpointHandler(str(broken)),
+        lambda: app.Model(broken),
+        lambda: write_space(broken, tmp_path / "space"),
+    ):
+        with pytest.raises(ValueError, match=r"NaN or infinite numbers in .*fc\.bias"):
+            go()
+    assert not (tmp_path / "handler").exists()
+    model = CCSSLForImageClassification.from_pretrained(published(tmp_path / "whole", "wide_resnet10_1_cifar", 16))
+    with torch.no_grad():
+        model.backbone.fc.bias[0] = float("inf")
+    with pytest.raises(ValueError, match=r"^The model has NaN or infinite numbers in 1 of .*fc.bias"):
+        export_onnx(model, tmp_path / "onnx")
+
+
+def test_answers_that_are_not_finite_are_errors_in_a_sentence(tmp_path: Path, fault_record: Record) -> None:
+    folder = published(tmp_path / "model", "wide_resnet10_1_cifar", 16)
+    content = io.BytesIO()
+    picture(20, 20).save(content, "PNG")
+
+    def is_nan(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * float("nan")
+
+    classifier = Classifier.from_pretrained(folder, device="cpu", fold=False)
+    classifier._network.backbone.get_classifier().register_forward_hook(is_nan)
+    with TestClient(create_app(classifier), raise_server_exceptions=False) as client:
+        answer = client.post("/", content=content.getvalue())
+        assert client.get("/health").status_code == 200
+    assert (answer.status_code, answer.json()) == (
+        500,
+        {"error": "For this image the network's output is NaN or infinite: use float32 or weights of an earlier step."},
+    )
+    handler, page = EndpointHandler(str(folder)), app.Model(folder)
+    for network in (handler._pipeline.model.timm_model, page.network):
+        network.get_classifier().register_forward_hook(is_nan)
+    with pytest.raises(ValueError, match="output for image 0 is NaN or infinite"):
+        handler({"inputs": content.getvalue()})
+    with pytest.raises(ValueError, match="output for this image is NaN or infinite"):
+        page.logits_and_features([picture(20, 20)])
+    fault_record("The served model's output is NaN", "status 500 with a sentence; the server goes on", "1 answer")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ccssl_hf import CCSSLForImageClassification
 from distributed_runs import BAD_IMAGES, STOPPED, WITHOUT_BATCHNORM, batches
+from sync_runs import CASES
 from tiny_runs import VALIDATION, different, everything, logs_of_steps, model_of, trainer_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,3 +158,55 @@ def test_every_image_is_evaluated_once_with_the_published_weights(runs):
     assert first["metrics"]["test_loss"] == pytest.approx(alone.metrics["test_loss"], rel=0.1)
     for name in ("test_top1", "test_macro_f1", "test_ece"):
         assert first["metrics"][name] == pytest.approx(alone.metrics[name], abs=1e-5)
+
+
+def sync_runs(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """The notes of each of `processes` that train on one global batch."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    address |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(processes)}
+    started = []
+    for rank in range(processes):
+        place = {} if processes == 1 else {**address, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **place}
+        with (folder / f"log_{rank}.txt").open("w") as log:
+            command = [sys.executable, "tests/sync_runs.py", str(folder)]
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    codes = [process.wait(timeout=500) for process in started]
+    assert codes == [0] * processes, (folder / "log_0.txt").read_text()[-4000:]
+    return [torch.load(folder / f"notes_{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def synchronized(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("synchronized")
+    return {processes: sync_runs(folder / str(processes), processes) for processes in (1, 2, 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_the_number_of_processes_does_not_change_a_step(synchronized, name, processes):
+    """With SyncBatchNorm, or without BatchNorm: the same images, losses and gradients to float precision."""
+    [alone], together = synchronized[1], synchronized[processes]
+    assert [notes["world"]["size"] for notes in together] == [processes] * processes
+    expected = alone[name]
+    for notes in together:
+        found = notes[name]
+        for ours, theirs in zip(found["rows"], expected["rows"], strict=True):
+            assert sorted(ours.tolist()) == sorted(theirs.tolist())
+        torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-4, atol=1e-5)
+        for step, (ours, theirs) in enumerate(zip(found["gradients"], expected["gradients"], strict=True)):
+            assert ours.keys() == theirs.keys()
+            error, size = (
+                torch.cat([each.flatten() for each in gradients]).norm()
+                for gradients in ([ours[name] - theirs[name] for name in theirs], theirs.values())
+            )
+            # Rounding may turn single ReLUs on or off, and more of them after an update.
+            assert error <= (0.005, 0.06)[step] * size
+        assert found["weights"].keys() == expected["weights"].keys()  # plain names
+        for weight, value in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][weight], value, rtol=1e-3, atol=1e-3)
