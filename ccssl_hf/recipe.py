@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ from .data import read_class_names
 from .distributed import launcher
 from .errors import errors_of_a_run
 from .modeling import CCSSLForImageClassification
+from .resume import last_checkpoint
 from .sources import load_split
 from .trainer import CCSSLTrainer
 from .training_args import CONFIGS, CCSSLTrainingArguments, argument
@@ -104,7 +106,7 @@ def build_trainer(
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
     """Train, or resume from `args.resume_from_checkpoint`, evaluate on validation and test splits, save and push."""
     trainer.stop.command = continuing_command()
-    with errors_of_a_run():
+    with errors_of_a_run(partial(last_checkpoint, str(trainer.args.output_dir))):
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # before anything else can fail
         done = f"model, card and metrics are in {trainer.args.output_dir}"
