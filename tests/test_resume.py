@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers.trainer_utils import rotate_checkpoints
 
-from ccssl_hf import recipe, resume
+from ccssl_hf import hub, recipe, resume
 from ccssl_hf.algorithms import ALGORITHMS, algorithm_hyperparameters
 from ccssl_hf.output_folder import LOCK
 from ccssl_hf.resume import MANIFEST, RUN, TRAINING_STATE, flaws, is_complete, last_checkpoint
@@ -186,6 +186,27 @@ def test_a_damaged_manifest_is_no_manifest(stopped, tmp_path, text):
     folder = copy_run(stopped, tmp_path) / "checkpoint-3"
     (folder / MANIFEST).write_text(text)
     assert all(MANIFEST in flaw for flaw in flaws(folder)) and not is_complete(folder)
+
+
+def test_what_a_push_uploads_resumes_elsewhere(stopped, whole, tmp_path):
+    """The trainer's state is uploaded without local paths."""
+    folder = copy_run(stopped, tmp_path) / "checkpoint-3"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(
+        json.dumps(state | {"best_model_checkpoint": f"{tmp_path}/checkpoint-1"})
+    )
+    resume.write_manifest(folder)
+    files = hub.plan_push(folder, with_head=True, with_training_state=True).files
+    hub.check_texts(files)
+    elsewhere = tmp_path / "elsewhere" / "last-checkpoint"
+    elsewhere.mkdir(parents=True)
+    for name, path in files.items():
+        (elsewhere / name).write_bytes(hub._content(path))
+    assert {MANIFEST, RUN} <= files.keys() and flaws(elsewhere) == [] == flaws(folder)
+    assert str(tmp_path) not in (elsewhere / "trainer_state.json").read_text()
+    trainer = trainer_of(tmp_path / "out", model_of(seed=1))
+    trainer.train(resume_from_checkpoint=str(elsewhere))
+    assert different(everything(whole), everything(trainer)) == []
 
 
 def test_a_manifest_names_no_other_files(stopped, tmp_path):
