@@ -302,7 +302,7 @@ class StopOnSignal(TrainerCallback):
         elif signal.SIGINT in (number, self.number) and time.monotonic() - self._first > self.AGAIN:
             if world_size() > 1:  # an exception would wait for the other processes
                 os._exit(128 + number)
-            raise self.error("Aborted while a checkpoint was being saved.")
+            raise self.error("Aborted: the last complete checkpoint, if there is one, is what continues the run.")
 
     def error(self, text: str) -> BaseException:
         """What ends the run: KeyboardInterrupt for Ctrl-C, which notebooks show, else SystemExit with its exit code."""
@@ -320,7 +320,8 @@ class StopOnSignal(TrainerCallback):
             if self._asked is not None:
                 work, highest = self._asked
                 work.wait()
-                self.stopped, self.number = bool(highest.item()), self.number or int(highest.item())
+                if number := int(highest.item()):  # else a signal that arrives here would be lost
+                    self.stopped, self.number = True, number
             self._asked = None
             if not last:
                 mine = torch.tensor([self.number])

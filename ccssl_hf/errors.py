@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -57,18 +57,22 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def errors_of_a_run() -> Iterator[None]:
+def errors_of_a_run(saved: Callable[[], str | None] = lambda: None) -> Iterator[None]:
     """Turns what ends a run and is not a mistake of the code into one line on stderr and an exit code.
 
-    That is 2 for an error that settings or data explain, 1 for the disk, 130 for Ctrl-C, and 143 for SIGTERM.
+    That is 2 for an error that settings or data explain, 1 for the disk, 130 for Ctrl-C, and 143 for SIGTERM. `saved`
+    returns the last complete checkpoint, which the line about the disk names.
     """
     try:
         yield
     except UserError as error:
         _end(f"error: {error}", 2, error)
     except OSError as error:
-        _end(f"error: {error}", 1, error)
-    except KeyboardInterrupt as error:  # the trainer has said it
+        last = None if "complete checkpoint" in str(error) else saved()
+        _end(f"error: {error}" + (f". The last complete checkpoint is {last}." if last else ""), 1, error)
+    except KeyboardInterrupt as error:
+        if not str(error):  # else the trainer has said it
+            _end("Stopped.", 130, error)
         raise SystemExit(130) from error
 
 

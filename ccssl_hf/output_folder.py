@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -82,7 +82,8 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another error is on its way if the folder is gone
+                path.unlink()
 
 
 def _clear(folder: Path, *, overwrite: bool) -> None:

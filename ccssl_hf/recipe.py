@@ -10,6 +10,7 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .data import read_class_names, split_validation
 from .distributed import launcher
 from .errors import errors_of_a_run, warn
 from .modeling import CCSSLForImageClassification
+from .resume import last_checkpoint
 from .sources import load_split
 from .survey import Finding, Survey, size_errors, survey
 from .trainer import CCSSLTrainer
@@ -205,7 +207,7 @@ def check(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> Survey:
 def train(trainer: CCSSLTrainer, splits: dict[str, datasets.Dataset]) -> None:
     """Train, or resume from `args.resume_from_checkpoint`, evaluate on validation and test splits, save and push."""
     trainer.stop.command = continuing_command()
-    with errors_of_a_run():
+    with errors_of_a_run(partial(last_checkpoint, str(trainer.args.output_dir))):
         trainer.check_data({role: splits[role] for role in splits if role == "test"})
         result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # before anything else can fail

@@ -307,6 +307,7 @@ def new_rates(optimizer: Any, scheduler: Any) -> Iterator[None]:
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # it is logged
 
 
 def save_checkpoint(trainer: Any, write: Callable[[], None], trial: Any) -> None:

@@ -27,7 +27,7 @@ from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArg
 from ccssl_hf.card.plots import COLORS, plot_confusion_matrix, plot_lines, save, style
 from ccssl_hf.card.text import format_table
 from ccssl_hf.cli.flags import parse_recipe
-from ccssl_hf.errors import errors_in_one_line
+from ccssl_hf.errors import errors_in_one_line, errors_of_a_run
 from ccssl_hf.metrics import pseudo_label_quality
 
 CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -114,6 +114,7 @@ def run(method: str, seed: int, demo: DemoArguments, args: CCSSLTrainingArgument
         eval_dataset=splits["validation"],
     )
     trainer.dataset_names = {split: f"digits of scikit-learn, {split} split of train_digits.py" for split in splits}
+    trainer.stop.command = "make demo, which starts from the first step"
     trainer.train()
 
     # Evaluate the averaged weights (EMA) of the last step, and the pseudo labels that they give the unlabeled images.
@@ -243,4 +244,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_of_a_run():
+        main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,14 @@ class KeepOwnBatchNorm(TrainerCallback):
             self.own = {name: tensor for name, tensor in copy_of(model.backbone).items() if "running" in name}
 
 
+class SignalToOne(TrainerCallback):
+    """The second process alone gets a signal."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == 1 and state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(folder: Path) -> None:
     notes: dict[str, Any] = {}
 
@@ -95,6 +105,16 @@ def main(folder: Path) -> None:
             "resumed": (everything(resumed), logs_of_steps(resumed)),
             "own_batchnorm": keep.own,
         }
+
+    model, changes = STOPPED["batchnorm"]
+    trainer = trainer_of(folder / "signal", model_of(**model), callbacks=[SignalToOne()], **changes)
+    try:
+        trainer.train()
+    except SystemExit as end:
+        notes["signal"] = {"code": end.code, "step": trainer.state.global_step}
+    resumed = trainer_of(folder / "signal", model_of(**model, seed=1), **changes)
+    resumed.train(resume_from_checkpoint=True)
+    notes["signal"]["resumed"] = (everything(resumed), logs_of_steps(resumed))
 
     # Each process starts from weights of its own and has a folder of its own: one to write to, one to stay empty.
     trainer = trainer_of(

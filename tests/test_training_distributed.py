@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ccssl_hf import CCSSLForImageClassification
+from ccssl_hf.resume import is_complete
 from distributed_runs import BAD_IMAGES, STOPPED, WITHOUT_BATCHNORM, batches
 from sync_runs import CASES
 from tiny_runs import VALIDATION, different, everything, logs_of_steps, model_of, trainer_of
@@ -109,6 +110,20 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(runs, name):
         assert whole_logs == resumed_logs
 
 
+def test_a_signal_to_one_process_stops_both_after_the_same_step(runs, fault_record):
+    folder, notes = runs
+    first, second = (note["signal"] for note in notes)
+    assert first["code"] == second["code"] == 143 and first["step"] == second["step"] < 6
+    assert [path.name for path in (folder / "signal").iterdir()] == [f"checkpoint-{first['step']}"]
+    assert is_complete(folder / "signal" / f"checkpoint-{first['step']}")
+    for note in notes:
+        (whole, whole_logs), (resumed, resumed_logs) = note["batchnorm"]["whole"], note["signal"]["resumed"]
+        assert different(whole, resumed) == [] and whole_logs == resumed_logs
+    fault_record(
+        "SIGTERM to one of two processes", "both save one checkpoint; the resumed run has the same bits", "0 steps"
+    )
+
+
 def test_batchnorm_of_both_processes_is_published(runs):
     folder, notes = runs
     first, second = (note["batchnorm"]["own_batchnorm"] for note in notes)
@@ -118,12 +133,13 @@ def test_batchnorm_of_both_processes_is_published(runs):
         torch.testing.assert_close(saved[name], (tensor + second[name]) / 2, rtol=1e-6, atol=1e-7)
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one(runs, tmp_path):
+def test_a_checkpoint_of_two_processes_goes_on_in_one(runs, tmp_path, caplog):
     folder, notes = runs
     model, changes = STOPPED["batchnorm"]
     trainer = trainer_of(tmp_path, model_of(**model, seed=1), **{**changes, "per_device_train_batch_size": 8})
     trainer.train(resume_from_checkpoint=str(folder / "batchnorm" / "parts" / "checkpoint-3"))
     assert trainer.state.global_step == 6
+    assert "The checkpoint is of 2 processes and this run has 1: steps use the same images" in caplog.text
     before = logs_of_steps(trainer)[:3]
     assert before == notes[0]["batchnorm"]["whole"][1][:3]
 
