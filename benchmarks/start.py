@@ -29,8 +29,8 @@ from harness import Bar, Row, in_child, main, resident, rise_of_own_memory
 from PIL import Image
 from workload import FEATURES, LABELS, StepEnds, make_trainer
 
-from ccssl_hf import pixels
-from ccssl_hf.sources import load_split
+from ccssl_hf.data import pixels
+from ccssl_hf.data.sources import load_split
 
 DISTINCT = 2000
 """Number of different images; they repeat in the files."""

@@ -19,7 +19,7 @@ from pil_views import pil_transform
 from torch import Tensor
 from workload import photo_cuts, write_jpegs
 
-from ccssl_hf.pixels import ImageFiles
+from ccssl_hf.data.pixels import ImageFiles
 from ccssl_hf.sampling import UNLABELED
 from ccssl_hf.transforms import View, ViewSettings, make_view, normalize
 

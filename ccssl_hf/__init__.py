@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .algorithms import SSLBatch, SSLLoss, build_algorithm
+    from .data import load_split
     from .losses import class_aware_contrastive_loss
     from .modeling import CCSSLConfig, CCSSLForImageClassification, CCSSLOutput
-    from .sources import load_split
     from .trainer import CCSSLTrainer
     from .training_args import CCSSLTrainingArguments
 
@@ -37,7 +37,7 @@ if Path(sys.argv[0]).stem != "ccssl-hf" and not (sys.argv[0] == "-m" and f"{__na
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
     if name in __all__:
-        for module in ("algorithms", "losses", "modeling", "sources", "trainer", "training_args"):
+        for module in ("algorithms", "data", "losses", "modeling", "trainer", "training_args"):
             if hasattr(found := import_module(f".{module}", __name__), name):
                 return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

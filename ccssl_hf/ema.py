@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from .distributed import average_batchnorm_buffers
 
@@ -43,6 +44,16 @@ class WeightAverage:
         for average, own in zip(self._average.buffers(), self._model.buffers(), strict=True):
             average.copy_(own)
         return self._average
+
+
+class UpdateAverage(TrainerCallback):
+    """Updates the averaged weights after each optimizer step. It has no state, which a resumed run would lose."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average.update()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -104,3 +105,13 @@ def _clear(folder: Path, *, overwrite: bool) -> None:
     if found:
         names = in_lines(str(path.relative_to(folder)) for path in found)
         logger.warning("Removed from %s, left by an earlier run:%s", folder, names)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise a ValueError unless files can be written to `folder`. Creates it if it does not exist."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        problem = f"The folder {folder} cannot be written to ({error.strerror})"
+        raise ValueError(f"{problem}: choose another folder.") from error

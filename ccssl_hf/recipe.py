@@ -21,12 +21,12 @@ from transformers import set_seed
 from .algorithms import build_algorithm
 from .backbones import check_backbone
 from .data import read_class_names, split_validation
+from .data.sources import load_split
+from .data.survey import Finding, Survey, size_errors, survey
 from .distributed import launcher
 from .errors import errors_of_a_run, warn
 from .modeling import CCSSLForImageClassification
 from .resume import last_checkpoint
-from .sources import load_split
-from .survey import Finding, Survey, size_errors, survey
 from .trainer import CCSSLTrainer
 from .training_args import CONFIGS, CCSSLTrainingArguments, argument
 

@@ -28,28 +28,27 @@ from . import data, resume
 from .algorithms import Algorithm, build_algorithm
 from .callbacks import (
     EvaluationStopped,
+    FiniteGuard,
     RunEstimate,
     StepMonitor,
     StopOnSignal,
     UnreadableImages,
-    UpdateAverage,
     ignore_signals,
     progress_callback,
 )
 from .card import write_card
+from .data.survey import RunSurvey, Survey, size_errors
 from .distributed import copy_from_main_process, on_main_process, synchronize_batchnorm
-from .ema import WeightAverage, published_weights
+from .ema import UpdateAverage, WeightAverage, published_weights
 from .hub import plan_push, upload, upload_checkpoint
 from .metrics import check_best_metric, check_outputs
 from .metrics import compute_metrics as default_metrics
 from .modeling import CCSSLForImageClassification
-from .nonfinite import FiniteGuard
 from .optimization import cosine_7_16_schedule, decayed_parameter_names
-from .output_folder import one_run_in
+from .output_folder import check_writable, one_run_in
 from .record import METRICS, Provenance, Result, RunRecord, Split, SplitPredictions, library_versions
 from .sampling import PairedBatchSampler
 from .step import forward_views, make_views
-from .survey import RunSurvey, Survey, size_errors
 from .training_args import CCSSLTrainingArguments
 from .transforms import MAX_SIDE_HELD
 
@@ -103,7 +102,7 @@ class CCSSLTrainer(Trainer):
         if args.metric_for_best_model and args.eval_strategy != "no" and compute_metrics is None and self._has_ood:
             own = type(self.algorithm).open_set_score is not Algorithm.open_set_score
             check_best_metric(args.metric_for_best_model, self._has_ood, open_set=own)
-        data.check_writable(args.output_dir)
+        check_writable(args.output_dir)
 
         # Freeze parameters that receive no gradient; DDP would wait for them.
         model.projection.requires_grad_(self.algorithm.needs_embeddings)

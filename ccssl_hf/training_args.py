@@ -17,8 +17,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from .algorithms import ALGORITHMS, algorithm_hyperparameters
 from .argument_checks import ON_METRIC, SET_HERE, accelerator_settings, argument_errors, raise_all
+from .data.images import MAX_PIXELS
 from .errors import near_misses, summary
-from .images import MAX_PIXELS
 from .record import greater_is_better
 from .transforms import MAX_SIDE_HELD, ViewSettings
 

@@ -18,9 +18,9 @@ from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArg
 from ccssl_hf.callbacks import TimeLimit
 from ccssl_hf.cli.flags import parse_recipe
 from ccssl_hf.data import read_class_names, read_labels
+from ccssl_hf.data.sources import load_split
 from ccssl_hf.errors import errors_in_one_line
 from ccssl_hf.recipe import train
-from ccssl_hf.sources import load_split
 
 CONFIG = Path(__file__).parent / "configs" / "cifar10.yaml"
 

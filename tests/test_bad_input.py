@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.data import read_class_names
+from ccssl_hf.data.sources import load_split
 from ccssl_hf.recipe import RecipeArguments, build_trainer
-from ccssl_hf.sources import load_split
 
 NAMES = ["ant", "bee", "cat"]
 BACKBONE = "wide_resnet10_1_cifar"

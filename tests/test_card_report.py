@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
 from ccssl_hf.card.report import describe
 from ccssl_hf.cli import app
+from ccssl_hf.data.sources import load_split
 from ccssl_hf.deploy.evaluate import split_name
-from ccssl_hf.sources import load_split
 from hub_server import TOKENS
 from test_trainer import with_ood_images
 from tiny_runs import LABELS, trainer_of

@@ -28,9 +28,9 @@ from ccssl_hf.data import (
     read_labels,
     split_validation,
 )
-from ccssl_hf.pixels import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
+from ccssl_hf.data.pixels import CHUNK_BYTES, DECODED_AT_ONCE, ImageFiles, PixelTable
+from ccssl_hf.data.sources import load_split
 from ccssl_hf.sampling import UNLABELED, PairedBatchSampler
-from ccssl_hf.sources import load_split
 from ccssl_hf.transforms import View, ViewSettings, crop_boxes, make_view
 from pictures import dataset, encoded, mixed_sizes, picture
 

@@ -23,15 +23,14 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
 
-from ccssl_hf import images
-from ccssl_hf.data import EvaluationDataset, drop_unreadable
+from ccssl_hf.data import EvaluationDataset, drop_unreadable, images
+from ccssl_hf.data.images import MISSING, content_hashes, decode_image, open_image, upright_rgb
+from ccssl_hf.data.pixels import ImageFiles, PixelTable
+from ccssl_hf.data.sources import load_split
 from ccssl_hf.deploy import handler
 from ccssl_hf.deploy.evaluate import evaluate
 from ccssl_hf.deploy.predict import Classifier, predict_to_file
 from ccssl_hf.deploy.space_page import app
-from ccssl_hf.images import MISSING, content_hashes, decode_image, open_image, upright_rgb
-from ccssl_hf.pixels import ImageFiles, PixelTable
-from ccssl_hf.sources import load_split
 from ccssl_hf.transforms import View, ViewSettings
 from pictures import picture
 from small_models import published

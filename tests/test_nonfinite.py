@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from starlette.testclient import TestClient
 
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer
+from ccssl_hf.callbacks.nonfinite import FiniteGuard, NonFiniteError
 from ccssl_hf.checkpoint import HEAD_FILE, WEIGHTS_FILE, check_finite, save_tensors
 from ccssl_hf.deploy.export import export_onnx, write_handler
 from ccssl_hf.deploy.handler import EndpointHandler
@@ -25,7 +26,6 @@ from ccssl_hf.deploy.serve import create_app
 from ccssl_hf.deploy.space import write_space
 from ccssl_hf.deploy.space_page import app
 from ccssl_hf.hub import plan_push
-from ccssl_hf.nonfinite import FiniteGuard, NonFiniteError
 from ccssl_hf.resume import TRAINING_STATE
 from nonfinite_runs import break_gradient, break_term
 from small_models import picture, published
@@ -186,7 +186,7 @@ def test_the_run_goes_on_after_a_skipped_step(
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccssl_hf.nonfinite.MOST_IN_A_ROW", 3)
+    monkeypatch.setattr("ccssl_hf.callbacks.nonfinite.MOST_IN_A_ROW", 3)
     trainer = trainer_of(tmp_path, on_nonfinite="skip")
     for step in range(1, 7):
         break_term(trainer, step)

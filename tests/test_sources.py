@@ -19,10 +19,10 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from ccssl_hf.data import fingerprint, read_class_names, read_labels
+from ccssl_hf.data.pixels import PixelTable
+from ccssl_hf.data.sources import load_split, skipped
 from ccssl_hf.deploy.evaluate import load_labeled
 from ccssl_hf.deploy.predict import open_images
-from ccssl_hf.pixels import PixelTable
-from ccssl_hf.sources import load_split, skipped
 from conftest import SHARED, needs_shared
 from hub_server import TOKENS, Hub
 from pictures import mixed_sizes, write

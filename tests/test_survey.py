@@ -17,10 +17,10 @@ from ccssl_hf import CCSSLTrainer, survey
 from ccssl_hf.card.facts import read_facts
 from ccssl_hf.card.model_card import render_card
 from ccssl_hf.card.report import describe
-from ccssl_hf.copies import EncodedImages, find_copies
+from ccssl_hf.data.copies import EncodedImages, find_copies
+from ccssl_hf.data.sources import load_split
 from ccssl_hf.errors import UserError
 from ccssl_hf.record import RunRecord, Split
-from ccssl_hf.sources import load_split
 from pictures import dataset, encoded, picture
 from tiny_runs import LABELED, VALIDATION, different, everything, trainer_of
 

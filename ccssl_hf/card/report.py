@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard, snapshot_download
 
 from ..checkpoint import WEIGHTS_FILE, find_checkpoint
 from ..config_file import read_config
-from ..data import check_writable
 from ..escape import printable
 from ..hub import MAX_TEXT_MB, why_not_pushed
 from ..modeling import CCSSLConfig
+from ..output_folder import check_writable
 from ..record import IMAGES, PICTURES, PUBLISHED, Provenance, Result, RunRecord, SplitPredictions
 from .facts import read_facts, upgrade
 from .model_card import found_in, render_card, renew_results

@@ -32,7 +32,7 @@ def check(
     """
     with errors_in_one_line():
         from .. import recipe
-        from ..survey import announce
+        from ..data.survey import announce
         from ..training_args import CCSSLTrainingArguments
         from .flags import parse_recipe
 

@@ -50,11 +50,11 @@ def evaluate(
     """
     with errors_in_one_line():
         from ..card.report import provenance_of, results_table
-        from ..data import check_writable
+        from ..data.survey import Survey, ood_sentence
         from ..deploy.evaluate import evaluate as measure
         from ..deploy.evaluate import load_labeled, look_at, split_name
         from ..deploy.predict import Classifier
-        from ..survey import Survey, ood_sentence
+        from ..output_folder import check_writable
 
         if json_out is not None:
             if json_out.is_dir():

@@ -54,9 +54,9 @@ def report(
     """
     with errors_in_one_line():
         from ..card.report import describe, provenance_of, results_table, write_report
+        from ..data.survey import Survey, ood_sentence
         from ..deploy.evaluate import evaluate, load_labeled, look_at, split_name
         from ..deploy.predict import Classifier
-        from ..survey import Survey, ood_sentence
 
         if not split:
             if out is not None or embeddings:

@@ -10,11 +10,11 @@ from typing import Any
 import datasets
 
 from ..data import check_images, read_labels
-from ..images import MAX_PIXELS
+from ..data.images import MAX_PIXELS
+from ..data.sources import load_split, skipped
+from ..data.survey import SplitSurvey, count_labels
 from ..metrics import classification_metrics
 from ..record import Provenance, Result, SplitPredictions
-from ..sources import load_split, skipped
-from ..survey import SplitSurvey, count_labels
 from .predict import Classifier, predict_all
 
 

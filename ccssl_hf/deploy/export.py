@@ -16,8 +16,8 @@ from torch import nn
 from torchvision.transforms import CenterCrop, Resize
 
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_finite, load_tensors, save_json
-from ..data import check_writable
 from ..modeling import CCSSLForImageClassification
+from ..output_folder import check_writable
 from . import handler
 
 OPSET = 18  # the lowest that torch's exporter writes; runtimes since 2023 read it

@@ -26,7 +26,7 @@ PARAMETERS = ("top_k", "function_to_apply")
 # `open_image` checks the number of pixels itself.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# This file runs without the package: these are copies from ccssl_hf/images.py, which a test keeps equal.
+# This file runs without the package: these are copies from ccssl_hf/data/images.py, which a test keeps equal.
 
 
 class TooLargeError(ValueError):

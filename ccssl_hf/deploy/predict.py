@@ -35,12 +35,13 @@ from torch.fx.proxy import TraceError
 
 from ..backbones import features_and_logits
 from ..checkpoint import HEAD_FILE, find_checkpoint
-from ..data import check_images, check_writable
-from ..files import find_images
-from ..images import MAX_PIXELS, encoded_images, open_encoded, upright_rgb
+from ..data import check_images
+from ..data.files import find_images
+from ..data.images import MAX_PIXELS, encoded_images, open_encoded, upright_rgb
+from ..data.sources import load_split
+from ..data.survey import unreadable_images
 from ..modeling import CCSSLForImageClassification
-from ..sources import load_split
-from ..survey import unreadable_images
+from ..output_folder import check_writable
 
 MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lock
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it

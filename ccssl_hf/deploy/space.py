@@ -27,12 +27,13 @@ from torch import Tensor
 
 from .. import wide_resnet_cifar
 from ..checkpoint import find_checkpoint, is_own_backbone
-from ..data import OUT_OF_DISTRIBUTION, check_images, check_writable, read_labels
+from ..data import OUT_OF_DISTRIBUTION, check_images, read_labels
+from ..data.images import decode_image, encoded_images, unreadable
+from ..data.sources import load_split
+from ..data.survey import count_labels, ood_sentence, unreadable_images
 from ..escape import markdown
-from ..images import decode_image, encoded_images, unreadable
 from ..metrics import top_k_accuracy
-from ..sources import load_split
-from ..survey import count_labels, ood_sentence, unreadable_images
+from ..output_folder import check_writable
 from .predict import load_published
 from .space_page import app
 

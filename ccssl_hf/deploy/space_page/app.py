@@ -44,7 +44,7 @@ SHOWN_SIDE = 448  # longer side of shown images in pixels: the input of many net
 # `open_image` checks the number of pixels itself.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# This file runs without the package: these are copies from ccssl_hf/images.py, which a test keeps equal.
+# This file runs without the package: these are copies from ccssl_hf/data/images.py, which a test keeps equal.
 
 
 class TooLargeError(ValueError):

@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image, ImageFile
 
+from ..errors import listed, warn
 from . import images  # noqa: F401 -- with the plugins of Pillow
-from .errors import listed, warn
 
 logger = logging.getLogger(__name__)
 

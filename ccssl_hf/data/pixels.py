@@ -17,6 +17,8 @@ import xxhash
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..sampling import replacements
+from ..transforms import View, ViewSettings, crop_boxes
 from .images import (
     MAX_PIXELS,
     REPAIR,
@@ -28,8 +30,6 @@ from .images import (
     name_of_image,
     open_encoded,
 )
-from .sampling import replacements
-from .transforms import View, ViewSettings, crop_boxes
 
 CHUNK_BYTES = 1 << 24  # decoded pixels that are written at a time: far below the 2 GiB limit of an Arrow column
 DECODED_AT_ONCE = 8  # images that a worker holds at once; their crop boxes are drawn together

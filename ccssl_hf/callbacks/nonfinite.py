@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .algorithms import SSLBatch, SSLLoss
-from .checkpoint import check_finite
-from .distributed import all_reduce_mean, world_size
-from .errors import listed
-from .resume import last_checkpoint
-from .sampling import PairedBatchSampler
+from ..algorithms import SSLBatch, SSLLoss
+from ..checkpoint import check_finite
+from ..distributed import all_reduce_mean, world_size
+from ..errors import listed
+from ..resume import last_checkpoint
+from ..sampling import PairedBatchSampler
 
 logger = logging.getLogger(__name__)
 

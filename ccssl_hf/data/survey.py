@@ -22,13 +22,14 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from ..distributed import on_main_process, rank
+from ..errors import UserError, listed
+from ..escape import printable
 from .copies import EncodedImages, Place, find_copies, in_threads
-from .data import OUT_OF_DISTRIBUTION, check_images, read_labels
-from .distributed import on_main_process, rank
-from .errors import UserError, listed
-from .escape import printable
 from .images import MAX_PIXELS, unreadable
+from .labels import OUT_OF_DISTRIBUTION, read_labels
 from .sources import skipped
+from .splits import check_images
 
 logger = logging.getLogger(__name__)
 

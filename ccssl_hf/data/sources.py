@@ -23,7 +23,7 @@ from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from .errors import listed, near_misses
+from ..errors import listed, near_misses
 from .files import TABLES, FoundFiles, find_images, is_hidden, parquet_files
 from .images import version_of
 
