@@ -6,7 +6,6 @@ ccssl_hf/cli/flags.json, from which `ccssl-hf train --help` is made.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,6 @@ import yaml
 
 from ccssl_hf import CCSSLTrainingArguments
 from ccssl_hf.algorithms import ALGORITHMS
-from ccssl_hf.card.text import format_table
 from ccssl_hf.cli import app
 from ccssl_hf.cli.flags import first_paragraph, flags_by_class, sections_of
 from ccssl_hf.cli.help import FLAGS_FILE
@@ -36,19 +34,20 @@ _SECTION = re.compile(r"(<!-- algorithms.*?-->\n).*?(<!-- /algorithms -->)", re.
 def algorithms_table() -> str:
     """A Markdown table with a row for each registered algorithm, without the hyperparameters of CCSSL."""
     shared = ALGORITHMS["supervised"].hyperparameters_class.table()
+    head = ("`algorithm`", "paper", "loss terms", "hyperparameters", "views of an unlabeled image")
     rows = []
     for name, algorithm in ALGORITHMS.items():
         paper, settings = algorithm.paper, algorithm.hyperparameters_class.table()
         rows.append(
-            {
-                "`algorithm`": f"`{name}`",
-                "paper": f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper else "labels only",
-                "loss terms": ", ".join(f"`{term}`" for term in algorithm.terms),
-                "hyperparameters": ", ".join(f"`{k}` {v.default}" for k, v in settings.items() if k not in shared),
-                "views of an unlabeled image": ", ".join(view.name.lower() for view in algorithm.views) or "none",
-            }
+            (
+                f"`{name}`",
+                f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper else "labels only",
+                ", ".join(f"`{term}`" for term in algorithm.terms),
+                ", ".join(f"`{k}` {v.default}" for k, v in settings.items() if k not in shared),
+                ", ".join(view.name.lower() for view in algorithm.views) or "none",
+            )
         )
-    return format_table(rows, list(rows[0]), markdown=True)
+    return _table(head, rows)
 
 
 def with_table(text: str) -> str:
@@ -73,8 +72,9 @@ def pages() -> dict[str, str]:
     for panel, rows in panels.items():
         index += [f"## {panel}", "\n".join(["| command | what it does |", "| --- | --- |", *rows])]
     index.append(
-        "These pages are generated from `ccssl-hf COMMAND --help`. `ccssl-hf --install-completion` enables completion "
-        "of commands and flags in the shell."
+        "These pages are generated from `ccssl-hf COMMAND --help`. Flags are spelled as in Python and YAML, with "
+        "underscores (`--image_root`); hyphens (`--image-root`) are accepted, too. `ccssl-hf --install-completion` "
+        "enables completion of commands and flags in the shell."
     )
     texts = {"index": index, **{name: list(_page(context, name, command)) for name, command in commands.items()}}
     return {f"{name}.md": "\n\n".join(paragraphs) + "\n" for name, paragraphs in texts.items()}
@@ -127,14 +127,12 @@ def _flags_of_train(level: int) -> Iterator[str]:
 
 def flags_file() -> str:
     """The flags of this package's dataclasses as JSON, from which the command shows its help at once."""
-    found = {}
-    for cls in (FolderArguments, CCSSLTrainingArguments):
-        classes = {each.__name__: each for each in filter(dataclasses.is_dataclass, cls.__mro__)}
-        for name, section in sections_of(cls).items():
-            if classes[name].__module__.startswith("ccssl_hf."):
-                bases = [each.__name__ for each in classes[name].__mro__[1:] if dataclasses.is_dataclass(each)]
-                found[name] = {"bases": bases, **section._asdict()}
-    return json.dumps(found, indent=1) + "\n"
+    parts = []
+    for name, section in sections_of(FolderArguments, CCSSLTrainingArguments).items():
+        if name != "TrainingArguments":
+            flags = ",\n".join(f"  {json.dumps(key)}: {json.dumps(flag)}" for key, flag in section.flags.items())
+            parts.append(f'{json.dumps(name)}: {{"text": {json.dumps(section.text)}, "flags": {{\n{flags}\n}}}}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _text(command: Any) -> str:

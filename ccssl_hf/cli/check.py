@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
+from .help import answer_at_once
 
 DATA_FLAGS: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
@@ -31,6 +32,8 @@ def check(
     validation and test images. The exit code is 0 if training could start, and 2, with all errors, otherwise.
     """
     with errors_in_one_line():
+        answer_at_once(context.args, description=None, prog=context.command_path)
+
         from .. import recipe
         from ..data.survey import announce
         from ..training_args import CCSSLTrainingArguments

@@ -1,7 +1,7 @@
 """Help of commands whose flags are fields of dataclasses: a short page with what people change, a long one with all.
 
-`flags.json` has the flags of this package, written by `docs/reference.py`. With it the command answers in a fraction of
-a second; the dataclasses themselves need torch and transformers, which take seconds to import.
+`flags.json` has the flags of this package, written by `docs/reference.py`, and `main_flags.txt` the short page. With
+them the command answers in a fraction of a second; the dataclasses need torch and transformers, which take seconds.
 """
 
 from __future__ import annotations
@@ -21,59 +21,9 @@ import yaml
 from ..errors import near_misses, summary
 
 FLAGS_FILE = Path(__file__).with_name("flags.json")
-FEW = 35  # a command with at most so many flags has only one page
-
-# The settings of the short page. Empty: the first sentence of their help.
-SHORT: dict[str, dict[str, str]] = {
-    "Data": {
-        "data_dir": "Folder with labeled/, unlabeled/, validation/, test/.",
-        "labeled": "Labeled training images.",
-        "unlabeled": "Unlabeled training images.",
-        "validation": "Labeled images, evaluated during training.",
-        "test": "Labeled images, evaluated at the end.",
-        "validation_fraction": "Share of the labeled images to validate on.",
-        "hidden_label_column": "True classes of unlabeled images, only logged.",
-        "image_column": "",
-        "label_column": "",
-        "on_bad_image": "What to do with an unreadable image.",
-    },
-    "Model": {
-        "backbone": "",
-        "pretrained": "",
-        "model": "Published model to start from: a folder or Hub id.",
-        "image_size": "Side of the images in pixels.",
-    },
-    "Method": {
-        "algorithm": "Such as comatch, simmatch, supervised.",
-        "lambda_contrast": "Weight of CCSSL's contrastive loss; 0: off.",
-        "push_threshold": "Minimum confidence for pairs in it (T_push).",
-        "confidence_threshold": "Minimum confidence of a pseudo label.",
-        "mu": "Unlabeled images for each labeled one.",
-        "horizontal_flip": "Mirror images at random.",
-    },
-    "Training": {
-        "max_steps": "",
-        "per_device_train_batch_size": "Labeled images in a step.",
-        "learning_rate": "",
-        "warmup_steps": "Steps in which the learning rate rises.",
-        "optim": "Optimizer, such as sgd or adamw_torch.",
-        "ema_decay": "Decay of the averaged weights.",
-        "weak_forward": "joint, or separate: faster, see --help_all.",
-        "decode": "memory: decode once; stream: when drawn.",
-        "bf16": "Compute in bfloat16, faster on accelerators.",
-        "seed": "Decides all random numbers of the run.",
-    },
-    "Run": {
-        "output_dir": "Folder of model and checkpoints.",
-        "overwrite": "Replace an earlier run in output_dir.",
-        "resume_from_checkpoint": "true, or the folder of a checkpoint.",
-        "eval_steps": "Steps between evaluations.",
-        "save_steps": "Steps between checkpoints.",
-        "report_to": "Trackers: tensorboard, trackio, wandb.",
-        "push_to_hub": "Upload the model at the end.",
-        "hub_model_id": "Its name on the Hub, USER/REPO.",
-    },
-}
+MAIN_FLAGS = Path(__file__).with_name("main_flags.txt")
+OWN_IMAGES = Path(__file__).parents[1] / "configs" / "imagefolder.yaml"
+"""The same as `recipe.OWN_IMAGES`, which takes seconds to import."""
 
 
 class Flag(NamedTuple):
@@ -91,18 +41,16 @@ class Section(NamedTuple):
     flags: dict[str, Flag]
 
 
-def packaged_sections(types: Sequence[str]) -> dict[str, Section]:
-    """`flags.sections_of` dataclasses of this package that are named, without importing them."""
+def packaged_sections() -> dict[str, Section]:
+    """`flags.sections_of` the dataclasses of `ccssl-hf train`, without importing them."""
     table = json.loads(FLAGS_FILE.read_text(encoding="utf-8"))
-    found, own = {}, {name for section in table.values() for name in section["flags"]}
-    for name in dict.fromkeys(base for each in types for base in (each, *table[each]["bases"])):
-        if name in table:
-            flags = {key: Flag(*values) for key, values in table[name]["flags"].items()}
-            found[name] = Section(table[name]["text"], flags)
-        else:
-            left = {key: flag for key, flag in _flags_of_transformers().items() if key not in own}
-            found[name] = Section("Arguments of transformers.", left)
-    return found
+    found = {
+        name: Section(section["text"], {key: Flag(*values) for key, values in section["flags"].items()})
+        for name, section in table.items()
+    }
+    own = {name for section in found.values() for name in section.flags}
+    theirs = {name: flag for name, flag in _flags_of_transformers().items() if name not in own}
+    return found | {"TrainingArguments": Section("Arguments of transformers.", theirs)}
 
 
 def _flags_of_transformers() -> dict[str, Flag]:
@@ -139,9 +87,12 @@ def config_of(arguments: Sequence[str], default: str | Path | None) -> tuple[Pat
     return None if chosen.config is None else Path(chosen.config), others
 
 
+def _name(word: str) -> str:
+    return word.lstrip("-").split("=")[0].replace("-", "_")
+
+
 def unknown_flag(word: str, known: Iterable[str]) -> ValueError:
-    name = word.lstrip("-").split("=")[0].replace("-", "_")
-    return ValueError(f"Unknown argument {word}.{near_misses(name, known)} --help_all lists all.")
+    return ValueError(f"Unknown argument {word}.{near_misses(_name(word), known)} --help_all lists all.")
 
 
 def answer(
@@ -154,66 +105,65 @@ def answer(
 ) -> None:
     """Print a page of help and exit if `arguments` ask for it. Raises ValueError if a flag is unknown."""
     flags = {name: flag for section in sections.values() for name, flag in section.flags.items()}
-    known = {"config", "help", "help_all", *flags, *(f"no_{name}" for name, flag in flags.items() if not flag.value)}
-    if asked := {"-h", "--help", "--help_all", "--help-all"} & set(arguments):
-        everything = len(flags) <= FEW or asked & {"--help_all", "--help-all"}
-        print(_page(sections, everything=bool(everything), config=config, description=description, prog=prog), end="")
+    asked = {_name(word) for word in arguments if word.startswith("-")} & {"h", "help", "help_all"}
+    if asked:
+        try:
+            settings = dict(yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"The config {config} cannot be read ({summary(error)}).") from error
+        flags = {name: flag._replace(default=settings.get(name, flag.default)) for name, flag in flags.items()}
+        notes = ["`--flag none` unsets a value. Flags may be written with hyphens, too."]
+        notes += [f"Defaults in brackets are those of {config}."] if config else []
+        if "help_all" in asked:
+            groups = {
+                title: Section(section.text, {name: flags[name] for name in section.flags})
+                for title, section in sections.items()
+            }
+        else:
+            groups = _main_flags(sections, flags)
+            notes.append(f"--help_all describes all {len(flags)} flags.")
+        print(_page(groups, prog=prog, description=description, epilog="\n".join(notes)), end="")
         raise SystemExit(0)
+    known = {"config", *flags, *(f"no_{name}" for name, flag in flags.items() if not flag.value)}
     for word in arguments:
-        if word.startswith("--") and word.lstrip("-").split("=")[0].replace("-", "_") not in known:
+        if word.startswith("--") and _name(word) not in known:
             raise unknown_flag(word, known)
 
 
-def answer_at_once(types: Sequence[str], arguments: Sequence[str], *, config: Path, **page: Any) -> None:
-    """`answer` for dataclasses of this package that are named, before they are imported."""
-    chosen, flags = config_of(arguments, config)
-    answer(packaged_sections(types), flags, config=chosen, **page)
+def answer_at_once(arguments: Sequence[str], **page: Any) -> None:
+    """`answer` for `ccssl-hf train` and `check`, before their dataclasses are imported."""
+    config, flags = config_of(arguments, OWN_IMAGES)
+    answer(packaged_sections(), flags, config=config, **page)
 
 
-def _page(
-    sections: Mapping[str, Section], *, everything: bool, config: Path | None, description: str | None, prog: str
-) -> str:
-    try:
-        settings = dict(yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"The config {config} cannot be read ({summary(error)}).") from error
-    flags = {name: flag for section in sections.values() for name, flag in section.flags.items()}
-    flags = {name: flag._replace(default=settings.get(name, flag.default)) for name, flag in flags.items()}
+def _main_flags(sections: Mapping[str, Section], flags: Mapping[str, Flag]) -> dict[str, Section]:
+    """The settings that people change, by title. First those that a recipe defines itself."""
+    packaged = {*json.loads(FLAGS_FILE.read_text(encoding="utf-8")), "TrainingArguments"}
+    own = {key: flags[key]._replace(value="") for title, each in sections.items() if title not in packaged for key in each.flags}
+    groups = {"This recipe": Section("", own)}
+    for paragraph in MAIN_FLAGS.read_text(encoding="utf-8").split("\n\n"):
+        title, *lines = paragraph.splitlines()
+        texts = {name: text for name, _, text in (line.partition(" ") for line in lines)}
+        shown = {name: text for name, text in texts.items() if name in flags and name not in own}
+        groups[title] = Section("", {name: Flag("", text, flags[name].default) for name, text in shown.items()})
+    return {title: section for title, section in groups.items() if section.flags}
+
+
+def _page(groups: Mapping[str, Section], *, prog: str, description: str | None, epilog: str) -> str:
+    """A page as argparse formats it."""
     width = min(100, shutil.get_terminal_size().columns)
-    lines = [f"usage: {prog} [--config FILE] [--FLAG VALUE ...]", "", *(description or "").rstrip().splitlines()]
-    if everything:
-        for name, section in sections.items():
-            lines += ["", f"{name}:", *_wrapped(section.text, width, "  "), ""]
-            lines += _rows({f"--{each} {flags[each].value}": flags[each] for each in section.flags}, width)
-    else:
-        packaged = {*json.loads(FLAGS_FILE.read_text(encoding="utf-8")), "TrainingArguments"}
-        own = [each for name, section in sections.items() if name not in packaged for each in section.flags]
-        for title, texts in ({"This recipe": dict.fromkeys(own, "")} | SHORT).items():
-            shown = [name for name in texts if name in flags and (name not in own or title not in SHORT)]
-            rows = {f"--{each}": flags[each]._replace(help=texts[each] or _first(flags[each].help)) for each in shown}
-            lines += ["", f"{title}:", *_rows(rows, width)] if rows else []
-    source = f"Defaults in brackets are those of {config}." if config else ""
-    more = "" if everything else f"--help_all describes all {len(flags)} flags."
-    return "\n".join([*lines, "", "`--flag none` unsets a value.", *filter(None, (source, more))]) + "\n"
 
+    def layout(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
 
-def _first(text: str) -> str:
-    """The first sentence."""
-    return text.split(". ")[0].rstrip(".") + "." if text else ""
-
-
-def _wrapped(text: str, width: int, indent: str) -> list[str]:
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
-
-
-def _rows(flags: Mapping[str, Flag], width: int) -> list[str]:
-    """A line for each flag: its name, help and default."""
-    column, rows = min(34, max(map(len, flags), default=0) + 4), []
-    for head, flag in flags.items():
-        default = "" if flag.default in (None, False, "") else "on" if flag.default is True else flag.default
-        lines = _wrapped(f"{flag.help} [{default}]" if default != "" else flag.help, width, " " * column)
-        head = f"  {head}".rstrip()
-        if lines and len(head) < column - 1:
-            head, lines = head.ljust(column) + lines[0].lstrip(), lines[1:]
-        rows += [head, *lines]
-    return rows
+    usage = f"{prog} [--config FILE] [--FLAG VALUE ...]"
+    about: dict[str, Any] = dict(prog=prog, usage=usage, description=description, epilog=epilog)
+    parser = argparse.ArgumentParser(**about, formatter_class=layout, add_help=False)
+    for title, section in groups.items():
+        group = parser.add_argument_group(title, textwrap.fill(section.text, width - 2) or None)
+        for name, flag in section.flags.items():
+            default = "" if flag.default in (None, False, "") else f" [{'on' if flag.default is True else flag.default}]"
+            text = (flag.help + default).strip().replace("%", "%%")
+            how: dict[str, Any] = {"metavar": flag.value} if flag.value else {"action": "store_true"}
+            group.add_argument(f"--{name}", help=text, **how)
+    return parser.format_help()

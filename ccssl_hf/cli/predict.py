@@ -17,7 +17,7 @@ def predict(
         str, typer.Argument(metavar="SOURCE", help="Image folder, image, glob, csv, parquet or Hub dataset.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .parquet, .csv or .jsonl.")],
-    top_k: Annotated[int, typer.Option("--top-k", "--top_k", min=1, help="Number of classes to write.")] = 1,
+    top_k: Annotated[int, typer.Option("--top_k", min=1, help="Number of classes to write.")] = 1,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write the probability of every class.")
     ] = False,
@@ -31,7 +31,7 @@ def predict(
 ) -> None:
     """Predict labels, confidences and embeddings of images, and write a file with one row per image.
 
-    Columns: path, label, confidence and error; label_2, confidence_2 and so on with --top-k. With --probabilities, a
+    Columns: path, label, confidence and error; label_2, confidence_2 and so on with --top_k. With --probabilities, a
     CSV file has a column probability_CLASS for each class. An interrupted run leaves its rows in _OUT.partial.
     """
     with errors_in_one_line():

@@ -13,9 +13,9 @@ from ..escape import printable
 Folder = typer.Argument(metavar="FOLDER", help="Folder of a published model, from a run or from save_pretrained.")
 Repository = typer.Argument(metavar="USER/REPO", help="Repository. It is created if it is missing.")
 Revision = typer.Option(help="Branch, created if it is missing, or refs/pr/N for a pull request. Default: main.")
-DryRun = typer.Option("--dry-run", help="List the files that would be uploaded, without using the network.")
-WithHead = typer.Option("--with-head", help="Upload the projection head and the algorithm's heads, too.")
-WithState = typer.Option("--with-training-state", help="Upload checkpoints and training state, to resume elsewhere.")
+DryRun = typer.Option("--dry_run", help="List the files that would be uploaded, without using the network.")
+WithHead = typer.Option("--with_head", help="Upload the projection head and the algorithm's heads, too.")
+WithState = typer.Option("--with_training_state", help="Upload checkpoints and training state, to resume elsewhere.")
 
 
 def push(
@@ -23,7 +23,7 @@ def push(
     repo_id: Annotated[str, Repository],
     private: Annotated[bool, typer.Option("--private", help="Create a missing repository as private.")] = False,
     revision: Annotated[str | None, Revision] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create_pr", help="Open a pull request.")] = False,
     dry_run: Annotated[bool, DryRun] = False,
     with_head: Annotated[bool, WithHead] = False,
     with_training_state: Annotated[bool, WithState] = False,
@@ -41,7 +41,7 @@ def push(
             check_repo_id(repo_id)
             sizes = {name: f"{path.stat().st_size / 1000:,.1f} kB" for name, path in files.items()}
             typer.echo(f"Would be uploaded to {repo_id}:\n{_table(sizes)}")
-            options = {HEADS: " (--with-head uploads them)", STATE: " (--with-training-state uploads it)"}
+            options = {HEADS: " (--with_head uploads them)", STATE: " (--with_training_state uploads it)"}
             if left:
                 reasons = {name: why + options.get(why, "") for name, why in left.items()}
                 typer.echo(f"Would not be uploaded:\n{_table(reasons)}")

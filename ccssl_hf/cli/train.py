@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from inspect import getdoc
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from ..errors import errors_in_one_line
 from .help import answer_at_once
-
-OWN_IMAGES = (
-    Path(__file__).parents[1] / "configs" / "imagefolder.yaml"
-)  # recipe.OWN_IMAGES, which takes seconds to import
 
 # The options of the command in typer, which leaves all flags and `--help` to `parse_recipe`.
 ANY_FLAG: dict[str, Any] = {
@@ -35,7 +30,7 @@ def train(context: typer.Context) -> None:
     """
     page: dict[str, Any] = dict(description=getdoc(train), prog=context.command_path)
     with errors_in_one_line():
-        answer_at_once(["FolderArguments", "CCSSLTrainingArguments"], context.args, config=OWN_IMAGES, **page)
+        answer_at_once(context.args, **page)
 
         from ..recipe import build_trainer
         from ..recipe import train as run
