@@ -104,14 +104,14 @@ def test_predict_writes_csv_and_an_unknown_suffix_is_refused_before_any_work(tmp
 
 def test_an_interrupted_predict_says_where_its_rows_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = model_and_images(tmp_path)
-    predict, calls = Classifier.predict, iter(range(9))
+    predict, calls = Classifier.predict_unchecked, iter(range(9))
 
     def interrupted(self: Classifier, batch: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
         return predict(self, batch)
 
-    monkeypatch.setattr(Classifier, "predict", interrupted)
+    monkeypatch.setattr(Classifier, "predict_unchecked", interrupted)
     given = [model, str(images), str(tmp_path / "out.csv"), "--batch-size", "1", "--num-workers", "1"]
     result = RUN.invoke(app, ["predict", *given, "--device", "cpu"])
     [line] = [line for line in result.stderr.splitlines() if line and not line.startswith(("Predicting", "\r"))][-1:]
