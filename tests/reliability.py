@@ -18,9 +18,20 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 _HEAD = """# Reliability
 
-The tests inject these faults into real runs, files, processes and servers. The rows are written by the test run:
-`make test` and `make test-slow` replace the rows of the tests that passed. Each row states what was observed.
+Tests inject the faults on this page into real runs, files, processes and servers. Each row states the fault, what was
+observed, what was lost, and the test that observed it.
+
+The test run writes this page: `make test` and `make test-slow` replace the rows of the tests that passed.
 """
+_SECTIONS = {
+    "Data": ("test_sources", "test_data", "test_images", "test_survey", "test_cli_check"),
+    "Unreadable images": ("test_bad_images",),
+    "Stop and resume": ("test_stop", "test_resume", "test_training_distributed"),
+    "NaN and infinite numbers": ("test_nonfinite",),
+    "Long runs": ("test_soak",),
+    "Server": ("test_deploy_serve",),
+}
+"""The test files of each section of the page. Rows of other files are in the section `Others`."""
 _ROW = re.compile(r"^\| (.*?) \| (.*?) \| (.*?) \| `(tests/[\w/]+\.py::\w+)` \|$", re.MULTILINE)
 
 
@@ -53,6 +64,20 @@ class Recorder:
         return sorted({*kept, *self.rows}, key=lambda row: (row.test, row.fault))
 
 
+def _section(row: Row) -> str:
+    file = Path(row.test.partition("::")[0]).stem
+    return next((title for title, files in _SECTIONS.items() if file in files), "Others")
+
+
+def _joined(rows: list[Row]) -> list[Row]:
+    """Rows of a test that differ only after the colon in their fault (`Resumed with another value: seed`) as one."""
+    cases: dict[Row, list[str]] = defaultdict(list)
+    for row in rows:
+        fault, colon, case = row.fault.partition(": ")
+        cases[row._replace(fault=fault[:1].upper() + fault[1:] + colon)].append(case)
+    return [row._replace(fault=row.fault + "; ".join(texts)) for row, texts in cases.items()]
+
+
 def _exists(test: str) -> bool:
     file, _, name = test.partition("::")
     path = ROOT / file
@@ -65,14 +90,12 @@ def read_page(text: str) -> list[Row]:
 
 
 def render_page(rows: list[Row]) -> str:
-    """The page: one section for each test file, with the first line of its docstring as the title."""
-    sections = defaultdict(list)
-    for row in rows:
-        sections[row.test.partition("::")[0]].append(row)
+    """The page, with a table for each section."""
     parts = [_HEAD]
-    for file, found in sections.items():
-        title = (ROOT / file).read_text(encoding="utf-8").partition('"""')[2].partition("\n")[0].rstrip('".')
-        parts.append(f"\n## {title}\n\n| Fault | What happened | Lost | Test |\n| --- | --- | --- | --- |\n")
+    for title in (*_SECTIONS, "Others"):
+        found = _joined([row for row in rows if _section(row) == title])
+        if found:
+            parts.append(f"\n## {title}\n\n| Fault | What happened | Lost | Test |\n| --- | --- | --- | --- |\n")
         for row in found:
             fault, happened, lost = (" ".join(text.split()).replace("|", "\\|") for text in row[:3])
             parts.append(f"| {fault} | {happened} | {lost} | `{row.test}` |\n")

@@ -109,7 +109,7 @@ def test_they_are_logged_once_and_listed_with_the_card(tmp_path: Path, caplog: p
     assert "3 of 96 unlabeled images were unreadable and replaced." in text
     trainer.save_model()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "3 images of the unlabeled split could not be read, and other images replaced them:" in card
+    assert "Unreadable images of the unlabeled split, which other images replaced in training:" in card
     assert "- 50.png (row 50): not a readable image (unknown format)\n" in card
     for file in (tmp_path / "README.md", *tmp_path.glob("**/trainer_state.json")):
         assert "/home/anna" not in file.read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def test_many_are_listed_in_a_file_beside_the_card(tmp_path: Path) -> None:
         RunRecord("test_resnet", ["a", "b"], "fixmatch", unreadable={"unlabeled": names}), tmp_path, model_name="m"
     )
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "These are the first ten; `unreadable_images.txt`" in card and "- 9.png" in card and "- 10.png" not in card
+    assert "(the first 10 of 13; `unreadable_images.txt`" in card and "- 9.png" in card and "- 10.png" not in card
     lines = (tmp_path / "unreadable_images.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 13 and lines[12] == "unlabeled: 12.png (row 12): not a readable image (unknown format)"
 

@@ -15,6 +15,13 @@ def test_the_page_is_read_as_it_was_written() -> None:
     assert read_page(render_page(ROWS)) == ROWS
 
 
+def test_cases_of_a_fault_are_one_row_which_is_replaced_as_a_whole() -> None:
+    cases = [ROWS[1]._replace(fault=f"resumed with another value: {case}") for case in ("mu", "seed")]
+    [row] = read_page(render_page(cases))
+    assert row == ROWS[1]._replace(fault="Resumed with another value: mu; seed")
+    assert read_page(render_page([row])) == [row]
+
+
 def test_rows_are_replaced_by_those_of_their_test() -> None:
     recorder = Recorder()
     recorder.ran, recorder.rows = {ROWS[0].test}, [ROWS[0]._replace(lost="1 byte")]

@@ -336,7 +336,7 @@ def test_no_path_in_a_dataset_leads_out_of_its_folder(
     with pytest.raises(ValueError, match=r"image_root .* is not a folder"):
         load_split(source, role="labeled", image_root=tmp_path / "none")
     fault_record(
-        f"rows of a {kind} file that name URLs and files outside of its folder", "refused, all named", "nothing"
+        f"Rows that name URLs and files outside of their folder: {kind}", "refused, all named", "nothing"
     )
 
 

@@ -58,12 +58,12 @@ _FOUND = {
     "in_training": "Also in training",
     "small": "Much smaller",
     "unreadable": "Unreadable",
-    "skipped": "Files left out",
+    "skipped": "Skipped files",
 }
 
 
 def found_in(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
-    """What was found in the splits, a row for each, by column title. Columns without a number above 0 are left out."""
+    """What was found in the splits, a row for each, by column title. Columns of zeros are left out."""
     titles = {key: title for key, title in _FOUND.items() if any(getattr(split, key) for split in splits.values())}
     return [
         {"Split": name} | {title: _with_class(split, key) for key, title in titles.items()}
@@ -73,7 +73,7 @@ def found_in(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
 
 
 def _with_class(split: Split, key: str) -> Any:
-    value, name = getattr(split, key), getattr(split, f"{key}_class", None)
+    value, name = getattr(split, key) or "–", getattr(split, f"{key}_class", None)
     return value if name is None else f"{value} ({name})"
 
 

@@ -79,8 +79,9 @@ def format_table(
     """Format rows, mappings of column to value, as a plain text or Markdown table with numbers aligned at the right.
 
     A list of numbers holds one value for each seed and is written as mean ± standard deviation. A missing value or None
-    is written as a dash. `digits` are the decimals of fractions; whole numbers and texts are written unchanged, texts of
-    a Markdown table may hold markup. A plain table that is wider than `width` characters, if that is not 0, has its widest column wrapped.
+    is written as a dash. `digits` are the decimals of fractions; whole numbers and texts are written unchanged, so
+    texts of a Markdown table may hold markup. If a plain table is wider than `width` characters and that is not 0, its
+    widest column is wrapped.
 
     Raises:
         ValueError: If there is no column.

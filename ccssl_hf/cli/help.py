@@ -138,8 +138,13 @@ def answer_at_once(arguments: Sequence[str], **page: Any) -> None:
 
 def _main_flags(sections: Mapping[str, Section], flags: Mapping[str, Flag]) -> dict[str, Section]:
     """The settings that people change, by title. First those that a recipe defines itself."""
-    packaged = {*json.loads(FLAGS_FILE.read_text(encoding="utf-8")), "TrainingArguments"}
-    own = {key: flags[key]._replace(value="") for title, each in sections.items() if title not in packaged for key in each.flags}
+    packaged = packaged_sections()
+    own = {
+        key: flags[key]._replace(value="")
+        for title, each in sections.items()
+        if title not in packaged
+        for key in each.flags
+    }
     groups = {"This recipe": Section("", own)}
     for paragraph in MAIN_FLAGS.read_text(encoding="utf-8").split("\n\n"):
         title, *lines = paragraph.splitlines()
@@ -162,7 +167,9 @@ def _page(groups: Mapping[str, Section], *, prog: str, description: str | None, 
     for title, section in groups.items():
         group = parser.add_argument_group(title, textwrap.fill(section.text, width - 2) or None)
         for name, flag in section.flags.items():
-            default = "" if flag.default in (None, False, "") else f" [{'on' if flag.default is True else flag.default}]"
+            default = (
+                "" if flag.default in (None, False, "") else f" [{'on' if flag.default is True else flag.default}]"
+            )
             text = (flag.help + default).strip().replace("%", "%%")
             how: dict[str, Any] = {"metavar": flag.value} if flag.value else {"action": "store_true"}
             group.add_argument(f"--{name}", help=text, **how)
