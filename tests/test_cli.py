@@ -66,7 +66,7 @@ def test_predict_writes_a_row_for_each_image_and_says_how_many(tmp_path: Path) -
     (images / "broken.jpg").write_bytes(b"no image")
     out = tmp_path / "made" / "out.parquet"
     given = [model, str(images), str(out)]
-    result = RUN.invoke(app, ["predict", *given, "--embedding", "--batch-size", "1", "--device", "cpu"])
+    result = RUN.invoke(app, ["predict", *given, "--embedding", "--batch_size", "1", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("3 images (1 could not be read, see column error) at ")
     assert result.stdout.endswith(f" a second, written to {out}.\n")

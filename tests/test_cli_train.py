@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import typer
 from datasets import config as datasets_config
 from typer.testing import CliRunner
 
@@ -39,7 +40,7 @@ def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 VERBS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
 ANSWERED = [
-    *("--version", "--help", *(f"{verb} --help" for verb in VERBS), "train --help_all"),
+    *("--version", "--help", *(f"{verb} --help" for verb in VERBS), "train --help_all", "check --help-all"),
     *("export --help", "export onnx --help", "export handler --help"),
 ]
 REFUSED = {
@@ -51,6 +52,7 @@ REFUSED = {
     "serve model --port high": "error: Invalid value for '--port':",
     "export onx model": "error: No such command 'onx'. Did you mean 'onnx'?",
     "train --lamda_u 1": "error: Unknown argument --lamda_u. Did you mean 'lambda_u'",
+    "check --lamda-u 1": "error: Unknown argument --lamda-u. Did you mean 'lambda_u'",
 }
 
 
@@ -91,6 +93,14 @@ def test_every_verb_has_a_line_of_help_and_a_panel() -> None:
         assert command.callback is not None and command.callback.__doc__
         assert isinstance(command.rich_help_panel, str), command.callback.__name__
     assert all(isinstance(group.rich_help_panel, str) for group in app.registered_groups)
+
+
+def test_options_are_shown_with_underscores() -> None:
+    root: Any = typer.main.get_command(app)
+    commands = [*root.commands.values(), *root.commands["export"].commands.values()]
+    options = {name for command in commands for each in command.params for name in (*each.opts, *each.secondary_opts)}
+    assert {"--batch_size", "--no_with_head", "--dry_run"} <= options
+    assert not [name for name in options if "-" in name.lstrip("-")]
 
 
 def test_public_names_are_there_and_imported_when_asked_for() -> None:

@@ -335,9 +335,7 @@ def test_no_path_in_a_dataset_leads_out_of_its_folder(
     assert "../other/1.png" not in str(error.value)
     with pytest.raises(ValueError, match=r"image_root .* is not a folder"):
         load_split(source, role="labeled", image_root=tmp_path / "none")
-    fault_record(
-        f"Rows that name URLs and files outside of their folder: {kind}", "refused, all named", "nothing"
-    )
+    fault_record(f"Rows that name URLs and files outside of their folder: {kind}", "refused, all named", "nothing")
 
 
 def test_rows_of_parquet_may_name_files_in_their_folder(tmp_path: Path) -> None:

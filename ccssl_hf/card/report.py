@@ -117,16 +117,13 @@ def describe(model: str, *, width: int = 0) -> str:
     if card is None:
         return "\n".join([*lines, f"It has no card: `ccssl-hf report {model} --split SOURCE` writes one."])
     facts = read_facts(card)
-    lines += [
-        "",
-        results_table(facts.results, width=width) if facts.results else "Its card has no results with provenance.",
-    ]
+    table = results_table(facts.results, width=width) if facts.results else "Its card has no results with provenance."
+    lines += ["", table]
     if facts.splits:
         rows = [{"split": split, "data": each.data, "images": each.images} for split, each in facts.splits.items()]
         lines += ["", format_table(rows, ["split", "data", "images"], width=width)]
         if found := found_in(facts.splits):
-            texts = [{title: words("" if value is None else value) for title, value in row.items()} for row in found]
-            lines += ["", format_table(texts, list(found[0]), width=width)]
+            lines += ["", format_table(found, list(found[0]), width=width)]
     for title, settings in facts.settings.items():
         rows = [{title: name, "value": words(value)} for name, value in settings.items()]
         lines += ["", format_table(rows, [title, "value"], width=width)]

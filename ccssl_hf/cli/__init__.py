@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated, Any
 
@@ -21,8 +22,22 @@ from .space import space
 from .train import ANY_FLAG, train
 
 
-class OneLineErrors(TyperGroup):
+def _spell_as_in_python(command: Any) -> None:
+    """Spell options like the fields of dataclasses, `--batch_size`. typer turns underscores into hyphens."""
+    for each in command.params:
+        for names in (each.opts, each.secondary_opts):
+            names[:] = [re.sub(r"(?<=\w)-", "_", name) for name in names]
+    for each in getattr(command, "commands", {}).values():
+        _spell_as_in_python(each)
+
+
+class Commands(TyperGroup):
     """Shows a wrong argument in one line instead of a box. `click.UsageError` has moved between typer's releases."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for each in self.commands.values():
+            _spell_as_in_python(each)
 
     def main(self, args: Any = None, *others: Any, standalone_mode: bool = True, **settings: Any) -> Any:
         settings["standalone_mode"] = False
@@ -44,7 +59,7 @@ class OneLineErrors(TyperGroup):
 
 
 app = typer.Typer(
-    cls=OneLineErrors,
+    cls=Commands,
     name="ccssl-hf",
     no_args_is_help=True,
     help="Semi-supervised image classification for the Hugging Face ecosystem.",

@@ -21,15 +21,15 @@ DATA_FLAGS: dict[str, Any] = {
 def check(
     context: typer.Context,
     json_out: Annotated[
-        Path | None, typer.Option("--json", metavar="OUT", help="Also write everything that was found to this file.")
+        Path | None, typer.Option("--json", metavar="OUT", help="Also write the findings to this file.")
     ] = None,
 ) -> None:
-    """Show what your images are before you train on them: classes, duplicates, and files that cannot be read.
+    """Check the images of a run before training: classes, duplicates, OOD names and unreadable files.
 
         ccssl-hf check --data_dir photos
 
-    It takes the flags of `ccssl-hf train`, so that `check` can replace `train` in a command. It decodes the labeled,
-    validation and test images. The exit code is 0 if training could start, and 2, with all errors, otherwise.
+    It takes the flags of `ccssl-hf train`: replace `train` by `check` in a command. It decodes the labeled, validation
+    and test images. The exit code is 0 if training can start; otherwise it is 2, and all errors are printed.
     """
     with errors_in_one_line():
         answer_at_once(context.args, description=None, prog=context.command_path)

@@ -42,21 +42,13 @@ def convert(
     weights: Annotated[
         Weights | None, typer.Option(help="Averaged or raw weights; default: ema. MoCo has one set.")
     ] = None,
-    image_size: Annotated[
-        int | None, typer.Option("--image_size", help="Side of the input in pixels; default: the source's.")
-    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels; default: the source's.")] = None,
     mean: Annotated[Channels | None, typer.Option(help="Mean per channel; default: the source's.")] = None,
     std: Annotated[Channels | None, typer.Option(help="Standard deviation per channel; default: the source's.")] = None,
     with_head: Annotated[
-        bool | None,
-        typer.Option(
-            "--with_head/--no_with_head",
-            help="Keep the projection head of SemiCLS, to continue training; default: keep it.",
-        ),
+        bool | None, typer.Option(help="Keep the projection head of SemiCLS, to continue training; default: keep it.")
     ] = None,
-    allow_unknown: Annotated[
-        bool, typer.Option("--allow_unknown", help="Leave out unknown keys and list them.")
-    ] = False,
+    allow_unknown: Annotated[bool, typer.Option(help="Leave out unknown keys and list them.")] = False,
 ) -> None:
     """Convert a checkpoint of other code to a published folder."""
     arguments = locals()

@@ -111,16 +111,17 @@ def answer(
             settings = dict(yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config else {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"The config {config} cannot be read ({summary(error)}).") from error
-        flags = {name: flag._replace(default=settings.get(name, flag.default)) for name, flag in flags.items()}
+        groups = {
+            title: Section(
+                section.text,
+                {name: flag._replace(default=settings.get(name, flag.default)) for name, flag in section.flags.items()},
+            )
+            for title, section in sections.items()
+        }
         notes = ["`--flag none` unsets a value. Flags may be written with hyphens, too."]
         notes += [f"Defaults in brackets are those of {config}."] if config else []
-        if "help_all" in asked:
-            groups = {
-                title: Section(section.text, {name: flags[name] for name in section.flags})
-                for title, section in sections.items()
-            }
-        else:
-            groups = _main_flags(sections, flags)
+        if "help_all" not in asked:
+            groups = _main_flags(groups)
             notes.append(f"--help_all describes all {len(flags)} flags.")
         print(_page(groups, prog=prog, description=description, epilog="\n".join(notes)), end="")
         raise SystemExit(0)
@@ -136,21 +137,17 @@ def answer_at_once(arguments: Sequence[str], **page: Any) -> None:
     answer(packaged_sections(), flags, config=config, **page)
 
 
-def _main_flags(sections: Mapping[str, Section], flags: Mapping[str, Flag]) -> dict[str, Section]:
+def _main_flags(sections: Mapping[str, Section]) -> dict[str, Section]:
     """The settings that people change, by title. First those that a recipe defines itself."""
     packaged = packaged_sections()
-    own = {
-        key: flags[key]._replace(value="")
-        for title, each in sections.items()
-        if title not in packaged
-        for key in each.flags
-    }
+    flags = {name: flag._replace(value="") for section in sections.values() for name, flag in section.flags.items()}
+    own = {name: flags[name] for title, section in sections.items() if title not in packaged for name in section.flags}
     groups = {"This recipe": Section("", own)}
     for paragraph in MAIN_FLAGS.read_text(encoding="utf-8").split("\n\n"):
         title, *lines = paragraph.splitlines()
         texts = {name: text for name, _, text in (line.partition(" ") for line in lines)}
-        shown = {name: text for name, text in texts.items() if name in flags and name not in own}
-        groups[title] = Section("", {name: Flag("", text, flags[name].default) for name, text in shown.items()})
+        shown = [name for name in texts if name in flags and name not in own]
+        groups[title] = Section("", {name: flags[name]._replace(help=texts[name]) for name in shown})
     return {title: section for title, section in groups.items() if section.flags}
 
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share. Options have underscores, as the fields of dataclasses do."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,21 +10,15 @@ import typer
 LABELED_SOURCE = "a folder of class folders, a csv or jsonl file, parquet files or a Hub dataset"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A published folder or Hub id.")]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch_size", min=1, help="Images per forward pass; default: 16 on a CPU, else 64.")
-]
-NumWorkers = Annotated[
-    int | None, typer.Option("--num_workers", min=1, help="Threads; default: one per core, at most 8.")
-]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass; default: 16 on a CPU, else 64.")]
+NumWorkers = Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core, at most 8.")]
 Device = Annotated[str | None, typer.Option(help="A device such as cuda:0; default: an accelerator, else the CPU.")]
-ImageColumn = Annotated[str, typer.Option("--image_column", help="The image column of parquet files and datasets.")]
-LabelColumn = Annotated[str, typer.Option("--label_column", help="The label column of parquet files and datasets.")]
+ImageColumn = Annotated[str, typer.Option(help="The image column of parquet files and datasets.")]
+LabelColumn = Annotated[str, typer.Option(help="The label column of parquet files and datasets.")]
 ImageRoot = Annotated[
     str | None,
     typer.Option(
-        "--image_root",
-        metavar="FOLDER",
-        help="Folder in which csv, jsonl and parquet files may name images, next to theirs.",
+        metavar="FOLDER", help="Folder in which csv, jsonl and parquet files may name images, next to theirs."
     ),
 ]
 

@@ -17,7 +17,7 @@ def predict(
         str, typer.Argument(metavar="SOURCE", help="Image folder, image, glob, csv, parquet or Hub dataset.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write: .parquet, .csv or .jsonl.")],
-    top_k: Annotated[int, typer.Option("--top_k", min=1, help="Number of classes to write.")] = 1,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of classes to write.")] = 1,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write the probability of every class.")
     ] = False,

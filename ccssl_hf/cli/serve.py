@@ -7,11 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import errors_in_one_line, extra
-from .options import Device, Model
-
-MaxBatchSize = Annotated[
-    int | None, typer.Option("--max_batch_size", min=1, help="Images per forward pass; default: 16 on a CPU, else 64.")
-]
+from .options import BatchSize, Device, Model
 
 
 def serve(
@@ -20,40 +16,23 @@ def serve(
         str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines, without authentication.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")] = 8000,
-    max_batch_size: MaxBatchSize = None,
-    max_wait_ms: Annotated[
-        float, typer.Option("--max_wait_ms", min=0, help="Longest wait of an image for a full batch.")
-    ] = 5,
-    max_image_mb: Annotated[
-        float, typer.Option("--max_image_mb", min=0, help="Most megabytes of images in one request.")
-    ] = 20,
-    max_queue: Annotated[
-        int, typer.Option("--max_queue", min=1, help="Most images in process; further ones get status 503.")
-    ] = 1024,
+    max_batch_size: BatchSize = None,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="Longest wait of an image for a full batch.")] = 5,
+    max_image_mb: Annotated[float, typer.Option(min=0, help="Most megabytes of images in one request.")] = 20,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most images in process; further ones get status 503.")] = 1024,
     num_workers: Annotated[
         int | None,
-        typer.Option(
-            "--num_workers",
-            min=1,
-            help="Threads that run the network; default: one per core, at most 8; 2 on accelerators.",
-        ),
+        typer.Option(min=1, help="Threads that run the network; default: one per core, at most 8; 2 on accelerators."),
     ] = None,
-    max_connections: Annotated[int, typer.Option("--max_connections", min=1, help="Most open connections.")] = 1024,
-    max_memory_mb: Annotated[
-        float, typer.Option("--max_memory_mb", min=1, help="Most megabytes of requests in memory.")
-    ] = 512,
+    max_connections: Annotated[int, typer.Option(min=1, help="Most open connections.")] = 1024,
+    max_memory_mb: Annotated[float, typer.Option(min=1, help="Most megabytes of requests in memory.")] = 512,
     max_decoding_mpx: Annotated[
         float | None,
-        typer.Option(
-            "--max_decoding_mpx",
-            min=1,
-            help="Most megapixels that are decoded at once; default: 12 per core, at least 90.",
-        ),
+        typer.Option(min=1, help="Most megapixels that are decoded at once; default: 12 per core, at least 90."),
     ] = None,
     client_share: Annotated[
         float,
         typer.Option(
-            "--client_share",
             min=0.01,
             max=1,
             help="Largest part of connections, images and memory for one client address; 1 behind a proxy.",
