@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -28,10 +29,13 @@ from .errors import listed, summary
 from .record import PICTURES
 from .resume import MANIFEST, STATE_FILES, portable_state
 
+logger = logging.getLogger(__name__)
+
 CARD_FILE = "README.md"
+_BACKBONE = Path(wide_resnet_cifar.__file__)
 # Files of a published model, besides the pictures of its card. Others may have the Hub token or local paths.
 PLAIN_FILES = (
-    *(CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, Path(wide_resnet_cifar.__file__).name, "preprocessor_config.json"),
+    *(CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, _BACKBONE.name, "preprocessor_config.json"),
     *("handler.py", "requirements.txt", "onnx/*.onnx"),
 )
 TRAINING_FILES = (*STATE_FILES, MANIFEST)
@@ -89,6 +93,13 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
     if refused:
         reasons = listed([f"{name}: {reason}" for name, reason in refused.items()], separator="; ")
         raise ValueError(f"'{folder}' can't be pushed ({reasons}): replace them by files of the folder.")
+    if other := [name for name in files if not _is_own_code(name.rpartition("/")[2], files[name])]:
+        logger.warning(
+            "%s: not as this version of ccssl-hf writes it. Others may run it: read it, or export the model again, "
+            "before you push '%s'.",
+            listed(other),
+            folder,
+        )
     foreign = "only pictures that ccssl-hf drew are uploaded"
     for name in shown - pictures.keys():
         pictures[name] = foreign if os.path.lexists(folder / name) else _MISSING
@@ -128,6 +139,14 @@ def why_not_pushed(folder: Path, name: str) -> str | None:
         except Exception:  # Pillow raises nearly any type
             return "it is not a valid PNG"
     return None
+
+
+def _is_own_code(name: str, path: Path) -> bool:
+    """Whether a file that others may run or install is one that this package writes. True for all other files."""
+    if name == "requirements.txt":
+        return re.fullmatch(r"timm>=[\d.]+\n", path.read_text(encoding="utf-8", errors="replace")) is not None
+    own = {"handler.py": Path(__file__).with_name("deploy") / name, _BACKBONE.name: _BACKBONE}
+    return name not in own or path.read_bytes() == own[name].read_bytes()
 
 
 def _pictures(card: Path) -> set[str]:

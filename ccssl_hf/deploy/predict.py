@@ -271,16 +271,12 @@ def _in_batches(
         if not pixels:
             return rows, None
         found = classifier.predict_unchecked(torch.stack(pixels))
-        answers = zip(
-            found.is_finite(), found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True
-        )
-        for row in rows:
-            if row["error"] is None:
-                finite, *answer = next(answers)
-                if finite:
-                    row["label"], row["confidence"], row["embedding"] = answer
-                else:
-                    row["error"] = NOT_FINITE
+        readable = [row for row in rows if row["error"] is None]
+        arrays = found.probabilities.numpy(), found.embeddings.numpy()
+        answers = zip(found.labels, found.confidences.tolist(), *arrays, strict=True)
+        for row, finite, answer in zip(readable, found.is_finite(), answers, strict=True):
+            names = ("label", "confidence", "probabilities", "embedding")
+            row |= dict(zip(names, answer, strict=True)) if finite else {"error": NOT_FINITE}
         return rows, found
 
     starts = iter(range(0, len(images), size))
@@ -385,7 +381,8 @@ def predict_to_file(
         columns["probabilities"] = pa.list_(pa.float32())
     if embedding:
         columns["embedding"], metadata["embedding"] = pa.list_(pa.float32()), classifier.embedding
-    schema = pa.schema({**columns, "error": pa.string()}, metadata)
+    columns["error"] = pa.string()
+    schema = pa.schema(columns, metadata)
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
     with (
@@ -393,41 +390,42 @@ def predict_to_file(
         _rows_to(partial_file(out), schema, classifier.labels) as write,
     ):
         try:
-            for new, found in results:
-                readable = [row for row in new if row["error"] is None]
-                unreadable += len(new) - len(readable)
-                if found is not None:
-                    _add_classes(readable, found.probabilities, classifier.labels, ranks)
-                rows += new
+            for new, _ in results:
+                for row in new:
+                    if row["error"] is not None:
+                        unreadable += 1
+                        continue
+                    best = np.argsort(-row["probabilities"], kind="stable")
+                    for rank in ranks:
+                        number = best[rank - 1]
+                        row[f"label_{rank}"] = classifier.labels[number]
+                        row[f"confidence_{rank}"] = row["probabilities"][number].item()
+                rows += [{key: value for key, value in row.items() if key in columns} for row in new]
                 if len(rows) >= ROW_GROUP:
-                    write(rows)
-                    rows = []
+                    group, rows = rows, []
+                    write(group)
         finally:
             write(rows)
     os.replace(partial_file(out), out)
     return Written(len(images), unreadable, time.perf_counter() - started)
 
 
-def _add_classes(
-    rows: list[dict[str, Any]], probabilities: Tensor, labels: Sequence[str], ranks: Sequence[int]
-) -> None:
-    """Add the next best classes to the rows of readable images, and all probabilities."""
-    values, numbers = probabilities.sort(descending=True, stable=True)  # of equal ones the first, as argmax does
-    for row, every, best, order in zip(rows, probabilities.numpy(), values.tolist(), numbers.tolist(), strict=True):
-        row["probabilities"] = every
-        for rank in ranks:
-            row |= {f"label_{rank}": labels[order[rank - 1]], f"confidence_{rank}": best[rank - 1]}
-
-
 @contextmanager
 def _rows_to(file: Path, schema: pa.Schema, labels: Sequence[str]) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A function that appends rows to a new file, in the format of the second last suffix of its name."""
-    if Path(file.stem).suffix.lower() == ".parquet":
+    kind = Path(file.stem).suffix.lower()
+    if kind == ".parquet":
         with pq.ParquetWriter(file, schema) as parquet:
             yield lambda rows: parquet.write_table(pa.Table.from_pylist(rows, schema))
-    elif Path(file.stem).suffix.lower() == ".csv":
-        with pa.csv.CSVWriter(file, _csv_table([], schema, labels).schema) as csv:
-            yield lambda rows: csv.write_table(_csv_table(rows, schema, labels))
+    elif kind == ".csv":
+        columns: dict[str, pa.DataType] = {}
+        for field in schema:
+            each = {f"probability_{label}": pa.float32() for label in labels}
+            columns |= each if field.name == "probabilities" else {field.name: field.type}
+        columns |= {"embedding": pa.string()} if "embedding" in columns else {}
+        flat = pa.schema(columns)
+        with pa.csv.CSVWriter(file, flat) as csv:
+            yield lambda rows: csv.write_table(pa.Table.from_pylist([_csv_row(row, labels) for row in rows], flat))
     else:
         with file.open("w", encoding="utf-8", newline="\n") as lines:
 
@@ -441,22 +439,13 @@ def _rows_to(file: Path, schema: pa.Schema, labels: Sequence[str]) -> Iterator[C
             yield write
 
 
-def _csv_table(rows: list[dict[str, Any]], schema: pa.Schema, labels: Sequence[str]) -> pa.Table:
-    """Rows as a table without lists: a column for each class, and embeddings as JSON text."""
-    columns: dict[str, pa.Array] = {}
-    for field in schema:
-        values = [row.get(field.name) for row in rows]
-        if field.name == "probabilities":
-            matrix = np.array([np.zeros(len(labels)) if each is None else each for each in values], np.float32)
-            missing = np.array([each is None for each in values], bool)
-            for label, column in zip(labels, matrix.reshape(-1, len(labels)).T, strict=True):
-                columns[f"probability_{label}"] = pa.array(column, mask=missing)
-        elif field.name == "embedding":
-            texts = [None if each is None else f"[{', '.join(f'{x:.9g}' for x in each)}]" for each in values]
-            columns[field.name] = pa.array(texts, pa.string())
-        else:
-            columns[field.name] = pa.array(values, field.type)
-    return pa.table(columns)
+def _csv_row(row: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """A row with a column for each class, and the embedding as JSON text."""
+    every = zip(labels, row.pop("probabilities", np.empty(0)).tolist())  # noqa: B905
+    row |= {f"probability_{label}": value for label, value in every}
+    if "embedding" in row:
+        row["embedding"] = f"[{', '.join(f'{x:.9g}' for x in row['embedding'])}]"
+    return row
 
 
 def partial_file(out: str | Path) -> Path:
