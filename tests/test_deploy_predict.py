@@ -26,6 +26,7 @@ from ccssl_hf import CCSSLForImageClassification
 from ccssl_hf.cli import app
 from ccssl_hf.deploy import predict as inference
 from ccssl_hf.deploy.predict import Classifier, open_images, predict_to_file
+from ccssl_hf.deploy.rows import FORMATS, partial_file
 from small_models import LABELS, picture, published
 
 
@@ -247,7 +248,7 @@ def test_the_suffix_chooses_the_format_and_every_format_has_the_same_rows(tmp_pa
     for name in ODD_NAMES[:-1]:
         picture(30, 30).save(folder / name)
     (folder / ODD_NAMES[-1]).write_bytes(b"no image")
-    files = {suffix: tmp_path / f"out{suffix}" for suffix in inference.FORMATS}
+    files = {suffix: tmp_path / f"out{suffix}" for suffix in FORMATS}
     for file in files.values():
         done = predict_to_file(classifier, folder, file, top_k=3, probabilities=True, embedding=True)
         assert (done.images, done.unreadable) == (len(ODD_NAMES), 1)
@@ -310,7 +311,7 @@ def test_an_interrupted_run_leaves_a_text_file_with_its_rows(wide_resnet, suffix
     with pytest.raises(ValueError, match="99"):
         predict_to_file(wide_resnet, folder, out, strict=True, batch_size=4)
     assert out.read_text() == "an earlier file"
-    left = inference.partial_file(out).rename(tmp_path / f"left{suffix}")
+    left = partial_file(out).rename(tmp_path / f"left{suffix}")
     assert [Path(row["path"]).stem for row in read_back(left)] == [f"{number:02}" for number in range(20)]
 
 
@@ -385,8 +386,8 @@ def test_sigterm_leaves_the_rows_so_far_in_a_whole_file(wide_resnet, tmp_path, m
         result = CliRunner().invoke(app, ["predict", *given])
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert result.exit_code == 143 and f"are in {inference.partial_file(out)}." in result.stderr
-    rows = [Path(row["path"]).stem for row in read_back(inference.partial_file(out).rename(tmp_path / "left.parquet"))]
+    assert result.exit_code == 143 and f"are in {partial_file(out)}." in result.stderr
+    rows = [Path(row["path"]).stem for row in read_back(partial_file(out).rename(tmp_path / "left.parquet"))]
     assert rows == [f"{number:02}" for number in range(20)][: len(rows)] and not out.exists()
 
 

@@ -37,7 +37,8 @@ def predict(
     pandas takes a class named NA or null in a CSV file for a missing value: read it with keep_default_na=False.
     """
     with errors_in_one_line():
-        from ..deploy.predict import Classifier, check_output, open_images, partial_file, predict_to_file
+        from ..deploy.predict import Classifier, open_images, predict_to_file
+        from ..deploy.rows import check_output, partial_file
 
         check_output(out, source)
         images = open_images(source, image_column=image_column, image_root=image_root)
