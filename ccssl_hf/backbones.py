@@ -137,7 +137,7 @@ def create_backbone(
         fix = "give one image_size for both sides, such as" if image_size or img_size else "choose image_size, such as"
         raise ValueError(f"Images of {size[0]} x {size[1]} pixels cannot be trained: {fix} {max(size)}.")
     if cfg.fixed_input_size:
-        timm_kwargs.setdefault("img_size", size[0] if size[0] == size[1] else size)
+        timm_kwargs.setdefault("img_size", size[0])
     model_args = {key: value for key, value in timm_kwargs.items() if key not in _RUNTIME_ARGS}
     if unknown := unknown_arguments(name, model_args):
         raise ValueError(f"{listed(unknown, separator='; ')}.")
@@ -236,6 +236,7 @@ _LAYERS: dict[type[nn.Module], Callable[[Any], list[Any]]] = {
     nn.ReLU: lambda layer: [],
 }
 """Layers that a head may have, and their arguments."""
+_KINDS = {kind.__name__: kind for kind in _LAYERS}
 
 
 def describe_head(module: nn.Module) -> list[Any]:
@@ -254,16 +255,14 @@ def describe_head(module: nn.Module) -> list[Any]:
 
 def is_layer(description: Any) -> bool:
     """Whether this is `[layer, *arguments]` as in `describe_head`, with arguments of a sensible size."""
-    kinds = {kind.__name__ for kind in _LAYERS}
-    if not isinstance(description, list) or not 1 <= len(description) <= 4 or description[0] not in kinds:
+    if not isinstance(description, list) or not 1 <= len(description) <= 4 or description[0] not in _KINDS:
         return False
     return all(type(each) in (bool, int, float) and 0 <= each <= 1_000_000 for each in description[1:])
 
 
 def build_head(description: list[Any]) -> nn.Sequential:
     """Builds a new head from what `describe_head` returned."""
-    kinds = {kind.__name__: kind for kind in _LAYERS}
-    return nn.Sequential(*(kinds[name](*arguments) for name, *arguments in description))
+    return nn.Sequential(*(_KINDS[name](*arguments) for name, *arguments in description))
 
 
 def authors_key(key: str) -> str:

@@ -83,7 +83,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _checked(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The known entries, and what is wrong with them."""
     name, labels = content.get("architecture"), content.get("label_names")
-    problems = _architecture_problems(name) + ([] if labels is None else _label_problems(labels))
+    unusable = _architecture_problems(name)
+    problems = unusable + ([] if labels is None else _label_problems(labels))
     known = len(labels) if isinstance(labels, list) else None
     num_classes, problem_type = content.get("num_classes", known), content.get("problem_type")
     if not _is_int(num_classes, MAX_BYTES):
@@ -102,7 +103,7 @@ def _checked(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     entries = {key: entries[key] for key in backbones.INPUT if entries.get(key) is not None}
     strange = [key for key, value in arguments.items() if not _plain(value)]
     problems += [f"model_args.{key} is {short(arguments[key])}, not a number or short name" for key in strange]
-    if isinstance(name, str) and not _architecture_problems(name):
+    if not unusable:
         problems += backbones.unknown_arguments(name, arguments)
     problems += [f"pretrained_cfg.{problem}" for problem in backbones.input_problems(entries)]
     checked = dict(model_args=arguments, pretrained_cfg=entries or None, problem_type=problem_type)

@@ -80,9 +80,10 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
         with suppress(ValueError, FileNotFoundError):  # a damaged file, or none beside an export
             tensors = load_tensors(folder / name)
         check_finite(tensors, f"'{folder / name}'")
-    shown = _pictures(folder / CARD_FILE)
-    pictures = {name: why_not_pushed(folder, name) for name in shown & {*PICTURES}}
-    drawn = [name for name, reason in pictures.items() if reason is None]
+    foreign = "only pictures that ccssl-hf drew are uploaded"
+    reasons = {name: why_not_pushed(folder, name) for name in sorted(_pictures(folder / CARD_FILE))}
+    reasons = {name: why if name in PICTURES or why == _MISSING else foreign for name, why in reasons.items()}
+    drawn = [name for name, reason in reasons.items() if reason is None]
     patterns = [*PLAIN_FILES, *drawn, *([HEAD_FILE] if with_head else [])]
     if with_training_state:  # a checkpoint's state does not fit a model without the heads
         state = [f"{PREFIX_CHECKPOINT_DIR}-*/{name}" for name in (*PLAIN_FILES, HEAD_FILE, *TRAINING_FILES)]
@@ -91,8 +92,8 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
     files = {path.relative_to(folder).as_posix(): path for path in found}
     refused = {name: reason for name in files if (reason := why_not_pushed(folder, name))}
     if refused:
-        reasons = listed([f"{name}: {reason}" for name, reason in refused.items()], separator="; ")
-        raise ValueError(f"'{folder}' can't be pushed ({reasons}): replace them by files of the folder.")
+        problems = listed([f"{name}: {reason}" for name, reason in refused.items()], separator="; ")
+        raise ValueError(f"'{folder}' can't be pushed ({problems}): replace them by files of the folder.")
     if other := [name for name in files if not _is_own_code(name.rpartition("/")[2], files[name])]:
         logger.warning(
             "%s: not as this version of ccssl-hf writes it. Others may run it: read it, or export the model again, "
@@ -100,10 +101,7 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
             listed(other),
             folder,
         )
-    foreign = "only pictures that ccssl-hf drew are uploaded"
-    for name in shown - pictures.keys():
-        pictures[name] = foreign if os.path.lexists(folder / name) else _MISSING
-    left = {name: f"{CARD_FILE} shows it, but {reason}" for name, reason in sorted(pictures.items()) if reason}
+    left = {name: f"{CARD_FILE} shows it, but {reason}" for name, reason in reasons.items() if reason}
     folders = {name.split("/")[0] for name in files}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

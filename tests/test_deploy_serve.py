@@ -586,7 +586,7 @@ async def ask(url: str, images: list[tuple[bytes, list[Any]]], *, clients: int, 
 
 
 @pytest.mark.parametrize(
-    ("clients", "requests"), [(16, 200), pytest.param(64, 2000, marks=pytest.mark.slow)], ids=["16x200", "64x2000"]
+    ("clients", "requests"), [(16, 80), pytest.param(64, 2000, marks=pytest.mark.slow)], ids=["16x80", "64x2000"]
 )
 def test_many_clients_at_once_all_get_their_own(url, pipeline, clients, requests):
     images = different_images(pipeline, 50)
