@@ -373,8 +373,8 @@ def predict_to_file(
                 for row in new:
                     if error := row["error"]:
                         if strict:
-                            problem = error if error == NOT_FINITE else f"can't be read ({error}): repair or remove it"
-                            raise ValueError(f"Image {row['path']}: {problem}.")
+                            unread = f" can't be read ({error}): repair or remove it"
+                            raise ValueError(f"Image {row['path']}{f': {error}' if error == NOT_FINITE else unread}.")
                         unreadable += 1
                         continue
                     best = np.argsort(-row["probabilities"], kind="stable")
