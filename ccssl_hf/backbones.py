@@ -22,18 +22,10 @@ from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
 from .errors import listed, near_misses
+from .escape import short
 from .transforms import MAX_SIDE_UNCROPPED
 from .wide_resnet_cifar import LEAKY_RELU_SLOPE, WideResNetCifar, init_weights
 
-# Entries of `pretrained_cfg` about the input. Others, about the original weights, would be wrong after training.
-_INPUT_KEYS = (
-    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
-    *("first_conv", "classifier"),
-)
-_INTERPOLATIONS, _CROP_MODES = (
-    ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"),
-    ("center", "squash", "border"),
-)
 MAX_SIDE = 4096  # pixels of an image's side: a larger input would fill the memory when the model is built
 _RUNTIME_ARGS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path", "scriptable", "exportable")
 
@@ -56,27 +48,52 @@ def check_backbone(name: str) -> None:
         raise ValueError(f"timm {timm.__version__} has no weights '{name}': use one of {known}.")
 
 
+def _numbers(value: Any) -> bool:
+    fits = isinstance(value, (list, tuple)) and len(value) == 3
+    return fits and all(type(each) in (int, float) and math.isfinite(each) for each in value)
+
+
+def is_name(value: Any) -> bool:
+    """Whether this is a short word, and no path or URL."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.+-]{0,64}", value) is not None
+
+
+def _one_of(*words: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: isinstance(value, str) and value in words, f"one of {', '.join(words)}"
+
+
+def _are_names(value: Any) -> bool:
+    return all(map(is_name, value)) if isinstance(value, (list, tuple)) else is_name(value)
+
+
+# Entries of `pretrained_cfg` about the input. Others, about the original weights, would be wrong after training.
+INPUT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "input_size": (
+        lambda v: _numbers(v) and v[0] == 3 and all(type(each) is int and 1 <= each <= MAX_SIDE for each in v),
+        f"3 channels (images are read as RGB), height and width from 1 to {MAX_SIDE}",
+    ),
+    "fixed_input_size": (lambda v: type(v) is bool, "true or false"),
+    "interpolation": _one_of("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"),
+    "crop_pct": (lambda v: type(v) in (int, float) and 0 < v <= 2, "a number above 0, at most 2"),
+    "crop_mode": _one_of("center", "squash", "border"),
+    "mean": (_numbers, "three numbers, one for each channel"),
+    "std": (lambda v: _numbers(v) and min(v) > 0, "three positive numbers, one for each channel"),
+    "first_conv": (_are_names, "the name of a layer"),
+    "classifier": (_are_names, "the name of a layer"),
+}
+"""For each entry a check, and what is allowed."""
+
+
+def input_problems(pretrained_cfg: Mapping[str, Any]) -> list[str]:
+    """The entries about the input that are not allowed, as phrases."""
+    given = {key: pretrained_cfg[key] for key in INPUT if pretrained_cfg.get(key) is not None}
+    return [f"{key} is {short(value)}, not {INPUT[key][1]}" for key, value in given.items() if not INPUT[key][0](value)]
+
+
 def check_input(pretrained_cfg: Mapping[str, Any]) -> None:
-    """Raises ValueError if an entry about the input is missing its form: a size, three means, a share, a known word."""
-
-    def numbers(value: Any, count: int, kind: Any = float) -> bool:
-        fits = isinstance(value, (list, tuple)) and len(value) == count
-        return fits and all(isinstance(v, (kind, int)) and type(v) is not bool and math.isfinite(v) for v in value)
-
-    forms: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "input_size": (
-            f"3 channels (images are read as RGB), height and width from 1 to {MAX_SIDE}",
-            lambda v: numbers(v, 3, int) and v[0] == 3 and 1 <= min(v[1:]) <= max(v[1:]) <= MAX_SIDE,
-        ),
-        "mean": ("three numbers, one for each channel", lambda v: numbers(v, 3)),
-        "std": ("three positive numbers, one for each channel", lambda v: numbers(v, 3) and min(v) > 0),
-        "crop_pct": ("a number above 0, at most 2", lambda v: numbers([v], 1) and 0 < v <= 2),
-        "interpolation": (f"one of {', '.join(_INTERPOLATIONS)}", lambda v: v in _INTERPOLATIONS),
-        "crop_mode": (f"one of {', '.join(_CROP_MODES)}", lambda v: v in _CROP_MODES),
-    }
-    for name, (wanted, holds) in forms.items():
-        if pretrained_cfg.get(name) is not None and not holds(pretrained_cfg[name]):
-            raise ValueError(f"{name} of the model's input is {pretrained_cfg[name]!r}: use {wanted}.")
+    """Raises ValueError if entries of `pretrained_cfg` about the input are not allowed."""
+    if problems := input_problems(pretrained_cfg):
+        raise ValueError(f"The input of the model can't be used: {'; '.join(problems)}.")
 
 
 def unknown_arguments(name: str, arguments: Iterable[str]) -> list[str]:
@@ -120,7 +137,7 @@ def create_backbone(
         fix = "give one image_size for both sides, such as" if image_size or img_size else "choose image_size, such as"
         raise ValueError(f"Images of {size[0]} x {size[1]} pixels cannot be trained: {fix} {max(size)}.")
     if cfg.fixed_input_size:
-        timm_kwargs.setdefault("img_size", size[0] if size[0] == size[1] else size)
+        timm_kwargs.setdefault("img_size", size[0])
     model_args = {key: value for key, value in timm_kwargs.items() if key not in _RUNTIME_ARGS}
     if unknown := unknown_arguments(name, model_args):
         raise ValueError(f"{listed(unknown, separator='; ')}.")
@@ -157,7 +174,7 @@ def set_input(backbone: Any, pretrained_cfg: Mapping[str, Any]) -> None:
     check_input(pretrained_cfg)
     architecture = pretrained_cfg.get("architecture") or backbone.pretrained_cfg["architecture"]
     cfg = {"architecture": architecture, "num_classes": backbone.num_classes}
-    cfg |= {key: pretrained_cfg[key] for key in _INPUT_KEYS if key in pretrained_cfg}
+    cfg |= {key: pretrained_cfg[key] for key in INPUT if key in pretrained_cfg}
     backbone.pretrained_cfg = backbone.default_cfg = cfg
 
 
@@ -219,6 +236,7 @@ _LAYERS: dict[type[nn.Module], Callable[[Any], list[Any]]] = {
     nn.ReLU: lambda layer: [],
 }
 """Layers that a head may have, and their arguments."""
+_KINDS = {kind.__name__: kind for kind in _LAYERS}
 
 
 def describe_head(module: nn.Module) -> list[Any]:
@@ -237,16 +255,14 @@ def describe_head(module: nn.Module) -> list[Any]:
 
 def is_layer(description: Any) -> bool:
     """Whether this is `[layer, *arguments]` as in `describe_head`, with arguments of a sensible size."""
-    kinds = {kind.__name__ for kind in _LAYERS}
-    if not isinstance(description, list) or not 1 <= len(description) <= 4 or description[0] not in kinds:
+    if not isinstance(description, list) or not 1 <= len(description) <= 4 or description[0] not in _KINDS:
         return False
     return all(type(each) in (bool, int, float) and 0 <= each <= 1_000_000 for each in description[1:])
 
 
 def build_head(description: list[Any]) -> nn.Sequential:
     """Builds a new head from what `describe_head` returned."""
-    kinds = {kind.__name__: kind for kind in _LAYERS}
-    return nn.Sequential(*(kinds[name](*arguments) for name, *arguments in description))
+    return nn.Sequential(*(_KINDS[name](*arguments) for name, *arguments in description))
 
 
 def authors_key(key: str) -> str:

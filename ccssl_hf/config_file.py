@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import math
 import re
-import reprlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -24,32 +23,22 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from . import backbones
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from .errors import listed
+from .escape import short
 
 MAX_BYTES = 32 << 20  # of config.json; the 21,000 class names of ImageNet take 1 MB
-MAX_SIDE = 4096  # of the input in pixels
 MAX_INTEGER = 100_000  # in model_args
 MAX_BUFFERS = 1 << 28  # elements of tables that a network computes for its input size, 1 GiB
 
 _FLOATS, _INTEGERS = {"F16", "BF16", "F32", "F64"}, {"I64", "I32", "U8", "BOOL"}
-_REPR = reprlib.Repr()  # of a value that can be long and deep
-_REPR.maxstring = _REPR.maxother = 60
 _PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 
-def _is_int(value: Any, most: int = MAX_INTEGER, least: int = 1) -> bool:
-    return type(value) is int and least <= value <= most
+def _is_int(value: Any, most: int = MAX_INTEGER) -> bool:
+    return type(value) is int and 1 <= value <= most
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MAX_INTEGER
-
-
-def _numbers(value: Any, *, positive: bool = False) -> bool:
-    return isinstance(value, list) and all(_is_number(each) and (each > 0 or not positive) for each in value)
-
-
-def _name(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.+-]{0,64}", value) is not None
 
 
 def _plain(value: Any, depth: int = 0) -> bool:
@@ -57,27 +46,7 @@ def _plain(value: Any, depth: int = 0) -> bool:
     if isinstance(value, (list, dict)) and depth < 4:
         items = [*value, *value.values()] if isinstance(value, dict) else value
         return len(items) <= 1000 and all(_plain(item, depth + 1) for item in items)
-    return value is None or type(value) is bool or _is_number(value) or _name(value)
-
-
-_INPUT: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "input_size": (
-        lambda v: isinstance(v, list) and len(v) == 3 and all(_is_int(each, MAX_SIDE) for each in v),
-        f"[channels, height, width] of at most {MAX_SIDE} px",
-    ),
-    "mean": (_numbers, "a list of numbers"),
-    "std": (lambda v: _numbers(v, positive=True), "a list of positive numbers"),
-    "crop_pct": (lambda v: _is_number(v) and 0 < v <= 4, "a number above 0"),
-    "crop_mode": (lambda v: v in ("center", "squash", "border"), "center, squash or border"),
-    "interpolation": (
-        lambda v: v in ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box"),
-        "a filter, such as bicubic",
-    ),
-    "fixed_input_size": (lambda v: type(v) is bool, "true or false"),
-    "first_conv": (lambda v: _name(v) or (isinstance(v, list) and all(map(_name, v))), "the name of a layer"),
-    "classifier": (lambda v: _name(v) or (isinstance(v, list) and all(map(_name, v))), "the name of a layer"),
-}
-"""The entries of `pretrained_cfg` that are used: a check, and what is allowed."""
+    return value is None or type(value) is bool or _is_number(value) or backbones.is_name(value)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,35 +83,36 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _checked(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The known entries, and what is wrong with them."""
     name, labels = content.get("architecture"), content.get("label_names")
-    problems = _architecture_problems(name) + ([] if labels is None else _label_problems(labels))
+    unusable = _architecture_problems(name)
+    problems = unusable + ([] if labels is None else _label_problems(labels))
     known = len(labels) if isinstance(labels, list) else None
     num_classes, problem_type = content.get("num_classes", known), content.get("problem_type")
     if not _is_int(num_classes, MAX_BYTES):
-        problems.append(f"num_classes is {_short(num_classes)}, not a number of classes")
+        problems.append(f"num_classes is {short(num_classes)}, not a number of classes")
     elif known not in (None, num_classes):
         problems.append(f"label_names has {known:,} names for num_classes {num_classes:,}")
     if problem_type not in (None, *_PROBLEMS):
-        problems.append(f"problem_type is {_short(problem_type)}, not one of {', '.join(_PROBLEMS)}")
+        problems.append(f"problem_type is {short(problem_type)}, not one of {', '.join(_PROBLEMS)}")
 
     arguments, entries = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
     for key, value in (("model_args", arguments), ("pretrained_cfg", entries)):
         if not isinstance(value, dict):
-            problems.append(f"{key} is {_short(value)}, not an object")
+            problems.append(f"{key} is {short(value)}, not an object")
             arguments, entries = {}, {}
     arguments = {key: value for key, value in arguments.items() if key != "num_classes"}  # timm writes it there
-    entries = {key: entries[key] for key in _INPUT if entries.get(key) is not None}
+    entries = {key: entries[key] for key in backbones.INPUT if entries.get(key) is not None}
     strange = [key for key, value in arguments.items() if not _plain(value)]
-    problems += [f"model_args.{key} is {_short(arguments[key])}, not a number or short name" for key in strange]
-    if isinstance(name, str) and not _architecture_problems(name):
+    problems += [f"model_args.{key} is {short(arguments[key])}, not a number or short name" for key in strange]
+    if not unusable:
         problems += backbones.unknown_arguments(name, arguments)
-    problems += _input_problems(entries)
+    problems += [f"pretrained_cfg.{problem}" for problem in backbones.input_problems(entries)]
     checked = dict(model_args=arguments, pretrained_cfg=entries or None, problem_type=problem_type)
     return dict(architecture=name, num_classes=num_classes, label_names=labels, **checked), problems
 
 
 def _architecture_problems(name: Any) -> list[str]:
     if not isinstance(name, str):
-        return [f"architecture is {_short(name)}, not the name of a timm model"]
+        return [f"architecture is {short(name)}, not the name of a timm model"]
     try:
         backbones.check_backbone(name)
     except ValueError as error:
@@ -150,22 +120,10 @@ def _architecture_problems(name: Any) -> list[str]:
     return []
 
 
-def _input_problems(entries: Mapping[str, Any]) -> list[str]:
-    fits = {key: _INPUT[key][0](value) for key, value in entries.items()}
-    problems = [
-        f"pretrained_cfg.{key} is {_short(entries[key])}, not {_INPUT[key][1]}" for key in fits if not fits[key]
-    ]
-    channels = entries["input_size"][0] if fits.get("input_size") else None
-    for key in ("mean", "std"):
-        if fits.get(key) and channels not in (None, len(entries[key])):
-            problems.append(f"pretrained_cfg.{key} has {len(entries[key])} numbers for {channels} channels")
-    return problems
-
-
 def _label_problems(labels: Any) -> list[str]:
     if not isinstance(labels, list) or not labels:
-        return [f"label_names is {_short(labels)}, not a list of names"]
-    if strange := [_short(label) for label in labels if not is_text(label)]:
+        return [f"label_names is {short(labels)}, not a list of names"]
+    if strange := [short(label) for label in labels if not is_text(label)]:
         return [f"label_names has {listed(strange)}, which are no names"]
     repeated = [repr(label) for label, number in Counter(labels).items() if number > 1]
     return [f"label_names repeats {listed(repeated)}"] if repeated else []
@@ -174,10 +132,6 @@ def _label_problems(labels: Any) -> list[str]:
 def is_text(label: Any) -> bool:
     """Whether a class name is text that files can hold; names of damaged files can have parts of characters."""
     return isinstance(label, str) and re.search("[\ud800-\udfff]", label) is None
-
-
-def _short(value: Any) -> str:
-    return "null or missing" if value is None else _REPR.repr(value)
 
 
 def read_heads(path: Path) -> dict[str, Any]:
@@ -191,7 +145,7 @@ def read_heads(path: Path) -> dict[str, Any]:
         for name, layers in heads.items():
             plain = isinstance(layers, list) and 0 < len(layers) <= 100
             if not (name.isidentifier() and plain and all(map(backbones.is_layer, layers))):
-                raise ValueError(f"head {_short(name)} is no list of layers")
+                raise ValueError(f"head {short(name)} is no list of layers")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"'{path}' is damaged ({reason}): delete it, or save the folder again.") from error

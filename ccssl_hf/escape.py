@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 
 # Control characters and those that change the direction of text, without the joiners that some scripts need.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -11,6 +12,15 @@ _MARKDOWN = re.compile(
     r"|(?<=\b(?:http|file))(?=://)|(?<=\bhttps)(?=://)|(?<=\bftp)(?=://)|(?<=\bwww)(?=\.)"  # would become links
     r"|^(?=>|[-+](?:\s|$)|#{1,6}(?:\s|$)|-{2,}|(?:-\s*){3,}$|=+\s*$)|(?<=^\d)(?=[.)](?:\s|$))|(?<=^\d\d)(?=[.)](?:\s|$))"
 )
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+
+
+def short(value: object) -> str:
+    """A value that can be long and deep, for an error message."""
+    return "null or missing" if value is None else _REPR.repr(value)
 
 
 def printable(text: str, *, lines: bool = False, most: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -28,10 +29,13 @@ from .errors import listed, summary
 from .record import PICTURES
 from .resume import MANIFEST, STATE_FILES, portable_state
 
+logger = logging.getLogger(__name__)
+
 CARD_FILE = "README.md"
+_BACKBONE = Path(wide_resnet_cifar.__file__)
 # Files of a published model, besides the pictures of its card. Others may have the Hub token or local paths.
 PLAIN_FILES = (
-    *(CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, Path(wide_resnet_cifar.__file__).name, "preprocessor_config.json"),
+    *(CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, _BACKBONE.name, "preprocessor_config.json"),
     *("handler.py", "requirements.txt", "onnx/*.onnx"),
 )
 TRAINING_FILES = (*STATE_FILES, MANIFEST)
@@ -76,9 +80,10 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
         with suppress(ValueError, FileNotFoundError):  # a damaged file, or none beside an export
             tensors = load_tensors(folder / name)
         check_finite(tensors, f"'{folder / name}'")
-    shown = _pictures(folder / CARD_FILE)
-    pictures = {name: why_not_pushed(folder, name) for name in shown & {*PICTURES}}
-    drawn = [name for name, reason in pictures.items() if reason is None]
+    foreign = "only pictures that ccssl-hf drew are uploaded"
+    reasons = {name: why_not_pushed(folder, name) for name in sorted(_pictures(folder / CARD_FILE))}
+    reasons = {name: why if name in PICTURES or why == _MISSING else foreign for name, why in reasons.items()}
+    drawn = [name for name, reason in reasons.items() if reason is None]
     patterns = [*PLAIN_FILES, *drawn, *([HEAD_FILE] if with_head else [])]
     if with_training_state:  # a checkpoint's state does not fit a model without the heads
         state = [f"{PREFIX_CHECKPOINT_DIR}-*/{name}" for name in (*PLAIN_FILES, HEAD_FILE, *TRAINING_FILES)]
@@ -87,12 +92,16 @@ def plan_push(folder: str | Path, *, with_head: bool = False, with_training_stat
     files = {path.relative_to(folder).as_posix(): path for path in found}
     refused = {name: reason for name in files if (reason := why_not_pushed(folder, name))}
     if refused:
-        reasons = listed([f"{name}: {reason}" for name, reason in refused.items()], separator="; ")
-        raise ValueError(f"'{folder}' can't be pushed ({reasons}): replace them by files of the folder.")
-    foreign = "only pictures that ccssl-hf drew are uploaded"
-    for name in shown - pictures.keys():
-        pictures[name] = foreign if os.path.lexists(folder / name) else _MISSING
-    left = {name: f"{CARD_FILE} shows it, but {reason}" for name, reason in sorted(pictures.items()) if reason}
+        problems = listed([f"{name}: {reason}" for name, reason in refused.items()], separator="; ")
+        raise ValueError(f"'{folder}' can't be pushed ({problems}): replace them by files of the folder.")
+    if other := [name for name in files if not _is_own_code(name.rpartition("/")[2], files[name])]:
+        logger.warning(
+            "%s: not as this version of ccssl-hf writes it. Others may run it: read it, or export the model again, "
+            "before you push '%s'.",
+            listed(other),
+            folder,
+        )
+    left = {name: f"{CARD_FILE} shows it, but {reason}" for name, reason in reasons.items() if reason}
     folders = {name.split("/")[0] for name in files}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -128,6 +137,14 @@ def why_not_pushed(folder: Path, name: str) -> str | None:
         except Exception:  # Pillow raises nearly any type
             return "it is not a valid PNG"
     return None
+
+
+def _is_own_code(name: str, path: Path) -> bool:
+    """Whether a file that others may run or install is one that this package writes. True for all other files."""
+    if name == "requirements.txt":
+        return re.fullmatch(r"timm>=[\d.]+\n", path.read_text(encoding="utf-8", errors="replace")) is not None
+    own = {"handler.py": Path(__file__).with_name("deploy") / name, _BACKBONE.name: _BACKBONE}
+    return name not in own or path.read_bytes() == own[name].read_bytes()
 
 
 def _pictures(card: Path) -> set[str]:

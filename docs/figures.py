@@ -1,14 +1,20 @@
-"""Draws the figures of the README and the documentation: `python docs/figures.py [overview weights views pull run]`.
+"""Draws the figures of the README and the documentation: `python docs/figures.py [names]`.
 
-`run` trains the demo's FixMatch and FixMatch + CCSSL once, about two minutes on one core. The others take seconds.
+The names are those of `FIGURES`. `run` trains the demo's FixMatch and FixMatch + CCSSL once, about two minutes on one
+core, and `space` the latter. `space` needs Chromium, playwright and gradio. The others take seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import runpy
+import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image, ImageDraw
+from playwright.sync_api import Error, sync_playwright
 from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import set_seed
@@ -25,6 +32,8 @@ from transformers import set_seed
 from ccssl_hf import CCSSLForImageClassification, CCSSLTrainer, CCSSLTrainingArguments, class_aware_contrastive_loss
 from ccssl_hf.card.plots import COLORS, GREY, MARKERS, TEXT
 from ccssl_hf.cli.flags import parse_recipe
+from ccssl_hf.deploy.space import write_space
+from ccssl_hf.deploy.space_page.app import Space, open_image
 from ccssl_hf.sampling import UNLABELED
 from ccssl_hf.transforms import View, ViewSettings, make_view
 
@@ -292,7 +301,7 @@ def run() -> None:
         "validation top-1 accuracy\n(EMA weights)",
     )
     for number, method in enumerate(("fixmatch", "fixmatch_ccssl")):
-        history = history_of(demo, method)
+        history = trained(demo, method).state.log_history
         for ax, key in zip(axes, keys, strict=True):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             style = dict(
@@ -314,8 +323,8 @@ def run() -> None:
     save(figure, "run")
 
 
-def history_of(demo: dict, method: str) -> list[dict[str, float]]:
-    """The log of the demo's run of a method with seed 0, with the precision of its pseudo labels."""
+def trained(demo: dict, method: str) -> CCSSLTrainer:
+    """The demo's run of a method with seed 0, which logs the precision of its pseudo labels."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--logging_steps", "20", "--eval_steps", "50", "--disable_tqdm", "true", "--output_dir", folder]
         recipe, args = parse_recipe(
@@ -329,10 +338,51 @@ def history_of(demo: dict, method: str) -> list[dict[str, float]]:
         )
         trainer = CCSSLTrainer(model, args, splits["labeled"], splits["unlabeled"], splits["validation"])
         trainer.train()
-        return trainer.state.log_history
+        return trainer
 
 
-FIGURES = {"overview": overview, "weights": weights, "views": views, "pull": pull, "run": run}
+# ---------------------------------------------------------------------------------------------------------------- space
+
+
+def space() -> None:
+    """The page of the demo's model for a digit that is out-of-distribution."""
+    demo = runpy.run_path(str(ROOT / "recipes" / "train_digits.py"))
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trained(demo, "fixmatch_ccssl").save_model(str(folder / "model"))
+        for split, images in demo["load_splits"](0, 16).items():
+            for number, row in enumerate(images):
+                file = folder / split / row["label"] / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                row["image"].save(file)
+        title = "Digits 0 to 5, learned from 24 labels"
+        sources = dict(labeled=str(folder / "labeled"), validation=str(folder / "validation"))
+        write_space(folder / "model", folder / "space", title=title, **sources)
+        page_of = Space(folder / "space")
+        nines = sorted((folder / "test" / "9").iterdir())
+        shown = next(file for file in nines if page_of.answer(open_image(file)).out_of_distribution)
+        port = {"GRADIO_SERVER_PORT": "7861", "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        server = subprocess.Popen([sys.executable, "app.py"], cwd=folder / "space", env=os.environ | port)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1060, "height": 900})
+            while True:
+                with contextlib.suppress(Error):
+                    page.goto("http://127.0.0.1:7861")
+                    break
+                assert server.poll() is None
+                time.sleep(1)
+            page.locator("#picture input[type=file]").set_input_files(shown)
+            page.locator("#overlay img").wait_for()
+            page.locator("#nearest img").first.wait_for()
+            page.wait_for_load_state("networkidle")
+            page.screenshot(path=IMAGES / "space.png", full_page=True)
+        server.terminate()
+        server.wait()
+
+
+FIGURES = {"overview": overview, "weights": weights, "views": views, "pull": pull, "run": run, "space": space}
 
 if __name__ == "__main__":
     for chosen in sys.argv[1:] or FIGURES:

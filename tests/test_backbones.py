@@ -177,9 +177,9 @@ def overlay(**entries):
         ("mixer_s32_224", {"image_size": 100}, "such as 96"),
         *((name, {"in_chans": 1}, "read as RGB") for name in ("test_resnet", "test_vit", "wide_resnet10_1_cifar")),
         ("test_resnet", overlay(input_size=(3, 64, 64)), "give image_size"),
-        *(("test_resnet", overlay(mean=mean), "mean of .*three numbers") for mean in ((0.5,), 0.5, (0.5, 0.5, "a"))),
+        *(("test_resnet", overlay(mean=mean), "mean is .*three numbers") for mean in ((0.5,), 0.5, (0.5, 0.5, "a"))),
         *(("test_resnet", overlay(std=(std,) * 3), "three positive numbers") for std in (0, -1.0, float("nan"))),
-        *(("test_resnet", overlay(crop_pct=pct), "crop_pct of .*above 0, at most 2") for pct in (0, -1, 2.5, "x")),
+        *(("test_resnet", overlay(crop_pct=pct), "crop_pct is .*above 0, at most 2") for pct in (0, -1, 2.5, "x")),
         *(("test_resnet", overlay(interpolation=word), "bilinear, bicubic") for word in ("random", "cubic")),
         ("test_resnet", overlay(crop_mode="middle"), "center, squash, border"),
     ],
@@ -195,7 +195,7 @@ def test_a_published_folder_for_grey_images_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["pretrained_cfg"]["input_size"] = [1, 32, 32]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"input_size of the model's input is \[1, 32, 32\]: use 3 channels"):
+    with pytest.raises(ValueError, match=r"input_size is \[1, 32, 32\], not 3 channels"):
         CCSSLForImageClassification.from_pretrained(tmp_path)
 
 

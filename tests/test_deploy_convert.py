@@ -142,7 +142,7 @@ def test_a_resnet_of_the_authors_gives_torchvisions_outputs(tmp_path, proj):
     ("backbone", "arguments", "size", "mean", "crop"),
     [
         ("resnet18", {}, 96, 0.4914, 1.0),
-        ("resnet50", {}, 224, 0.4732, 0.875),
+        pytest.param("resnet50", {}, 224, 0.4732, 0.875, marks=pytest.mark.slow),
         ("wide_resnet28_2_cifar", {}, 32, 0.4914, 1.0),
         ("wide_resnet28_2_cifar", dict(mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)), 32, 0.5071, 1.0),
         ("resnet18", dict(image_size=64), 64, 0.4914, 1.0),
@@ -176,7 +176,7 @@ def moco_state(architecture: str, prefix: str = "module.") -> dict[str, Tensor]:
     return prefixed(both | queue, prefix)
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("architecture", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_a_moco_backbone_starts_training(tmp_path, architecture):
     state = moco_state(architecture)
     path = save(tmp_path / "moco.pth.tar", epoch=800, arch=architecture, state_dict=state, optimizer={"state": {}})

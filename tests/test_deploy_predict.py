@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,13 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 from torch import nn
+from typer.testing import CliRunner
 
 from ccssl_hf import CCSSLForImageClassification
+from ccssl_hf.cli import app
 from ccssl_hf.deploy import predict as inference
 from ccssl_hf.deploy.predict import Classifier, open_images, predict_to_file
+from ccssl_hf.deploy.rows import FORMATS, partial_file
 from small_models import LABELS, picture, published
 
 
@@ -242,7 +248,7 @@ def test_the_suffix_chooses_the_format_and_every_format_has_the_same_rows(tmp_pa
     for name in ODD_NAMES[:-1]:
         picture(30, 30).save(folder / name)
     (folder / ODD_NAMES[-1]).write_bytes(b"no image")
-    files = {suffix: tmp_path / f"out{suffix}" for suffix in inference.FORMATS}
+    files = {suffix: tmp_path / f"out{suffix}" for suffix in FORMATS}
     for file in files.values():
         done = predict_to_file(classifier, folder, file, top_k=3, probabilities=True, embedding=True)
         assert (done.images, done.unreadable) == (len(ODD_NAMES), 1)
@@ -280,11 +286,14 @@ def test_the_suffix_chooses_the_format_and_every_format_has_the_same_rows(tmp_pa
     assert sorted(row["path"] for row in tables[".csv"]) == paths  # unchanged
 
 
-def test_more_classes_than_there_are_and_equal_probabilities(wide_resnet, tmp_path):
-    rows: list[dict[str, Any]] = [{}]
-    inference._add_classes(rows, torch.full((1, 4), 0.25), LABELS, range(2, 5))
-    assert [rows[0][f"label_{rank}"] for rank in (2, 3, 4)] == LABELS[1:]  # the first is `label`
+def test_more_classes_than_there_are_and_equal_probabilities(wide_resnet, tmp_path, monkeypatch):
     picture(20, 20).save(tmp_path / "a.png")
+    said = dataclasses.replace(wide_resnet.predict([picture(16, 16)]), probabilities=torch.full((1, 4), 0.25))
+    with monkeypatch.context() as patch:
+        patch.setattr(wide_resnet, "predict_unchecked", lambda batch: said)
+        predict_to_file(wide_resnet, tmp_path / "a.png", tmp_path / "equal.jsonl", top_k=4)
+    [row] = read_back(tmp_path / "equal.jsonl")
+    assert [row[f"label_{rank}"] for rank in (2, 3, 4)] == LABELS[1:]  # the first is `label`
     predict_to_file(wide_resnet, tmp_path / "a.png", tmp_path / "out.jsonl", top_k=99)
     [row] = read_back(tmp_path / "out.jsonl")
     assert sorted(value for name, value in row.items() if name.startswith("label")) == sorted(LABELS)
@@ -302,7 +311,7 @@ def test_an_interrupted_run_leaves_a_text_file_with_its_rows(wide_resnet, suffix
     with pytest.raises(ValueError, match="99"):
         predict_to_file(wide_resnet, folder, out, strict=True, batch_size=4)
     assert out.read_text() == "an earlier file"
-    left = inference.partial_file(out).rename(tmp_path / f"left{suffix}")
+    left = partial_file(out).rename(tmp_path / f"left{suffix}")
     assert [Path(row["path"]).stem for row in read_back(left)] == [f"{number:02}" for number in range(20)]
 
 
@@ -355,3 +364,44 @@ def test_what_a_user_can_get_wrong(wide_resnet, pictures, tmp_path):
         Classifier.from_pretrained(tmp_path, device="gpu")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         Classifier.from_pretrained(tmp_path / "empty", device="cpu")
+
+
+def test_sigterm_leaves_the_rows_so_far_in_a_whole_file(wide_resnet, tmp_path, monkeypatch):
+    images, calls = tmp_path / "images", iter(range(9))
+    images.mkdir()
+    for number in range(20):
+        picture(16, 16).save(images / f"{number:02}.png")
+    pixels = wide_resnet.pixels
+
+    def stopped(image):
+        if next(calls, 0) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pixels(image)
+
+    monkeypatch.setattr(wide_resnet, "pixels", stopped)
+    monkeypatch.setattr(Classifier, "from_pretrained", lambda *_, **__: wide_resnet)
+    out, before = tmp_path / "out.parquet", signal.getsignal(signal.SIGTERM)
+    given = [str(tmp_path), str(images), str(out), "--batch-size", "1", "--num-workers", "1"]
+    try:
+        result = CliRunner().invoke(app, ["predict", *given])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 143 and f"are in {partial_file(out)}." in result.stderr
+    rows = [Path(row["path"]).stem for row in read_back(partial_file(out).rename(tmp_path / "left.parquet"))]
+    assert rows == [f"{number:02}" for number in range(20)][: len(rows)] and not out.exists()
+
+
+def test_rows_whose_output_is_not_finite_say_so_beside_the_others(wide_resnet, tmp_path, monkeypatch):
+    for number in range(3):
+        picture(16, 16).save(tmp_path / f"{number}.png")
+    predict = wide_resnet.predict_unchecked
+
+    def broken(batch):
+        found = predict(batch)
+        return dataclasses.replace(found, logits=found.logits * torch.tensor([[1], [torch.nan], [1]]))
+
+    monkeypatch.setattr(wide_resnet, "predict_unchecked", broken)
+    written = predict_to_file(wide_resnet, tmp_path, tmp_path / "out.csv", top_k=2, probabilities=True, embedding=True)
+    first, second, third = read_back(tmp_path / "out.csv")
+    assert written.unreadable == 1 and second["label"] is None and "NaN or infinite" in second["error"]
+    assert {first["error"], third["error"]} == {None} and None not in {first["label_2"], first["embedding"]}

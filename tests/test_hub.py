@@ -15,7 +15,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 from typer.testing import CliRunner
 
+from ccssl_hf import wide_resnet_cifar
 from ccssl_hf.cli import app
+from ccssl_hf.deploy.export import write_handler
 from ccssl_hf.hub import check_texts, plan_push, upload
 from hub_server import TOKENS
 from tiny_runs import model_of
@@ -330,6 +332,25 @@ def test_a_dry_run_lists_files_without_network(folder, repo_id, monkeypatch):
     assert re.search(r"  training_args.bin +contains the Hub token\n", staying)
     assert re.search(r"  checkpoint-1/ +training state \(--with-training-state uploads it\)\n", staying)
     assert re.search(r"  private/passport.png +README.md shows it, but only pictures", staying)
+
+
+def test_a_dry_run_says_whose_the_repository_would_be(folder):
+    result = RUN.invoke(app, ["push", str(folder), "digits", "--dry-run"])
+    assert result.stdout.startswith("Would be uploaded to digits, in the account of your access token:\n")
+
+
+def test_code_that_is_not_ours_is_told(folder, caplog):
+    write_handler(folder)
+    plan_push(folder)
+    assert not caplog.records
+    (folder / wide_resnet_cifar.__file__.rpartition("/")[2]).write_text("import os")
+    (folder / "requirements.txt").write_text("timm>=1.0\nsomething-else\n")
+    plan_push(folder)
+    assert "requirements.txt, wide_resnet_cifar.py: not as this version of ccssl-hf writes it" in caplog.text
+    with (folder / "handler.py").open("a") as file:
+        file.write("import os\n")
+    plan_push(folder)
+    assert "handler.py, requirements.txt, wide_resnet_cifar.py: not as" in caplog.text
 
 
 def test_the_command_pushes_and_prints_where(hub, folder, repo_id):

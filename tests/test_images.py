@@ -153,6 +153,18 @@ def test_the_copies_have_the_same_code(module: ModuleType) -> None:
         assert code_of(getattr(module, name)) == code_of(getattr(images, name))
 
 
+@pytest.mark.parametrize("module", OPENERS.values(), ids=OPENERS)
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+def test_an_icon_has_the_size_of_the_picture_inside(module: ModuleType) -> None:
+    content = encode(Image.new("RGB", (1200, 1200)), "PNG")
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(content), 22)
+    with pytest.raises(module.TooLargeError, match="1200 x 1200"):
+        module.open_image(struct.pack("<HHH", 0, 1, 1) + entry + content, max_pixels=1000)
+    named = b"ic07" + struct.pack(">I", 8 + len(content)) + content  # 128 x 128
+    with pytest.raises(ValueError, match="too large|not one of the allowed sizes"):
+        module.open_image(b"icns" + struct.pack(">I", 8 + len(named)) + named, max_pixels=128 * 128)
+
+
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_every_function_that_opens_an_image_gives_the_pixels_of_training(
     cases: dict[str, bytes], tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +34,11 @@ def predict(
 
     Columns: path, label, confidence and error; label_2, confidence_2 and so on with --top_k. With --probabilities, a
     CSV file has a column probability_CLASS for each class. An interrupted run leaves its rows in _OUT.partial.
+    pandas takes a class named NA or null in a CSV file for a missing value: read it with keep_default_na=False.
     """
     with errors_in_one_line():
-        from ..deploy.predict import Classifier, check_output, open_images, partial_file, predict_to_file
+        from ..deploy.predict import Classifier, open_images, predict_to_file
+        from ..deploy.rows import check_output, partial_file
 
         check_output(out, source)
         images = open_images(source, image_column=image_column, image_root=image_root)
@@ -43,10 +46,15 @@ def predict(
         settings: dict[str, Any] = dict(
             top_k=top_k, probabilities=probabilities, embedding=embedding, strict=strict, image_column=image_column
         )
+
+        def end(number: int, frame: object) -> None:
+            raise SystemExit(128 + number)
+
+        signal.signal(signal.SIGTERM, end)
         try:
             done = predict_to_file(classifier, images, out, batch_size=batch_size, num_workers=num_workers, **settings)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stop:
             typer.echo(f"Interrupted: the rows of the first images are in {partial_file(out)}.", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else 128 + signal.SIGTERM) from None
     unreadable = f" ({done.unreadable} could not be read, see column error)" if done.unreadable else ""
     typer.echo(f"{done.images:,} images{unreadable} at {done.images / done.seconds:,.1f} a second, written to {out}.")

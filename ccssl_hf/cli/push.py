@@ -40,7 +40,8 @@ def push(
         if dry_run:
             check_repo_id(repo_id)
             sizes = {name: f"{path.stat().st_size / 1000:,.1f} kB" for name, path in files.items()}
-            typer.echo(f"Would be uploaded to {repo_id}:\n{_table(sizes)}")
+            owner = "" if "/" in repo_id else ", in the account of your access token"
+            typer.echo(f"Would be uploaded to {repo_id}{owner}:\n{_table(sizes)}")
             options = {HEADS: " (--with_head uploads them)", STATE: " (--with_training_state uploads it)"}
             if left:
                 reasons = {name: why + options.get(why, "") for name, why in left.items()}

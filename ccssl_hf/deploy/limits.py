@@ -116,23 +116,23 @@ class PixelBudget:
 
     def __init__(self, pixels: int) -> None:
         self._all = self._free = pixels
-        self._turn, self._changed = asyncio.Lock(), asyncio.Condition()
+        self._turn, self._freed = asyncio.Lock(), asyncio.Event()
 
     @asynccontextmanager
     async def held(self, pixels: int) -> AsyncIterator[None]:
         """Hold the pixels of an image. Raises TimeoutError if there are too few for `DECODE_SECONDS`."""
         pixels = min(pixels, self._all)
         with anyio.fail_after(DECODE_SECONDS):
-            async with self._turn, self._changed:
-                await self._changed.wait_for(lambda: self._free >= pixels)
+            async with self._turn:
+                while self._free < pixels:
+                    self._freed.clear()
+                    await self._freed.wait()
                 self._free -= pixels
         try:
             yield
         finally:
             self._free += pixels
-            with anyio.CancelScope(shield=True):
-                async with self._changed:
-                    self._changed.notify_all()
+            self._freed.set()
 
 
 def pixel_count(content: bytes) -> int:

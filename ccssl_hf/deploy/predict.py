@@ -11,8 +11,8 @@ import math
 import os
 import time
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -40,13 +38,13 @@ from ..data.files import find_images
 from ..data.images import MAX_PIXELS, encoded_images, open_encoded, upright_rgb
 from ..data.sources import load_split
 from ..data.survey import unreadable_images
+from ..errors import listed
 from ..modeling import CCSSLForImageClassification
-from ..output_folder import check_writable
+from .rows import check_output, rows_to
 
 MAX_WORKERS = 8  # default maximum of threads: more of them wait for Python's lock
 CPU_BATCH, ACCELERATOR_BATCH = 16, 64  # a CPU's cache should hold the output of a layer until the next layer reads it
 NOT_FINITE = "the network's output is NaN or infinite: use float32 or weights of an earlier step"
-FORMATS = (".parquet", ".csv", ".jsonl")  # of the file of predictions
 ROW_GROUP = 4096  # rows that are written at a time: 32 MiB with embeddings of size 2048
 
 
@@ -130,9 +128,7 @@ class Classifier:
             fold: Whether to fold BatchNorms into convolutions. Faster; changes the last digits.
             **hub_kwargs: `revision`, `token`, `cache_dir` and `local_files_only`.
 
-        Raises:
-            FileNotFoundError: The folder or repository does not exist.
-            ValueError: A file is damaged, timm does not know the backbone, or the device does not exist.
+        Raises ValueError if the device does not exist, and the errors of `CCSSLForImageClassification.from_pretrained`.
         """
         try:
             found = torch.accelerator.current_accelerator(check_available=True) if device is None else device
@@ -170,9 +166,8 @@ class Classifier:
         Raises a ValueError if the network's output for an image is NaN or infinite.
         """
         found = self.predict_unchecked(images)
-        if wrong := [str(row) for row, finite in enumerate(found.is_finite()) if not finite]:
-            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-            raise ValueError(f"Image {', '.join(wrong[:10])}{more} of the batch: {NOT_FINITE}.")
+        if wrong := [row for row, finite in enumerate(found.is_finite()) if not finite]:
+            raise ValueError(f"Image {listed(wrong)} of the batch: {NOT_FINITE}.")
         return found
 
     @torch.inference_mode()
@@ -204,15 +199,11 @@ def open_images(
     image_column: str = "image",
     image_root: str | Path | None = None,
 ) -> datasets.Dataset:
-    """The undecoded images of a source; files are sorted by path. Opens no image.
+    """The undecoded images of a source; files are sorted by path. Opens no image. Raises ValueError if there are none.
 
-    Args:
-        source: A folder (searched with all folders below), an image file, a glob, a list of files, a table of file
-            names or parquet files (see `load_split`), a Hub dataset as `user/name` or `user/name:split` (default: its
-            test split), or a `datasets.Dataset`. For the files of a folder or glob that are images see
-            `files.find_images`. Raises ValueError if there are no images.
-        image_column: The image column of a dataset.
-        image_root: See `load_split`.
+    `source` is a folder, file or glob of images (see `files.find_images`), a list of files, a `datasets.Dataset`, or
+    what `load_split` reads: tables of file names, parquet files and Hub datasets, of which it takes the test split
+    unless another is named. For `image_root` see `load_split`.
     """
     if isinstance(source, (str, Path)):
         found = find_images(Path(source).expanduser())
@@ -251,7 +242,6 @@ def _in_batches(
     images: datasets.Dataset,
     batch_size: int | None,
     num_workers: int | None,
-    strict: bool,
     max_pixels: int,
 ) -> Generator[_Batch, None, None]:
     """Predict undecoded images on a few threads. Yields the batches in order, and shows a progress bar."""
@@ -271,16 +261,12 @@ def _in_batches(
         if not pixels:
             return rows, None
         found = classifier.predict_unchecked(torch.stack(pixels))
-        answers = zip(
-            found.is_finite(), found.labels, found.confidences.tolist(), found.embeddings.numpy(), strict=True
-        )
-        for row in rows:
-            if row["error"] is None:
-                finite, *answer = next(answers)
-                if finite:
-                    row["label"], row["confidence"], row["embedding"] = answer
-                else:
-                    row["error"] = NOT_FINITE
+        readable = [row for row in rows if row["error"] is None]
+        arrays = found.probabilities.numpy(), found.embeddings.numpy()
+        answers = zip(found.labels, found.confidences.tolist(), *arrays, strict=True)
+        for row, finite, answer in zip(readable, found.is_finite(), answers, strict=True):
+            names = ("label", "confidence", "probabilities", "embedding")
+            row |= dict(zip(names, answer, strict=True)) if finite else {"error": NOT_FINITE}
         return rows, found
 
     starts = iter(range(0, len(images), size))
@@ -290,10 +276,6 @@ def _in_batches(
         while waiting:
             rows, found = waiting.popleft().result()
             waiting.extend(pool.submit(work, start, images[start : start + size]) for start in islice(starts, 1))
-            if strict and (bad := [row for row in rows if row["error"]]):
-                if bad[0]["error"] == NOT_FINITE:
-                    raise ValueError(f"Image {bad[0]['path']}: {NOT_FINITE}.")
-                raise ValueError(f"Image {bad[0]['path']} can't be read ({bad[0]['error']}): repair or remove it.")
             yield rows, found
             bar.update(len(rows))
 
@@ -310,7 +292,7 @@ def predict_all(
 ) -> Predictions:
     """Predict a split that passed `data.check_images`, in memory. Raises ValueError with all unreadable images."""
     images, parts, bad = encoded_images(dataset, image_column), [], list[str]()
-    with closing(_in_batches(classifier, images, batch_size, num_workers, False, max_pixels)) as results:
+    with closing(_in_batches(classifier, images, batch_size, num_workers, max_pixels)) as results:
         for rows, found in results:
             bad += [f"{row['path']}: {row['error']}" for row in rows if row["error"]]
             parts += [found] if found else []
@@ -343,22 +325,20 @@ def predict_to_file(
     strict: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Written:
-    """Predict all images of a source and write one row for each, in their order.
+    """Predict all images of a source and write one row for each, in order. Memory does not grow with their number.
 
     Columns: `path` (unchanged; the row number of images without one), `label`, `confidence`, and `error`: why an image
-    could not be read; the other columns are null then, and empty in CSV. A path or label that a spreadsheet would take
-    for a formula, such as `=a.png`, is written unchanged: import such a column as text. Memory does not grow with the
-    number of images.
+    has no answer; the other columns are null then, and empty in CSV. Paths and labels are written as they are: import
+    them as text if a spreadsheet would take them for formulas (`=a.png`), or pandas for missing values (`NA`).
 
     Args:
         source, image_column: See `open_images`.
-        out: The file: `.parquet`, `.csv` or `.jsonl` (JSON Lines), in UTF-8. It is replaced at the end: until then rows
+        out: The file: of one of `rows.FORMATS`, in UTF-8. It is replaced at the end: until then rows
             are in `partial_file(out)`. An interrupted run leaves that file readable.
-        top_k: Write the next best classes, too, as `label_2`, `confidence_2` and so on; at most all classes.
+        top_k: Write the next best classes, too, as `label_2`, `confidence_2` and so on.
         probabilities: Write the probability of every class. Parquet: a list `probabilities`, in the order of `labels`
             in the file's metadata. JSON Lines: an object by class. CSV: a column `probability_<class>` for each class.
-        embedding: Write embeddings, as a list; as JSON text in CSV. The metadata of a Parquet file says which: see
-            `Classifier.embedding`.
+        embedding: Write embeddings, as a list; as JSON text in CSV. See `Classifier.embedding`.
         batch_size: Images per forward pass; where None 16 on a CPU and 64 on an accelerator.
         num_workers: Threads that decode and predict; where None as many as torch uses, at most 8.
         strict: Whether to stop at the first image that cannot be read.
@@ -369,11 +349,6 @@ def predict_to_file(
     """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}: set it to 1 or more.")
-    twice = sorted(name for name, count in Counter(classifier.labels).items() if count > 1)
-    if probabilities and twice:
-        raise ValueError(
-            f"Several classes are named {', '.join(twice[:10])}: give each a name of its own in config.json."
-        )
     out = check_output(out, source)
     images = open_images(source, image_column=image_column)
     ranks = range(2, min(top_k, len(classifier.labels)) + 1)
@@ -385,93 +360,32 @@ def predict_to_file(
         columns["probabilities"] = pa.list_(pa.float32())
     if embedding:
         columns["embedding"], metadata["embedding"] = pa.list_(pa.float32()), classifier.embedding
-    schema = pa.schema({**columns, "error": pa.string()}, metadata)
+    columns["error"] = pa.string()
+    schema = pa.schema(columns, metadata)
     rows: list[dict[str, Any]] = []
     unreadable, started = 0, time.perf_counter()
     with (
-        closing(_in_batches(classifier, images, batch_size, num_workers, strict, max_pixels)) as results,
-        _rows_to(partial_file(out), schema, classifier.labels) as write,
+        closing(_in_batches(classifier, images, batch_size, num_workers, max_pixels)) as results,
+        rows_to(out, schema, classifier.labels) as write,
     ):
         try:
-            for new, found in results:
-                readable = [row for row in new if row["error"] is None]
-                unreadable += len(new) - len(readable)
-                if found is not None:
-                    _add_classes(readable, found.probabilities, classifier.labels, ranks)
-                rows += new
+            for new, _ in results:
+                for row in new:
+                    if error := row["error"]:
+                        if strict:
+                            unread = f" can't be read ({error}): repair or remove it"
+                            raise ValueError(f"Image {row['path']}{f': {error}' if error == NOT_FINITE else unread}.")
+                        unreadable += 1
+                        continue
+                    best = np.argsort(-row["probabilities"], kind="stable")
+                    for rank in ranks:
+                        number = best[rank - 1]
+                        row[f"label_{rank}"] = classifier.labels[number]
+                        row[f"confidence_{rank}"] = row["probabilities"][number].item()
+                rows += [{key: value for key, value in row.items() if key in columns} for row in new]
                 if len(rows) >= ROW_GROUP:
-                    write(rows)
-                    rows = []
+                    group, rows = rows, []
+                    write(group)
         finally:
             write(rows)
-    os.replace(partial_file(out), out)
     return Written(len(images), unreadable, time.perf_counter() - started)
-
-
-def _add_classes(
-    rows: list[dict[str, Any]], probabilities: Tensor, labels: Sequence[str], ranks: Sequence[int]
-) -> None:
-    """Add the next best classes to the rows of readable images, and all probabilities."""
-    values, numbers = probabilities.sort(descending=True, stable=True)  # of equal ones the first, as argmax does
-    for row, every, best, order in zip(rows, probabilities.numpy(), values.tolist(), numbers.tolist(), strict=True):
-        row["probabilities"] = every
-        for rank in ranks:
-            row |= {f"label_{rank}": labels[order[rank - 1]], f"confidence_{rank}": best[rank - 1]}
-
-
-@contextmanager
-def _rows_to(file: Path, schema: pa.Schema, labels: Sequence[str]) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """A function that appends rows to a new file, in the format of the second last suffix of its name."""
-    if Path(file.stem).suffix.lower() == ".parquet":
-        with pq.ParquetWriter(file, schema) as parquet:
-            yield lambda rows: parquet.write_table(pa.Table.from_pylist(rows, schema))
-    elif Path(file.stem).suffix.lower() == ".csv":
-        with pa.csv.CSVWriter(file, _csv_table([], schema, labels).schema) as csv:
-            yield lambda rows: csv.write_table(_csv_table(rows, schema, labels))
-    else:
-        with file.open("w", encoding="utf-8", newline="\n") as lines:
-
-            def write(rows: list[dict[str, Any]]) -> None:
-                for row in rows:
-                    values = {name: row.get(name) for name in schema.names}
-                    if (every := values.get("probabilities")) is not None:
-                        values["probabilities"] = dict(zip(labels, every.tolist(), strict=True))
-                    lines.write(json.dumps(values, ensure_ascii=False, default=np.ndarray.tolist) + "\n")
-
-            yield write
-
-
-def _csv_table(rows: list[dict[str, Any]], schema: pa.Schema, labels: Sequence[str]) -> pa.Table:
-    """Rows as a table without lists: a column for each class, and embeddings as JSON text."""
-    columns: dict[str, pa.Array] = {}
-    for field in schema:
-        values = [row.get(field.name) for row in rows]
-        if field.name == "probabilities":
-            matrix = np.array([np.zeros(len(labels)) if each is None else each for each in values], np.float32)
-            missing = np.array([each is None for each in values], bool)
-            for label, column in zip(labels, matrix.reshape(-1, len(labels)).T, strict=True):
-                columns[f"probability_{label}"] = pa.array(column, mask=missing)
-        elif field.name == "embedding":
-            texts = [None if each is None else f"[{', '.join(f'{x:.9g}' for x in each)}]" for each in values]
-            columns[field.name] = pa.array(texts, pa.string())
-        else:
-            columns[field.name] = pa.array(values, field.type)
-    return pa.table(columns)
-
-
-def partial_file(out: str | Path) -> Path:
-    """The file of the rows of an unfinished run, in the folder of `out`."""
-    return Path(out).with_name(f"_{Path(out).name}.partial")
-
-
-def check_output(out: str | Path, source: Any) -> Path:
-    """The path of the file to write. Raises ValueError if its format is unknown, or it is a folder or the source."""
-    out = Path(out)
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: name the file to write, such as {out / 'predictions.parquet'}.")
-    if out.suffix.lower() not in FORMATS:
-        raise ValueError(f"{out} has none of the suffixes {', '.join(FORMATS)}: name such a file for the predictions.")
-    if isinstance(source, (str, Path)) and out.resolve() == Path(source).resolve():
-        raise ValueError(f"{out} is also the source: write the predictions to another file.")
-    check_writable(out.parent)
-    return out

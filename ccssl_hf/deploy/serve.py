@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -230,25 +230,19 @@ class _Service:
     async def _decode(self, encoded: Any) -> Tensor:
         """The network's input. A large image waits until there is memory for its pixels."""
 
-        def small() -> tuple[bytes, int, Tensor | None]:
-            content = encoded if isinstance(encoded, bytes) else decode_base64(encoded)
-            count = pixel_count(content)
-            return content, count, self.classifier.pixels(read_image(content)) if count <= SMALL_PIXELS else None
-
-        def large() -> Tensor:
+        def decode() -> Tensor:
             try:
                 return self.classifier.pixels(read_image(content))
             finally:
-                return_memory()
+                if is_large:
+                    return_memory()
 
-        content, count, pixels = await self._in_thread(small)
-        if pixels is not None:
-            return pixels
-        if count > MAX_PIXELS:
-            return await self._in_thread(large)  # raises an error
+        content = encoded if isinstance(encoded, bytes) else await self._in_thread(decode_base64, encoded)
+        count = await self._in_thread(pixel_count, content)
+        is_large = SMALL_PIXELS < count <= MAX_PIXELS  # an even larger one raises an error before it is decoded
         try:
-            async with self._budget.held(count):
-                return await self._in_thread(large)
+            async with self._budget.held(count) if is_large else nullcontext():
+                return await self._in_thread(decode)
         except TimeoutError as error:
             raise _busy("The server decodes too many large images") from error
 

@@ -113,6 +113,8 @@ def open_image(
             if image.format in ("EPS", "WMF"):
                 raise ValueError(f"Pillow decodes {image.format} with other programs: convert the image to PNG")
             if image.width * image.height <= max_pixels:
+                image.load()  # the header of an ICO or ICNS file may name a smaller size than its picture has
+            if image.width * image.height <= max_pixels:
                 return upright_rgb(image)
             problem = f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
