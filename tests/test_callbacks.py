@@ -53,6 +53,19 @@ def test_terms_and_mask_are_means_and_the_histogram_counts_what_passed():
     )
 
 
+@pytest.mark.parametrize("classes", [50, 51])
+def test_more_than_50_classes_are_summed_up_in_two_numbers(classes: int) -> None:
+    monitor = StepMonitor([f"class {number}" for number in range(classes)])
+    monitor.add(step(1.0, [0, 0, 0, 49], [1, 1, 1, 1]), None)
+    shares = {name: share for name, share in monitor.drain().items() if name.startswith("pseudo_labels")}
+    if classes == 50:
+        assert len(shares) == 50 and (shares["pseudo_labels/class 0"], shares["pseudo_labels/class 49"]) == (0.75, 0.25)
+    else:
+        assert shares == {"pseudo_labels_classes": 2, "pseudo_labels_largest_share": 0.75}
+    monitor.add(step(1.0, [0], [0]), None)
+    assert sum(share for name, share in monitor.drain().items() if name.startswith("pseudo_labels")) == 0
+
+
 def test_draining_starts_anew():
     monitor = StepMonitor(NAMES)
     monitor.add(step(1.0, [0], [1]), None)

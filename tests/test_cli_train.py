@@ -140,6 +140,32 @@ def test_train_is_the_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 <= results(place / "outputs" / "train")["test_top1"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("error", "others"),
+    [
+        ("error: Step 1: loss_x, loss_u, confidences of pseudo labels are NaN", {"max_steps": "3"}),
+        ("error: 2 of 15 unlabeled images can't be decoded, more than 5%", {}),
+        ("error: Image 1 of the unlabeled split can't be decoded", {"on_bad_image": "stop", "decode": "stream"}),
+    ],
+    ids=["NaN", "too_many_unreadable", "unreadable_in_a_worker"],
+)
+def test_what_ends_training_and_explains_itself_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, others: dict[str, str]
+) -> None:
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if "NaN" in error:
+        monkeypatch.setattr("ccssl_hf.trainer.normalize", None, raising=False)
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    if "NaN" not in error:
+        for name in ("alone.png", "red/deep/1.jpg"):
+            (tmp_path / "photos" / "unlabeled" / name).write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["train", *flags(**others)])
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(error)
+
+
 def test_training_goes_on_from_a_published_folder(place: Path, tmp_path: Path) -> None:
     start = CCSSLForImageClassification.from_timm("test_resnet", labels=["red", "blue"], image_size=32)
     start.save_pretrained(tmp_path / "start")

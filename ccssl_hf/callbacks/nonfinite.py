@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from ..algorithms import SSLBatch, SSLLoss
 from ..checkpoint import check_finite
 from ..distributed import all_reduce_mean, world_size
-from ..errors import listed
+from ..errors import UserError, listed
 from ..resume import last_checkpoint
 from ..sampling import PairedBatchSampler
 
@@ -29,7 +29,7 @@ READ_AFTER = 2  # optimizer steps: processes must read a flag at the same step, 
 MOST_IN_A_ROW = 20  # skipped steps, after which a run stops nevertheless
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """A loss or gradient is NaN or infinite."""
 
 
