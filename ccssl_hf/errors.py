@@ -77,7 +77,8 @@ def errors_of_a_run(saved: Callable[[], str | None] = lambda: None) -> Iterator[
 
 
 def _end(line: str, code: int, error: BaseException) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":  # one line, not one per process
+    # One line, not one per process.
+    if os.environ.get("RANK", "0") == "0" or getattr(error, "of_one_process", False):
         print(printable(line, lines=True), file=sys.stderr)
     raise SystemExit(code) from error
 
@@ -93,6 +94,13 @@ def extra(name: str) -> Iterator[None]:
 
 class UserError(ValueError):
     """An error of a run that its message explains. The command line prints it without a traceback."""
+
+    of_one_process = False  # whether other processes may not have the error, so that each prints its own
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises an error of its worker again, with the worker's traceback before the message.
+        name = f"\n{type(self).__module__}.{type(self).__qualname__}: "
+        super().__init__(message.rpartition(name)[2].strip())
 
 
 def in_lines(items: Iterable[str], most: int = 10) -> str:

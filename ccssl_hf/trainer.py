@@ -33,7 +33,7 @@ from .callbacks import (
     StepMonitor,
     StopOnSignal,
     UnreadableImages,
-    ignore_signals,
+    end_with_parent,
     progress_callback,
 )
 from .card import write_card
@@ -284,7 +284,7 @@ class CCSSLTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=end_with_parent,
             **settings,
         )
         return self.accelerator.prepare(loader)

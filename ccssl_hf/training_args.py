@@ -102,31 +102,17 @@ class ViewArguments:
 
 
 # Arguments that the card always shows (of SGD only with SGD).
-_OPTIMIZATION = (
-    *("gradient_accumulation_steps", "optim", "learning_rate", "sgd_momentum", "nesterov", "schedule", "warmup_steps"),
-    *("weight_decay", "max_grad_norm", "ema_decay", "eval_weights", "weak_forward", "repeat_labeled"),
-)
+_OPTIMIZATION = """
+    gradient_accumulation_steps optim learning_rate sgd_momentum nesterov schedule warmup_steps weight_decay
+    max_grad_norm ema_decay eval_weights weak_forward repeat_labeled
+"""
 # Starts of the names of arguments that do not affect the weights, or that the record has elsewhere.
-_ELSEWHERE = (
-    *("algorithm", "mu", "max_steps", "per_device_train_batch_size", "seed", "decode"),  # in other parts of the record
-    *(
-        "output_dir",
-        "overwrite",
-        "allow_changes",
-        "run_name",
-        "project",
-        "trackio",
-        "report_to",
-        "log",
-        "disable_tqdm",
-        "save",
-        "hub",
-        "push",
-    ),
-    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval", "prediction_loss", "do_"),
-    *("dataloader", "ddp", "use_cpu", "accelerator_config", "skip_memory", "debug", "resume", "restore", "local_rank"),
-    *("label_names", "label_column", "image_column", "hidden_label", "remove_unused", "include_"),
-)
+_ELSEWHERE = """
+    algorithm mu max_steps per_device_train_batch_size seed decode output_dir overwrite allow_changes run_name project
+    trackio report_to log disable_tqdm save hub push eval_strategy eval_steps eval_delay eval_on_start per_device_eval
+    prediction_loss do_ dataloader ddp use_cpu accelerator_config skip_memory debug resume restore local_rank
+    label_names label_column image_column hidden_label remove_unused include_
+"""
 
 
 @dataclass
@@ -252,13 +238,13 @@ class CCSSLTrainingArguments(HyperparameterArguments, ViewArguments, TrainingArg
     def optimization_settings(self) -> dict[str, Any]:
         """Settings that affect the weights, without hyperparameters and views: the main ones, and all that were set."""
         of_sgd = {"sgd_momentum", "nesterov"}
-        names = [name for name in _OPTIMIZATION if self.optim == "sgd" or name not in of_sgd]
+        names = [name for name in _OPTIMIZATION.split() if self.optim == "sgd" or name not in of_sgd]
         names += ["lr_scheduler_type"] if self.schedule == "lr_scheduler_type" else []
         elsewhere = {f.name for cls in (HyperparameterArguments, ViewArguments) for f in fields(cls)}
         for f in fields(self):
             value = getattr(self, f.name)
             is_set = value != f.default and not (f.default is None and not value)
-            if is_set and f.name not in {*elsewhere, *names} and not f.name.startswith(_ELSEWHERE):
+            if is_set and f.name not in {*elsewhere, *names} and not f.name.startswith(tuple(_ELSEWHERE.split())):
                 names.append(f.name)
         return {name: getattr(self, name) for name in names}
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ccssl_hf import callbacks
 from ccssl_hf.algorithms import SSLLoss
-from ccssl_hf.callbacks import StepMonitor
+from ccssl_hf.callbacks import StepMonitor, estimate
 from ccssl_hf.record import duration
 from tiny_runs import StopAt, copy_of, different, model_of, trainer_of
 
@@ -51,6 +51,19 @@ def test_terms_and_mask_are_means_and_the_histogram_counts_what_passed():
             "pseudo_labels/cat": 0.25,
         }
     )
+
+
+@pytest.mark.parametrize("classes", [50, 51])
+def test_more_than_50_classes_are_summed_up_in_two_numbers(classes: int) -> None:
+    monitor = StepMonitor([f"class {number}" for number in range(classes)])
+    monitor.add(step(1.0, [0, 0, 0, 49], [1, 1, 1, 1]), None)
+    shares = {name: share for name, share in monitor.drain().items() if name.startswith("pseudo_labels")}
+    if classes == 50:
+        assert len(shares) == 50 and (shares["pseudo_labels/class 0"], shares["pseudo_labels/class 49"]) == (0.75, 0.25)
+    else:
+        assert shares == {"pseudo_labels_classes": 2, "pseudo_labels_largest_share": 0.75}
+    monitor.add(step(1.0, [0], [0]), None)
+    assert sum(share for name, share in monitor.drain().items() if name.startswith("pseudo_labels")) == 0
 
 
 def test_draining_starts_anew():
@@ -139,7 +152,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Display:
 
     monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
     monkeypatch.setattr("ccssl_hf.trainer.DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
-    monkeypatch.setattr("ccssl_hf.callbacks.is_in_notebook", lambda: True)
+    monkeypatch.setattr("ccssl_hf.callbacks.progress.is_in_notebook", lambda: True)
     return display
 
 
@@ -186,15 +199,15 @@ def test_a_terminal_shows_one_bar_and_a_log_file_none(tmp_path: Path) -> None:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "ccssl_hf.callbacks"]
+    return [record.getMessage() for record in caplog.records if record.name == "ccssl_hf.callbacks.estimate"]
 
 
 def test_a_run_on_a_cpu_says_what_it_will_cost_and_a_long_one_how_to_shorten_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callbacks, "_cost_of_view", lambda model, size: (1.0, 1e9))
-    monkeypatch.setattr(callbacks, "_memory_of_machine", lambda: 64e9)
-    monkeypatch.setattr(callbacks, "_peak_memory", lambda device: 1e9)
+    monkeypatch.setattr(estimate, "_cost_of_view", lambda model, size: (1.0, 1e9))
+    monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda: SimpleNamespace(total=64e9))
+    monkeypatch.setattr(estimate, "_memory_used", lambda device: 1e9)
     trainer_of(tmp_path, callbacks=[StopAt(1)], save_strategy="steps").train()
     views = 4 + 3 * 2 * 4  # labeled images, and three views of unlabeled ones
     [text] = said(caplog)
@@ -205,7 +218,7 @@ def test_a_run_on_a_cpu_says_what_it_will_cost_and_a_long_one_how_to_shorten_it(
     resumed.train(resume_from_checkpoint=True)
     assert said(caplog)[0] == f"{facts} Steps to train: 5. About {views} s a step, 2 min 20 s in all, and 29.0 GB."
 
-    monkeypatch.setattr(callbacks, "_memory_of_machine", lambda: 16e9)
+    monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda: SimpleNamespace(total=16e9))
     for changes, seconds in ({"max_steps": 20000}, 28), ({"weak_forward": "separate"}, 28 - 8 * 2 / 3):
         caplog.clear()
         trainer = trainer_of(tmp_path / "long", callbacks=[StopAt(1)], **changes)
@@ -238,9 +251,9 @@ def test_the_forecast_changes_nothing(tmp_path: Path) -> None:
     trainer.model.backbone.bn1.eval()  # as frozen BatchNorm
     modes = [module.training for module in trainer.model.modules()]
     before, random = copy_of(trainer.model), torch.get_rng_state()
-    seconds, held = callbacks._cost_of_view(trainer.model, (3, 16, 16))
+    seconds, held = estimate._cost_of_view(trainer.model, (3, 16, 16))
     assert seconds > 0 and held > 4 * 16 * 16 * 16  # at least the first layer's output
-    assert held == callbacks._cost_of_view(trainer.model, (3, 16, 16))[1]
+    assert held == estimate._cost_of_view(trainer.model, (3, 16, 16))[1]
     assert different(before, copy_of(trainer.model)) == [] and torch.equal(random, torch.get_rng_state())
     assert [module.training for module in trainer.model.modules()] == modes
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -250,8 +263,8 @@ def test_after_the_first_steps_it_says_what_steps_take_without_evaluations(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(perf_counter=partial(next, count(10.0, 10.0)), monotonic=time.monotonic)
-    monkeypatch.setattr(callbacks, "_cost_of_view", lambda model, size: (0.0, 0.0))
-    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(estimate, "_cost_of_view", lambda model, size: (0.0, 0.0))
+    monkeypatch.setattr(estimate, "time", clock)
     # Read at the end of the first and the sixth step, and before and after each evaluation between them: 50 s less 20.
     trainer_of(tmp_path, max_steps=20, eval_strategy="steps", eval_steps=2).train()
     [text] = said(caplog)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,30 @@ def test_train_is_the_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert done.stdout.endswith("Step 2: model, card and metrics are in outputs/train.\n")
     assert_is_published(place / "outputs" / "train", ["blue", "red"])
     assert 0 <= results(place / "outputs" / "train")["test_top1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "others"),
+    [
+        ("error: Step 2: loss_x, loss_u, ", {"learning_rate": "1e20"}),
+        ("error: 2 of 13 unlabeled images can't be decoded, more than 5%", {}),
+    ],
+    ids=["NaN", "too_many_unreadable"],
+)
+def test_what_ends_training_and_explains_itself_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, others: dict[str, str]
+) -> None:
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    if "Step" not in error:
+        for name in ("alone.png", "red/deep/1.jpg"):
+            path = tmp_path / "photos" / "unlabeled" / name
+            path.write_bytes(path.read_bytes()[:-30])  # the survey reads headers alone
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["train", *flags(**others)])
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(error)
 
 
 def test_training_goes_on_from_a_published_folder(place: Path, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import TrainerCallback
 
@@ -166,6 +168,27 @@ def test_a_second_ctrl_c_aborts_unless_a_launcher_sent_it_twice(
         fault_record("A second Ctrl-C while a checkpoint is saved", "aborted; resumes from the one before", "1 step")
 
 
+# -------------------------------------------------------------------------------------------------------------- workers
+
+
+def test_only_the_training_process_ends_its_workers_with_sigterm(tmp_path: Path) -> None:
+    """A scheduler signals all processes of a run; the step that follows needs the workers."""
+    trainer = trainer_of(tmp_path, dataloader_num_workers=2)
+    before, batches = psutil.Process().children(), iter(trainer.get_train_dataloader())
+    next(batches)
+    workers = [child for child in psutil.Process().children() if child not in before]
+    pids = [str(worker.pid) for worker in workers]
+    assert len(pids) == 2
+    subprocess.run(["kill", "-TERM", *pids], check=True)
+    subprocess.run(["kill", "-INT", *pids], check=True)
+    for _ in range(3):
+        next(batches)
+    assert all(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    for worker in workers:
+        worker.terminate()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
 # --------------------------------------------------------------------------------------------------- in other processes
 
 PROGRAM = """
@@ -178,6 +201,8 @@ PROGRAM = """
     class Tell(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             Path(args.output_dir, f"step-{args.process_index}").write_text(str(state.global_step))
+            if "fail" in sys.argv:
+                raise RuntimeError("of a test")
 
     if __name__ == "__main__":
         with errors_in_one_line():
@@ -190,7 +215,30 @@ PROGRAM = """
 """
 
 
-def start(words: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """`_start`; at the end of the test no process that it has started may be alive."""
+    yield _start
+    alive = psutil.wait_procs(processes_of(tmp_path), timeout=30)[1]
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The processes alive with this folder in their command line: launchers, runs and their workers."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(folder) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _start(words: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
     """Starts the program, in a process group of its own, and waits until it trains."""
     program = folder.parent / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
@@ -200,9 +248,7 @@ def start(words: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
         **{"cwd": ROOT, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
         start_new_session=True,
     )
-    while not (folder / "step-0").exists():
-        if process.poll() is not None:
-            raise AssertionError(process.stdout.read())  # type: ignore[union-attr]
+    while not (folder / "step-0").exists() and process.poll() is None:
         time.sleep(0.02)
     return process
 
@@ -219,8 +265,9 @@ def assert_stopped(folder: Path, output: str, *command: str) -> Path:
     return Path(saved)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_training_and_its_workers(
-    tmp_path: Path, fault_record: Callable[..., None]
+    tmp_path: Path, start: Start, fault_record: Callable[..., None]
 ) -> None:
     """A terminal sends the signal to all processes of the group."""
     process = start([sys.executable], tmp_path / "run", "dataloader_num_workers=2")
@@ -228,8 +275,25 @@ def test_ctrl_c_in_a_terminal_reaches_training_and_its_workers(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert_stopped(tmp_path / "run", output, "dataloader_num_workers=2")
-    assert len([line for line in output.splitlines() if line.strip() and not line.startswith("{'")]) == 2, output
+    assert "Traceback" not in output and "Error" not in output
+    assert [line.split()[0] for line in output.splitlines() if line.startswith("Stop")] == ["Stopping:", "Stopped"]
     fault_record("Ctrl-C with worker processes", "whole checkpoint, exit code 130, no traceback", "0 steps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["an error", "SIGKILL"])
+def test_no_worker_outlives_a_run(tmp_path: Path, start: Start, end: str, fault_record: Callable[..., None]) -> None:
+    process = start(
+        [sys.executable], tmp_path / "run", "dataloader_num_workers=2", *(["fail"] if end != "SIGKILL" else [])
+    )
+    if end == "SIGKILL":
+        assert len(processes_of(tmp_path)) == 3
+        process.kill()
+    output, _ = process.communicate(timeout=60)  # until the last worker has closed its end
+    assert process.returncode == (-signal.SIGKILL if end == "SIGKILL" else 1)
+    assert ("RuntimeError: of a test" in output) == (end != "SIGKILL")
+    assert not psutil.wait_procs(processes_of(tmp_path), timeout=30)[1]
+    fault_record(f"{end} with worker processes", "no process is left behind", "steps since the last checkpoint")
 
 
 @pytest.mark.slow
@@ -238,7 +302,7 @@ def test_ctrl_c_in_a_terminal_reaches_training_and_its_workers(
     [("one", signal.SIGINT), ("one", signal.SIGTERM), ("two", signal.SIGINT), ("torchrun", signal.SIGTERM)],
 )
 def test_a_signal_to_a_launcher_stops_all_processes_with_a_checkpoint(
-    tmp_path: Path, launcher: str, number: int, fault_record: Callable[..., None]
+    tmp_path: Path, start: Start, launcher: str, number: int, fault_record: Callable[..., None]
 ) -> None:
     configs = {"one": "single_process", "two": "two_cpu_processes"}
     words = ["-m", "accelerate.commands.launch", "--config_file"]
@@ -258,7 +322,7 @@ def test_a_signal_to_a_launcher_stops_all_processes_with_a_checkpoint(
 
 
 @pytest.mark.slow
-def test_the_command_that_is_printed_continues_the_run(tmp_path: Path) -> None:
+def test_the_command_that_is_printed_continues_the_run(tmp_path: Path, start: Start) -> None:
     process = start([sys.executable], tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -278,5 +342,5 @@ def test_the_command_that_is_printed_continues_the_run(tmp_path: Path) -> None:
 
 
 def test_no_argument_asks_for_another_handler_of_signals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="enable_jit_checkpoint=True is not needed"):
+    with pytest.raises(ValueError, match="enable_jit_checkpoint=True has no effect: a run that is told to stop saves"):
         CCSSLTrainingArguments(output_dir=str(tmp_path), use_cpu=True, enable_jit_checkpoint=True)

@@ -4,7 +4,7 @@ from .estimate import RunEstimate
 from .monitor import StepMonitor
 from .nonfinite import FiniteGuard, NonFiniteError
 from .progress import ProgressBar, progress_callback
-from .stop import EvaluationStopped, StopOnSignal, TimeLimit, ignore_signals
+from .stop import EvaluationStopped, StopOnSignal, TimeLimit, end_with_parent
 from .unreadable import UnreadableImages
 
 __all__ = [
@@ -17,6 +17,6 @@ __all__ = [
     "StopOnSignal",
     "TimeLimit",
     "UnreadableImages",
-    "ignore_signals",
+    "end_with_parent",
     "progress_callback",
 ]

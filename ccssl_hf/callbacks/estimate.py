@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import sys
 import time
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -64,11 +63,11 @@ class RunEstimate(TrainerCallback):
         seconds = seconds_of_view * (views - no_gradient * 2 / 3)
         held = (views - no_gradient) / args.gradient_accumulation_steps  # one pass at a time
         # Of each parameter: gradient, averaged weight, and up to two numbers of the optimizer.
-        memory = (_peak_memory(args.device) or 0) + bytes_of_view * held + 16 * parameters
+        memory = _memory_used(args.device) + bytes_of_view * held + 16 * parameters
         if seconds * steps < 60:
             return
         text += f" About {_rounded(seconds)} s a step, {duration(seconds * steps)} in all, and {memory / 1e9:.1f} GB."
-        available = _memory_of_machine()
+        available = psutil.virtual_memory().total
         if seconds * steps > 86400 or memory > 0.9 * available:
             has = f"This machine has {available / 1e9:.1f} GB. " if memory > 0.9 * available else ""
             mu = f"a lower mu (now {args.mu}), " if self.unlabeled_views else ""
@@ -101,10 +100,9 @@ class RunEstimate(TrainerCallback):
             seconds = (self._marks[1] - self._marks[0] - self._paused) / self.MEASURED
             left = state.max_steps - state.global_step
             if seconds * (state.max_steps - self._first_step) >= 60:
-                peak = _peak_memory(args.device)
-                memory = f" Memory so far: {peak / 1e9:.1f} GB." if peak else ""
                 time_left = f"{duration(seconds * left)} for the {left:,} steps that are left, without evaluations."
-                _say(f"A step takes {_rounded(seconds)} s: {time_left}{memory}")
+                memory = f"Memory so far: {_memory_used(args.device) / 1e9:.1f} GB."
+                _say(f"A step takes {_rounded(seconds)} s: {time_left} {memory}")
 
 
 def _cost_of_view(model: Any, size: tuple[int, ...], images: int = 8) -> tuple[float, float]:
@@ -136,23 +134,11 @@ def _cost_of_view(model: Any, size: tuple[int, ...], images: int = 8) -> tuple[f
     return 3 * seconds / images, sum(held.values()) / 2  # a backward pass takes twice as long as a forward pass
 
 
-def _memory_of_machine() -> float:
-    """Bytes of memory of this machine; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Most bytes that the accelerator has held, or this process on a CPU; None where the system does not say."""
+def _memory_used(device: torch.device) -> int:
+    """Most bytes that a CUDA device has held, or elsewhere the bytes that this process holds."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process().memory_info().rss
 
 
 def _rounded(seconds: float) -> str:

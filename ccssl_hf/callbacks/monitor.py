@@ -11,6 +11,9 @@ from torch import Tensor
 from ..algorithms import SSLLoss
 from ..distributed import all_reduce_mean
 
+MOST_CLASSES = 50
+"""Up to so many classes have a share of their own in the log, which a checkpoint holds as a whole."""
+
 
 class StepMonitor:
     """Sums what each step reports, on the device, and reads the sums back once per log.
@@ -70,7 +73,11 @@ class StepMonitor:
             if correct is not None and passed:
                 logs["pseudo_label_precision"] = correct[0] / passed
             shares = [count / (passed or 1.0) for count in by_class]
-            logs |= {f"pseudo_labels/{name}": share for name, share in zip(self.class_names, shares, strict=True)}
+            if len(shares) <= MOST_CLASSES:
+                logs |= {f"pseudo_labels/{name}": share for name, share in zip(self.class_names, shares, strict=True)}
+            else:
+                logs["pseudo_labels_classes"] = sum(count > 0 for count in by_class)
+                logs["pseudo_labels_largest_share"] = max(shares)
         self._logged_steps, self._logged_loss = self._logged_steps + round(steps), self._logged_loss + sums["loss"][0]
         self._steps, self._sums = 0, {}
         return logs

@@ -6,20 +6,20 @@ import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ..algorithms import SSLBatch, SSLLoss
 from ..checkpoint import check_finite
-from ..distributed import all_reduce_mean, world_size
-from ..errors import listed
+from ..distributed import all_gather_json, all_reduce_mean, world_size
+from ..errors import UserError, listed
 from ..resume import last_checkpoint
 from ..sampling import PairedBatchSampler
 
@@ -29,7 +29,7 @@ READ_AFTER = 2  # optimizer steps: processes must read a flag at the same step, 
 MOST_IN_A_ROW = 20  # skipped steps, after which a run stops nevertheless
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """A loss or gradient is NaN or infinite."""
 
 
@@ -68,12 +68,12 @@ class FiniteGuard(TrainerCallback):
         self._trainer, self._skips = trainer, trainer.args.on_nonfinite == "skip"
         self._batches: list[_Batch] = []
         self._pending: deque[_Step] = deque()
-        self._in_a_row, self._seen, self._left_out = 0, 0, 0  # steps
+        self._in_a_row = 0  # steps
 
     # ------------------------------------------------------------------------------------------------ during a step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._batches, self._in_a_row, self._seen, self._left_out = [], 0, 0, 0
+        self._batches, self._in_a_row = [], 0
         self._pending.clear()
         model, algorithm = self._trainer.model, self._trainer.algorithm
         self._parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -166,7 +166,6 @@ class FiniteGuard(TrainerCallback):
     def _read(self, step: _Step) -> None:
         if step.event is not None:
             step.event.synchronize()
-        self._seen += 1
         if not bool(step.flag):
             self._in_a_row = 0
             return
@@ -174,7 +173,6 @@ class FiniteGuard(TrainerCallback):
         what, rows = self._describe(step)
         found = f"Step {step.number}: {what} NaN or infinite ({rows})"
         if self._skips and self._in_a_row <= MOST_IN_A_ROW:
-            self._left_out += 1
             self._trainer.state.log_history.append({"step": step.number, "skipped": what.rpartition(" ")[0]})
             logger.warning("%s. Its update is left out.", found)
             return
@@ -192,11 +190,7 @@ class FiniteGuard(TrainerCallback):
     def _describe(self, step: _Step) -> tuple[str, str]:
         """What is not finite, and in which rows. Every process must call it."""
         own = [(self._terms(batch), *self._rows(batch)) for batch in step.batches]
-        everywhere: list[Any] = [own]
-        if world_size() > 1:
-            everywhere = [None] * world_size()
-            dist.all_gather_object(everywhere, own)
-        batches = [batch for process in everywhere for batch in process]
+        batches = list(chain.from_iterable(all_gather_json(own, self._trainer.args.device)))
         terms = list(dict.fromkeys(name for names, *_ in batches for name in names))
         bad = [batch for batch in batches if batch[0]] or batches
         what = f"{', '.join(terms)} {'is' if len(terms) == 1 else 'are'}"
@@ -223,14 +217,11 @@ class FiniteGuard(TrainerCallback):
         labeled = stream.take(int(batch.draws[0]), len(batch.draws))[0].tolist()
         unlabeled = [] if batch.unlabeled is None else torch.as_tensor(batch.unlabeled).tolist()
         try:
-            wrong = [_not_finite(outputs) for outputs in (batch.labeled_outputs, batch.unlabeled_outputs)]
+            bad_labeled = _not_finite(labeled, batch.labeled_outputs)
+            bad_unlabeled = _not_finite(unlabeled, batch.unlabeled_outputs)
         except RuntimeError:  # the outputs of a CUDA graph are gone
             return labeled, unlabeled
-        rows = [
-            [row for row, bad in zip(split, found, strict=True) if bad]
-            for split, found in zip((labeled, unlabeled), wrong, strict=True)
-        ]
-        return (rows[0], rows[1]) if any(rows) else (labeled, unlabeled)
+        return (bad_labeled, bad_unlabeled) if bad_labeled or bad_unlabeled else (labeled, unlabeled)
 
     # ------------------------------------------------------------------------------------------ saving and the end
 
@@ -246,12 +237,9 @@ class FiniteGuard(TrainerCallback):
         try:
             check_finite(state, f"Step {trainer.state.global_step}: the training state")
         except ValueError as error:
-            problem = error
-        flag = torch.tensor(float(problem is not None), device=trainer.args.device)
-        if world_size() > 1 and all_reduce_mean(flag).item() > 0 and problem is None:
-            problem = ValueError("The training state of another process has NaN or infinite numbers.")
-        if problem is not None:
-            raise NonFiniteError(f"{problem} Nothing was saved.") from problem
+            problem = str(error)
+        for found in filter(None, all_gather_json(problem, trainer.args.device)):
+            raise NonFiniteError(f"{found} Nothing was saved.")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if skipped := self._skipped():
@@ -262,11 +250,9 @@ class FiniteGuard(TrainerCallback):
             logger.warning(message, args.metric_for_best_model)
 
     def note_skipped(self, logs: dict[str, float]) -> None:
-        """Adds the number of skipped steps, also of those before a resume. They do not count in the mean loss."""
+        """Adds the number of skipped steps, also of those before a resume."""
         if skipped := self._skipped():
             logs["skipped_steps"] = skipped
-        if "train_loss" in logs and self._left_out:
-            logs["train_loss"] *= self._seen / max(1, self._seen - self._left_out)
 
     def _skipped(self) -> int:
         return sum("skipped" in entry for entry in self._trainer.state.log_history)
@@ -277,9 +263,7 @@ def trainer_scaler(trainer: Any) -> Any:
     return getattr(trainer.accelerator, "scaler", None)
 
 
-def _not_finite(outputs: list[Tensor]) -> list[bool]:
-    """Whether each row of the tensors `[N, ...]` has a number that is not finite."""
-    if not outputs:
-        return []
-    bad = [(~output.isfinite()).reshape(len(output), -1).any(1) for output in outputs]
-    return torch.stack(bad).any(0).tolist()
+def _not_finite(rows: list[int], outputs: list[Tensor]) -> list[int]:
+    """Those of `rows` for which one of the tensors `[N, ...]` has a number that is not finite."""
+    bad = [(~output.isfinite()).reshape(len(rows), -1).any(1) for output in outputs]
+    return [row for row, wrong in zip(rows, torch.stack(bad).any(0).tolist(), strict=True) if wrong] if bad else []

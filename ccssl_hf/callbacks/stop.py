@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -178,7 +179,21 @@ class StopOnSignal(TrainerCallback):
         raise self.error(f"Stopped after {done}, saved in {Path(folder, saved)}. Continue with: {self.command}")
 
 
-def ignore_signals(worker: int) -> None:
-    """For worker processes of a DataLoader: only the training process ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def end_with_parent(worker: int) -> None:
+    """For worker processes of a DataLoader: a terminal or scheduler that signals all processes does not end them.
+
+    The training process may need their batches until its checkpoint is saved. Only its own SIGTERM ends them, where the
+    system says who sent it (Linux).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in all threads that start later
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

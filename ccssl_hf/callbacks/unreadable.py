@@ -13,6 +13,7 @@ from transformers import TrainerState
 
 from ..data.images import REPAIR, encoded_images, image_lines, name_of_image
 from ..distributed import all_gather_json
+from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,9 @@ class UnreadableImages:
             logger.warning("%d of %d unlabeled images were unreadable and replaced.", number, len(self._images))
 
     def check(self, found: Mapping[int, str]) -> None:
-        """Raise a ValueError if these unreadable images, reasons by row, are too many."""
+        """Raise a UserError if these unreadable images, reasons by row, are too many."""
         if len(found) > self.LIMIT * len(self._images):
-            raise ValueError(
+            raise UserError(
                 f"{len(found):,} of {len(self._images):,} unlabeled images can't be decoded, more than "
                 f"{self.LIMIT:.0%}: {REPAIR}{image_lines([self._named(*each) for each in sorted(found.items())])}"
             )

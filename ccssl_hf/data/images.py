@@ -19,6 +19,8 @@ import numpy as np
 import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..errors import UserError
+
 MAX_PIXELS = 89_478_485
 """Pixels that an image may have: the number from which Pillow warns of a decompression bomb, 268 MB decoded."""
 
@@ -40,14 +42,10 @@ _T = TypeVar("_T")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-class UnreadableImageError(ValueError):
+class UnreadableImageError(UserError):
     """An image of a split cannot be read."""
 
-    def __init__(self, message: str) -> None:
-        # A worker of a DataLoader passes on its whole traceback as the message, which ends with the one it raised.
-        super().__init__(
-            message.rpartition(f"{type(self).__name__}: ")[2].rstrip() if "Traceback" in message else message
-        )
+    of_one_process = True
 
 
 class TooLargeError(ValueError):
