@@ -18,7 +18,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from transformers import EvalPrediction
 
 from .data import OUT_OF_DISTRIBUTION
-from .errors import near_misses
+from .errors import listed, near_misses
 
 
 def to_numpy(values: Any) -> np.ndarray:
@@ -41,9 +41,8 @@ def check_outputs(logits: Any) -> None:
     if isinstance(logits, np.ndarray) and logits.ndim == 2 and np.issubdtype(logits.dtype, np.floating):
         rows = np.flatnonzero((np.isnan(logits) | np.isposinf(logits)).any(axis=1))
         if len(rows):
-            named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
             raise ValueError(
-                f"Logits are NaN or infinite for {len(rows)} of {len(logits)} images (rows {named}): training "
+                f"Logits are NaN or infinite for {len(rows)} of {len(logits)} images (rows {listed(rows)}): training "
                 "diverged; lower the learning rate, or use float32."
             )
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import errors_in_one_line
-from ..escape import printable
 from .options import (
     LABELED_SOURCE,
     BatchSize,
@@ -63,17 +62,15 @@ def evaluate(
         split = split or split_name(source)
         dataset = load_labeled(source, split, image_root)
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        reading: dict[str, Any] = dict(
-            image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers
-        )
-        columns = dict(image_column=image_column, label_column=label_column)
+        columns: dict[str, Any] = dict(image_column=image_column, label_column=label_column)
+        reading = dict(batch_size=batch_size, num_workers=num_workers, **columns)
         held = look_at(dataset, split, classifier.labels, **columns)
         typer.echo(f"{model} on {source}\n\n{Survey({split: held}).table()}\n")
         if held.ood:
             typer.echo(f"{ood_sentence(held.ood, split)}\n")
         results, predictions = measure(classifier, dataset, split, provenance=provenance_of(model), **reading)
     images, ood = len(predictions.labels), int((~predictions.in_distribution).sum())
-    typer.echo(printable(results_table(results, width=terminal_width()), lines=True))
+    typer.echo(results_table(results, width=terminal_width()))
     if json_out is not None:
         weights = str(predictions.provenance or "published")
         facts = dict(

@@ -75,10 +75,8 @@ def report(
             raise ValueError(f"{model} is on the Hub: name the folder to write its card to.")
         datasets = {name: load_labeled(source, name, image_root) for name, source in sources.items()}
         classifier = Classifier.from_pretrained(model, device=device, fold=False)
-        reading: dict[str, Any] = dict(
-            image_column=image_column, label_column=label_column, batch_size=batch_size, num_workers=num_workers
-        )
-        columns = dict(image_column=image_column, label_column=label_column)
+        columns: dict[str, Any] = dict(image_column=image_column, label_column=label_column)
+        reading = dict(batch_size=batch_size, num_workers=num_workers, **columns)
         held = {name: look_at(each, name, classifier.labels, **columns) for name, each in datasets.items()}
         said = [ood_sentence(each.ood, name) for name, each in held.items() if each.ood]
         typer.echo("\n".join([f"{Survey(held).table()}\n", *said, ""]))
