@@ -103,7 +103,7 @@ def _checked(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     entries = {key: entries[key] for key in backbones.INPUT if entries.get(key) is not None}
     strange = [key for key, value in arguments.items() if not _plain(value)]
     problems += [f"model_args.{key} is {short(arguments[key])}, not a number or short name" for key in strange]
-    if not unusable:
+    if isinstance(name, str) and not unusable:
         problems += backbones.unknown_arguments(name, arguments)
     problems += [f"pretrained_cfg.{problem}" for problem in backbones.input_problems(entries)]
     checked = dict(model_args=arguments, pretrained_cfg=entries or None, problem_type=problem_type)

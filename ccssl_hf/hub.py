@@ -28,6 +28,7 @@ from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE, check_finite, load
 from .errors import listed, summary
 from .record import PICTURES
 from .resume import MANIFEST, STATE_FILES, portable_state
+from .standalone import standalone
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def _is_own_code(name: str, path: Path) -> bool:
     if name == "requirements.txt":
         return re.fullmatch(r"timm>=[\d.]+\n", path.read_text(encoding="utf-8", errors="replace")) is not None
     own = {"handler.py": Path(__file__).with_name("deploy") / name, _BACKBONE.name: _BACKBONE}
-    return name not in own or path.read_bytes() == own[name].read_bytes()
+    return name not in own or path.read_bytes() == standalone(own[name]).encode()
 
 
 def _pictures(card: Path) -> set[str]:

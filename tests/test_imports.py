@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ccssl_hf"
 
 # The training core from the bottom up: a module imports only modules that stand before it.
 CORE = (
-    *("escape", "errors", "distributed", "sampling", "transforms", "data"),
+    *("escape", "errors", "distributed", "sampling", "transforms", "data", "standalone"),
     *("losses", "algorithms", "wide_resnet_cifar", "backbones", "checkpoint", "config_file"),
     *("metrics", "record", "argument_checks", "training_args", "resume", "hub", "modeling", "output_folder"),
     *("step", "optimization", "ema", "callbacks", "trainer", "recipe"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torchvision.transforms import CenterCrop, Resize
 from ..checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_finite, load_tensors, save_json
 from ..modeling import CCSSLForImageClassification
 from ..output_folder import check_writable
+from ..standalone import standalone
 from . import handler
 
 OPSET = 18  # the lowest that torch's exporter writes; runtimes since 2023 read it
@@ -37,7 +37,7 @@ def write_handler(folder: str | Path, out: str | Path | None = None) -> list[Pat
     check_finite(load_tensors(folder / WEIGHTS_FILE), f"The model in '{folder}'")
     check_writable(out)
     code, requirements = out / "handler.py", out / "requirements.txt"
-    shutil.copyfile(handler.__file__, code)
+    code.write_text(standalone(Path(handler.__file__)), encoding="utf-8")
     requirements.write_text(f"timm>={timm.__version__}\n", encoding="utf-8")
     return [code, requirements]
 

@@ -34,6 +34,7 @@ from ..data.survey import count_labels, ood_sentence, unreadable_images
 from ..escape import markdown
 from ..metrics import top_k_accuracy
 from ..output_folder import check_writable
+from ..standalone import standalone
 from .predict import load_published
 from .space_page import app
 
@@ -124,8 +125,9 @@ def write_space(
     facts = dict(asdict(settings), classes=network.labels, labeled=len(gallery or ()), floor=app.CONFIDENCE_FLOOR)
     facts |= {"title": markdown(settings.title), "source": markdown(limits.source) if limits else None}
     SpaceCard.from_template(metadata, template_path=str(TEMPLATE / "README.md.j2"), **facts).save(out / "README.md")
-    code = [TEMPLATE / "app.py", TEMPLATE / "requirements.txt"]
-    for file in [*code, own_backbone] if is_own_backbone(trained.config.architecture) else code:
+    (out / "app.py").write_text(standalone(TEMPLATE / "app.py"), encoding="utf-8")
+    own = [own_backbone] if is_own_backbone(trained.config.architecture) else []
+    for file in [TEMPLATE / "requirements.txt", *own]:
         shutil.copyfile(file, out / file.name)
     settings.save(out)
     return settings

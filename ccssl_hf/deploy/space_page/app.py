@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import html
 import importlib
-import io
 import json
 import math
 import threading
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,109 +23,21 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from ...data.images import MAX_PIXELS, TooLargeError, open_image  # see `standalone`
 
 SETTINGS_FILE = "space.json"
 MODEL_FOLDER, GALLERY_FOLDER, EXAMPLES_FOLDER = "model", "gallery", "examples"
 EMBEDDINGS_FILE, THUMBNAILS_FILE = f"{GALLERY_FOLDER}/embeddings.safetensors", f"{GALLERY_FOLDER}/images.zip"
 
-MAX_PIXELS = 89_478_485  # of an upload: the number from which Pillow warns of a decompression bomb, 268 MB decoded
 MIN_SIDE = 4  # cells along the shorter side of a heat map, at least: fewer do not locate anything
 CONFIDENCE_FLOOR = 0.6  # an image below may be out of distribution, where no thresholds were measured
 NEAREST = 6  # labeled images to show
 SHOWN_SIDE = 448  # longer side of shown images in pixels: the input of many networks is tiny
-
-
-# `open_image` checks the number of pixels itself.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-# This file runs without the package: these are copies from ccssl_hf/data/images.py, which a test keeps equal.
-
-
-class TooLargeError(ValueError):
-    """The image has more pixels than allowed."""
-
-
-def eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
-    """Convert a grey image of 12, 16 or 32 bits to 8: the upper 8 bits of its depth, or of its declared range.
-
-    `source` is the image as it was opened. 32-bit integers and floats have a range only if the file is a TIFF with
-    SMinSampleValue and SMaxSampleValue, or MinSampleValue and MaxSampleValue. Raises ValueError for all others.
-    """
-    values, tags = np.asarray(image), getattr(source, "tag_v2", {})
-    if image.mode.startswith("I;16") or (source.format == "PPM" and image.mode == "I"):  # in PPM 16 bits, too
-        depth = 12 if tags.get(258) == (12,) else 16
-        return Image.fromarray((values >> (depth - 8)).astype(np.uint8))
-    kind = "float" if image.mode == "F" else "32-bit integer"
-    for pair in ((340, 341), (280, 281)):
-        if all(tag in tags for tag in pair):
-            low, high = (float(np.ravel(tags[tag])[0]) for tag in pair)
-            break
-    else:
-        raise ValueError(
-            f"{kind} values without a declared range: convert the image to 8 or 16 bits, or write the TIFF tags "
-            "SMinSampleValue and SMaxSampleValue"
-        )
-    if tags.get(339) == (1,):  # unsigned integers, which Pillow holds in a signed type
-        values = values.view(np.uint32)
-    if not (np.isfinite([low, high]).all() and low < high and np.isfinite(values).all()):
-        raise ValueError(f"{kind} values or a declared range ({low:g} to {high:g}) that are not numbers in order")
-    scaled = (values.astype(np.float64) - low) * 256 / (high - low)
-    return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8))
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB, rotated by its EXIF orientation. Transparency is dropped.
-
-    Of an image that is more than 32 times as long as wide the middle is kept. Raises ValueError if it has no pixels, or
-    has 32-bit values without a declared range (see `eight_bits`).
-    """
-    image.load()  # some formats store EXIF data behind the pixels
-    source = image
-    if image.getexif().get(0x0112) is not None:  # the orientation; exif_transpose copies images that have none
-        image = ImageOps.exif_transpose(image)
-    width, height = image.size
-    if min(width, height) < 1:
-        raise ValueError("the image has no pixels")
-    if max(width, height) > 32 * min(width, height):  # resizing its shorter side up would fill the memory
-        left, top = (width - min(width, 32 * height)) // 2, (height - min(height, 32 * width)) // 2
-        image = image.crop((left, top, width - left, height - top))
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # convert() would clip all values above 255 to white
-        image = eight_bits(image, source)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def open_image(
-    source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
-) -> Image.Image:
-    """Open an encoded image as upright RGB. Raises ValueError, or TooLargeError above `max_pixels`."""
-    if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, for the whole process
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
-    try:
-        # Not by its path: Pillow would map some TIFF files into memory, and read rotated ones wrongly.
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with Image.open(io.BytesIO(content), formats=formats) as image:
-            if image.format in ("EPS", "WMF"):
-                raise ValueError(f"Pillow decodes {image.format} with other programs: convert the image to PNG")
-            if image.width * image.height <= max_pixels:
-                image.load()  # the header of an ICO or ICNS file may name a smaller size than its picture has
-            if image.width * image.height <= max_pixels:
-                return upright_rgb(image)
-            problem = f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed"
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        problem = str(error)
-    except Exception as error:  # Pillow raises nearly any type of error for a broken file
-        unknown = isinstance(error, UnidentifiedImageError)  # its message names a path or an object in memory
-        reason = "unknown format" if unknown else str(error)
-        if isinstance(error, OSError) and error.filename:  # its message names all folders
-            reason = f"{error.strerror}: {Path(error.filename).name}"
-        if type(error) not in (UnidentifiedImageError, ValueError):
-            reason = f"{type(error).__name__}: {reason}"
-        raise ValueError(f"not a readable image ({' '.join(reason.split())})") from error
-    raise TooLargeError(f"too large ({problem})")
 
 
 def open_upload(path: str) -> Image.Image:
