@@ -88,7 +88,7 @@ def test_a_fingerprint_counts_unreadable_files_as_they_are() -> None:
 
 
 def test_a_fingerprint_of_a_large_split_reads_images_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccssl_hf.data.FINGERPRINTED_IMAGES", 3)
+    monkeypatch.setattr("ccssl_hf.data.splits.FINGERPRINTED_IMAGES", 3)
     pictures = [encoded(picture(seed), "JPEG") for seed in range(7)]
 
     def of(changed: int) -> str:

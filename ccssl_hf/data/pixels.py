@@ -22,12 +22,11 @@ from ..transforms import View, ViewSettings, crop_boxes
 from .images import (
     MAX_PIXELS,
     REPAIR,
+    EncodedImages,
     UnreadableImageError,
     decode_image,
     encoded_images,
-    hash_rows,
     image_lines,
-    name_of_image,
     open_encoded,
 )
 
@@ -79,10 +78,10 @@ class PixelTable:
         on_bad_image: Literal["skip", "stop"] = "stop",
     ) -> None:
         self.size = size
-        encoded = encoded_images(dataset, image_column)
+        encoded, images = encoded_images(dataset, image_column), EncodedImages(dataset, image_column)
         Image.init()  # another release or plugin of Pillow may read more formats
         decoder = repr((size, max_pixels, PIL.__version__, sorted(Image.ID), _DECODER)).encode()
-        key = xxhash.xxh3_128_hexdigest(hash_rows(dataset, image_column).tobytes() + decoder)
+        key = xxhash.xxh3_128_hexdigest(images.hashes().tobytes() + decoder)
         # Without a file name, `datasets` would keep the pixels of an in-memory dataset in memory.
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf" / f"{key}.arrow"
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +102,7 @@ class PixelTable:
         bad = np.flatnonzero(errors.is_valid().to_numpy()).tolist()
         self.errors: dict[int, str] = {row: errors[row].as_py() for row in bad}
         if bad and on_bad_image == "stop":
-            found = image_lines(
-                [(row, name_of_image(encoded[row][image_column], row), self.errors[row]) for row in bad]
-            )
+            found = image_lines((row, images.name(row), self.errors[row]) for row in bad)
             raise ValueError(
                 f"{len(bad):,} of {len(encoded):,} images of the {role} split can't be decoded: {REPAIR}{found}"
             )

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +24,10 @@ import PIL
 from PIL import Image
 
 from ..distributed import on_main_process, rank
-from ..errors import UserError, listed
+from ..errors import UserError, in_lines, listed
 from ..escape import printable
-from .copies import EncodedImages, Place, find_copies, in_threads
-from .images import MAX_PIXELS, unreadable
+from .copies import Place, find_copies
+from .images import MAX_PIXELS, UNREADABLE_LIMIT, EncodedImages, in_threads, unreadable
 from .labels import OUT_OF_DISTRIBUTION, read_labels
 from .sources import skipped
 from .splits import check_images
@@ -34,7 +35,6 @@ from .splits import check_images
 logger = logging.getLogger(__name__)
 
 TRAINING = ("labeled", "unlabeled")
-UNREADABLE_LIMIT = 0.05  # share of unreadable unlabeled images above which a run stops
 _COLUMNS = "split|images|classes|fewest per class|most per class|OOD|in training|small|unreadable|skipped"
 HEADERS = 20_000  # images of a split whose headers are read, evenly spread over the rows
 
@@ -175,12 +175,11 @@ def count_of(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def unreadable_images(split: str, images: Sequence[str], count: int | None = None) -> list[str]:
-    """An error that names unreadable images of a split, all or `count`, a line each; nothing if there are none."""
+def unreadable_images(split: str, images: Sequence[str], most: int | None = None) -> list[str]:
+    """An error that names unreadable images of a split, all or up to `most`, a line each; nothing if there are none."""
     fix = "Repair or remove them, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)"
-    first = f"The {split} split has {count_of(count or len(images), 'unreadable image')}. {fix}:"
-    more = [f"and {count - len(images):,} more"] if count and count > len(images) else []
-    return ["\n  ".join([first, *images, *more])] if images else []
+    count = count_of(len(images), "unreadable image")
+    return [f"The {split} split has {count}. {fix}:{in_lines(images, most)}"] if images else []
 
 
 def ood_sentence(ood: Mapping[str, int], split: str) -> str:
@@ -214,7 +213,7 @@ def count_labels(
 def _broken_images(dataset: datasets.Dataset, column: str, files: EncodedImages, max_pixels: int) -> list[str]:
     """The images that cannot be decoded, with reasons. A file in the cache marks a split that has none."""
     facts = repr([dataset._fingerprint, column, max_pixels, PIL.__version__, _READER]).encode()
-    key = hashlib.sha256(facts + files.lengths.tobytes() + files.changed.tobytes()).hexdigest()[:32]
+    key = hashlib.sha256(facts + files.states.tobytes()).hexdigest()[:32]
     mark = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf" / "readable" / key
     if mark.is_file():
         return []
@@ -273,8 +272,7 @@ def survey(
             split.unreadable = _broken_images(dataset, image_column, files[name], max_pixels)
         _describe(found, name, class_names or (), image_size, must)
     known = {name: values for name, values in labels.items() if name != "unlabeled"}
-    groups = find_copies(files, splits, known, image_column)
-    _describe_copies(found, groups, files, known, [*(class_names or ()), "no class"])
+    _describe_copies(found, find_copies(files, known), files, known, [*(class_names or ()), "no class"])
     return found
 
 
@@ -283,7 +281,7 @@ def _read_headers(split: SplitSurvey, files: EncodedImages, image_size: int | No
     rows = np.unique(np.linspace(0, split.images - 1, min(split.images, HEADERS)).round().astype(int)).tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pixels are counted here
-        sizes = in_threads(files.size, rows)
+        sizes = in_threads(files.dimensions, rows, "Reading headers")
     for row, size in zip(rows, sizes, strict=True):
         if isinstance(size, tuple) and size[0] * size[1] <= max_pixels:
             split.headers += 1
@@ -299,8 +297,8 @@ def _describe(found: Survey, name: str, classes: Sequence[str], image_size: int 
     """Sentences about one split."""
     split = found.splits[name]
     if must or len(split.unreadable) > UNREADABLE_LIMIT * min(split.images, HEADERS):
-        named = split.unreadable if must else split.unreadable[:10]  # thousands are no files to repair by hand
-        for text in unreadable_images(name, named, len(split.unreadable)):
+        most = None if must else 10  # thousands are no files to repair by hand
+        for text in unreadable_images(name, split.unreadable, most):
             found.add("error", name, text)
     elif split.unreadable:
         count = count_of(len(split.unreadable), "unreadable image")
@@ -327,20 +325,16 @@ def _describe_copies(
     classes: Sequence[str],
 ) -> None:
     """Sentences about images that are in two splits, or in one split with two labels."""
-    order = list(files)
-    shared: dict[tuple[str, str], list[str]] = {}  # (split, other split): images of the first
+    order = [*sorted(TRAINING, reverse=True), *(name for name in files if name not in TRAINING)]
+    shared: dict[tuple[str, str], list[str]] = {}  # (split, earlier split): images of the first
     conflicts: dict[str, list[str]] = {}
     for group in groups:
-        where: dict[str, list[int]] = {}
-        for name, row in group:
-            where.setdefault(name, []).append(row)
+        where = {split: rows for split in order if (rows := [row for name, row in group if name == split])}
+        for other, name in combinations(where, 2):
+            shared.setdefault((name, other), []).extend(map(files[name].name, where[name]))
         for name, rows in where.items():
             if name not in TRAINING and not where.keys().isdisjoint(TRAINING):
                 found.splits[name].in_training += len(rows)
-            for other in where:
-                earlier = other in TRAINING or order.index(other) < order.index(name)
-                if other != name and (earlier if name not in TRAINING else (name, other) == TRAINING):
-                    shared.setdefault((name, other), []).extend(map(files[name].name, rows))
             numbers = labels[name][rows].tolist() if name in labels else []
             if len(set(numbers)) > 1:
                 both = [f"{files[name].name(row)} ({classes[n]})" for row, n in zip(rows, numbers, strict=True)]
