@@ -139,17 +139,14 @@ def open_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         problem = str(error)
     except Exception as error:  # Pillow raises nearly any type of error for a broken file
-        raise ValueError(f"not a readable image ({_reason(error)})") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # its message names a path or an object in memory
+        reason = "unknown format" if unknown else str(error)
+        if isinstance(error, OSError) and error.filename:  # its message names all folders
+            reason = f"{error.strerror}: {Path(error.filename).name}"
+        if type(error) not in (UnidentifiedImageError, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"not a readable image ({' '.join(reason.split())})") from error
     raise TooLargeError(f"too large ({problem})")
-
-
-def _reason(error: Exception) -> str:
-    """Why an image cannot be read, in one line and without folders."""
-    if isinstance(error, UnidentifiedImageError):  # its message names a path or an object in memory
-        return "unknown format"
-    named = isinstance(error, OSError) and error.filename
-    reason = f"{error.strerror}: {Path(error.filename).name}" if named else str(error)  # type: ignore[attr-defined]
-    return " ".join((reason if type(error) is ValueError else f"{type(error).__name__}: {reason}").split())
 
 
 def check_local(path: str) -> None:
@@ -278,8 +275,12 @@ class EncodedImages:
         try:
             with self._open(row) as file, Image.open(file) as image:
                 return image.size
-        except Exception as error:
-            return _reason(error)
+        except UnidentifiedImageError:
+            return "unknown format"
+        except ValueError as error:
+            return str(error)
+        except Exception as error:  # Pillow raises nearly any type of error for a broken file
+            return f"{type(error).__name__}: {error}"
 
     def hashes(self, rows: Sequence[int] | None = None) -> np.ndarray:
         """XXH3 of the encoded images of all rows or of some, uint8 `[n, 16]`; `MISSING` where there is none."""
