@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -182,3 +184,11 @@ def ignore_signals(worker: int) -> None:
     """For worker processes of a DataLoader: only the training process ends them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python waits for worker processes at its exit, for ever if an error keeps a DataLoader: they ignore SIGTERM."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

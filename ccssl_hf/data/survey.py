@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +27,7 @@ from ..errors import UserError, in_lines, listed
 from ..escape import printable
 from .copies import Place, find_copies
 from .images import MAX_PIXELS, UNREADABLE_LIMIT, EncodedImages, in_threads, unreadable
-from .labels import OUT_OF_DISTRIBUTION, read_labels
+from .labels import OUT_OF_DISTRIBUTION, label_numbers, read_labels
 from .sources import skipped
 from .splits import check_images
 
@@ -175,19 +174,17 @@ def count_of(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def unreadable_images(split: str, images: Sequence[str], most: int | None = None) -> list[str]:
+def unreadable_images(split: str, images: Sequence[str], most: int | None = None, note: str = "") -> list[str]:
     """An error that names unreadable images of a split, all or up to `most`, a line each; nothing if there are none."""
     fix = "Repair or remove them, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)"
     count = count_of(len(images), "unreadable image")
-    return [f"The {split} split has {count}. {fix}:{in_lines(images, most)}"] if images else []
+    return [f"The {split} split has {count}{note}. {fix}:{in_lines(images, most)}"] if images else []
 
 
 def ood_sentence(ood: Mapping[str, int], split: str) -> str:
     """How many images of a split count as OOD, with the names that are no class of the model."""
-    counts = [
-        f"{name} ({count:,})" for name, count in sorted(ood.items(), key=lambda item: (-item[1], item[0])) if name
-    ]
-    counts += [f"no label ({ood['']:,})"] if "" in ood else []
+    by_count = sorted(ood.items(), key=lambda item: (not item[0], -item[1], item[0]))
+    counts = [f"{name or 'no label'} ({count:,})" for name, count in by_count]
     total = sum(ood.values())
     verbs = "shows no class of the model and counts" if total == 1 else "show no class of the model and count"
     return f"{count_of(total, 'image')} of the {split} split {verbs} as out-of-distribution (OOD): {listed(counts)}."
@@ -198,15 +195,10 @@ def count_labels(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Images of each class, and images by a name that is no class. `labels` `[N]` come from `read_labels`."""
     counts = np.bincount(labels[labels != OUT_OF_DISTRIBUTION], minlength=len(class_names)).tolist()
-    others = dataset.select_columns([column]).with_format(None).select(np.flatnonzero(labels == OUT_OF_DISTRIBUTION))
-    names = getattr(dataset.features[column], "names", None)
+    names, numbers = label_numbers(dataset, column, "evaluation")
     ood: Counter[str] = Counter()
-    for value in others[column]:
-        number = not isinstance(value, str)
-        if value is None or (number and not value >= 0):  # also NaN
-            ood[""] += 1
-        else:
-            ood[names[value] if names and number else str(int(value)) if number else value.strip()] += 1
+    for number, count in zip(*np.unique(numbers[labels == OUT_OF_DISTRIBUTION], return_counts=True), strict=True):
+        ood["" if number < 0 else names[number].strip() if names else str(number)] += int(count)
     return {name: count for name, count in zip(class_names, counts, strict=True) if count}, dict(ood)
 
 
@@ -279,10 +271,9 @@ def survey(
 def _read_headers(split: SplitSurvey, files: EncodedImages, image_size: int | None, max_pixels: int) -> None:
     """Counts small images, and those that cannot be opened or have too many pixels."""
     rows = np.unique(np.linspace(0, split.images - 1, min(split.images, HEADERS)).round().astype(int)).tolist()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pixels are counted here
-        sizes = in_threads(files.dimensions, rows, "Reading headers")
-    for row, size in zip(rows, sizes, strict=True):
+    if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:  # as in `open_image`
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    for row, size in zip(rows, in_threads(files.dimensions, rows, "Reading headers"), strict=True):
         if isinstance(size, tuple) and size[0] * size[1] <= max_pixels:
             split.headers += 1
             if image_size is not None and 2 * min(size) < image_size:
@@ -297,8 +288,8 @@ def _describe(found: Survey, name: str, classes: Sequence[str], image_size: int 
     """Sentences about one split."""
     split = found.splits[name]
     if must or len(split.unreadable) > UNREADABLE_LIMIT * min(split.images, HEADERS):
-        most = None if must else 10  # thousands are no files to repair by hand
-        for text in unreadable_images(name, split.unreadable, most):
+        some = () if must else (10, f", more than {UNREADABLE_LIMIT:.0%}")
+        for text in unreadable_images(name, split.unreadable, *some):
             found.add("error", name, text)
     elif split.unreadable:
         count = count_of(len(split.unreadable), "unreadable image")
