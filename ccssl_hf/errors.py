@@ -103,8 +103,8 @@ class UserError(ValueError):
         super().__init__(message.rpartition(name)[2].strip())
 
 
-def in_lines(items: Iterable[str], most: int = 10) -> str:
+def in_lines(items: Iterable[str], most: int | None = 10) -> str:
     """The items, each on a line of its own after a line break; of many the first ones and how many more there are."""
     found = list(items)
-    more = [f"and {len(found) - most} more"] if len(found) > most else []
+    more = [f"and {len(found) - most:,} more"] if most is not None and len(found) > most else []
     return "".join(f"\n  {item}" for item in [*found[:most], *more])

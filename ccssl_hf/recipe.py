@@ -186,7 +186,8 @@ def check(recipe: RecipeArguments, args: CCSSLTrainingArguments) -> Survey:
     except (OSError, ValueError) as error:
         problems.append(str(error))
     columns = {key: getattr(args, key) for key in ("image_column", "label_column", "hidden_label_column")}
-    found = survey(splits, names, image_size=size, **columns)
+    skips = args.on_bad_image == "skip"
+    found = survey(splits, names, image_size=size, max_pixels=args.max_image_pixels, skip_bad=skips, **columns)
     batch, sizes = args.per_device_train_batch_size * args.world_size, {each: len(splits[each]) for each in splits}
     limits = {"batch": batch, "mu": args.mu, "repeat_labeled": args.repeat_labeled}
     problems += size_errors(sizes.get("labeled", batch), sizes.get("unlabeled"), **limits)

@@ -247,7 +247,7 @@ def run_settings(trainer: Any) -> dict[str, Any]:
     )
     for role, split in splits.items():
         labels = [trainer.class_names[label] for label in trainer.labels.tolist()] if role == "labeled" else []
-        content = data.fingerprint(split, args.image_column, labels)
+        content = data.content_key(split, args.image_column, labels)
         settings[f"{role} data"] = f"{len(split)} images, fingerprint {content}"
     environment = {**library_versions(), "device": args.device.type}
     if args.device.type == "cuda":

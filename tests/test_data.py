@@ -21,6 +21,7 @@ from ccssl_hf.data import (
     OUT_OF_DISTRIBUTION,
     EvaluationDataset,
     PairedDataset,
+    content_key,
     default_workers,
     drop_unreadable,
     fingerprint,
@@ -88,7 +89,7 @@ def test_a_fingerprint_counts_unreadable_files_as_they_are() -> None:
 
 
 def test_a_fingerprint_of_a_large_split_reads_images_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ccssl_hf.data.FINGERPRINTED_IMAGES", 3)
+    monkeypatch.setattr("ccssl_hf.data.splits.FINGERPRINTED_IMAGES", 3)
     pictures = [encoded(picture(seed), "JPEG") for seed in range(7)]
 
     def of(changed: int) -> str:
@@ -97,6 +98,20 @@ def test_a_fingerprint_of_a_large_split_reads_images_spread_over_it(monkeypatch:
 
     prints = [of(changed) for changed in range(8)]  # of the last one nothing has changed
     assert [changed for changed in range(7) if prints[changed] != prints[7]] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_key_of_a_resumed_run_depends_on_every_image(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a split that is too large to be read whole, on the size of every image."""
+    monkeypatch.setattr("ccssl_hf.data.splits.FINGERPRINTED_IMAGES", 2)  # the first and the last
+    monkeypatch.setattr("ccssl_hf.data.splits.KEYED_BYTES", 1 << 20 if whole else 0)
+    one, two, three, four = (encoded(picture(seed), "BMP") for seed in range(4))
+    large = encoded(picture(1, 9, 9), "BMP")
+    key = content_key(dataset([one, two, three, four]), "image")
+    changed = [[one, three, two, four], [one, large, three, four]]  # images that the fingerprint does not read
+    assert [content_key(dataset(rows), "image") != key for rows in changed] == [whole, True]
+    assert content_key(dataset([four, three, two, one]).select([3, 2, 1, 0]), "image") == key
+    assert content_key(dataset([one, two, three, four]), "image", ["a", "b", "a", "b"]) != key
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from ccssl_hf.data import EvaluationDataset, drop_unreadable, images
-from ccssl_hf.data.images import MISSING, content_hashes, decode_image, open_image, upright_rgb
+from ccssl_hf.data.images import MISSING, EncodedImages, decode_image, open_image, upright_rgb
 from ccssl_hf.data.pixels import ImageFiles, PixelTable
 from ccssl_hf.data.sources import load_split
 from ccssl_hf.deploy import handler
@@ -363,6 +363,10 @@ def dataset_of(contents: list[bytes | None], paths: list[str | None] | None = No
     return datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
 
 
+def content_hashes(dataset: datasets.Dataset) -> list[bytes]:
+    return [row.tobytes() for row in EncodedImages(dataset, "image").hashes()]
+
+
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_training_and_evaluation_see_the_pixels_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Squares, so that nothing is cropped or resized."""
@@ -538,15 +542,15 @@ def test_content_hashes_follow_the_rows_and_not_the_place_of_the_bytes(tmp_path:
         (tmp_path / f"{number}.png").write_bytes(content)
     stored = dataset_of([None] * 5, [str(tmp_path / f"{number}.png") for number in range(5)])
     held = dataset_of([*contents, None], [None] * 5 + [str(tmp_path / "none.png")])
-    hashes = content_hashes(held, "image")
-    assert content_hashes(stored, "image") == hashes[:5] and hashes[5] == MISSING == bytes(16)
+    hashes = content_hashes(held)
+    assert content_hashes(stored) == hashes[:5] and hashes[5] == MISSING == bytes(16)
     assert len(set(hashes)) == 6 and {len(each) for each in hashes} == {16}
     order = [4, 0, 5, 0]
-    assert content_hashes(held.select(order), "image") == [hashes[row] for row in order]
+    assert content_hashes(held.select(order)) == [hashes[row] for row in order]
     parts = datasets.concatenate_datasets([held.select([3]), stored, held])
-    assert content_hashes(parts, "image") == [hashes[3], *hashes[:5], *hashes]
-    assert content_hashes(parts.shard(3, 1).with_format("torch"), "image") == [hashes[each] for each in (3, 4, 0, 1)]
-    assert content_hashes(dataset_of([None]), "image") == [MISSING]
+    assert content_hashes(parts) == [hashes[3], *hashes[:5], *hashes]
+    assert content_hashes(parts.shard(3, 1).with_format("torch")) == [hashes[each] for each in (3, 4, 0, 1)]
+    assert content_hashes(dataset_of([None])) == [MISSING]
 
 
 def test_files_rewritten_in_place_are_decoded_again_and_the_same_images_elsewhere_are_not(

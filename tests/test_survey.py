@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 from transformers.utils import logging
 
-from ccssl_hf import CCSSLTrainer, survey
+from ccssl_hf import CCSSLTrainer
 from ccssl_hf.card.facts import read_facts
 from ccssl_hf.card.model_card import render_card
 from ccssl_hf.card.report import describe
-from ccssl_hf.data.copies import EncodedImages, find_copies
+from ccssl_hf.data import survey
+from ccssl_hf.data.copies import find_copies
+from ccssl_hf.data.images import EncodedImages
 from ccssl_hf.data.sources import load_split
 from ccssl_hf.errors import UserError
 from ccssl_hf.record import RunRecord, Split
@@ -223,7 +225,7 @@ def test_copies_are_found_by_content_however_they_are_stored(shuffled: bool, tmp
     if shuffled:
         one, other = one.select([5, 4, 3, 2, 1, 0]), other.select([2, 1, 0])
     files = {"labeled": EncodedImages(one, "image"), "test": EncodedImages(other, "image")}
-    groups = find_copies(files, {"labeled": one, "test": other}, {}, "image")
+    groups = find_copies(files, ())
     expected = [[("labeled", 3), ("test", 0)], [("labeled", 4), ("test", 1)]] if shuffled else []
     assert sorted(groups) == (expected or [[("labeled", 1), ("test", 1)], [("labeled", 2), ("test", 2)]])
 

@@ -11,7 +11,7 @@ import datasets
 import torch
 from transformers import TrainerState
 
-from ..data.images import REPAIR, encoded_images, image_lines, name_of_image
+from ..data.images import REPAIR, UNREADABLE_LIMIT, EncodedImages, image_lines
 from ..distributed import all_gather_json
 from ..errors import UserError
 
@@ -24,14 +24,10 @@ class UnreadableImages:
     They lie in the Trainer's log history, with which a resumed run goes on. Each process may find others.
     """
 
-    LIMIT = 0.05
-    """The share of the unlabeled images above which a run stops."""
-
     _ENTRY = "unreadable_images"
 
     def __init__(self, dataset: datasets.Dataset | None, image_column: str) -> None:
-        self._images: Any = [] if dataset is None else encoded_images(dataset, image_column)
-        self._column = image_column
+        self._images: Any = [] if dataset is None else EncodedImages(dataset, image_column)
         self._new: dict[int, str] = {}
 
     def add(self, found: Iterable[tuple[int, str]]) -> None:
@@ -61,15 +57,17 @@ class UnreadableImages:
                     "Unreadable unlabeled images, replaced by others (%d new):%s", len(found), image_lines(found)
                 )
         if total and state.is_world_process_zero and (number := len(self.known(state))):
-            logger.warning("%d of %d unlabeled images were unreadable and replaced.", number, len(self._images))
+            logger.warning(
+                "Unreadable unlabeled images, replaced by others in this run: %d of %d.", number, len(self._images)
+            )
 
     def check(self, found: Mapping[int, str]) -> None:
         """Raise a UserError if these unreadable images, reasons by row, are too many."""
-        if len(found) > self.LIMIT * len(self._images):
+        if len(found) > UNREADABLE_LIMIT * len(self._images):
             raise UserError(
                 f"{len(found):,} of {len(self._images):,} unlabeled images can't be decoded, more than "
-                f"{self.LIMIT:.0%}: {REPAIR}{image_lines([self._named(*each) for each in sorted(found.items())])}"
+                f"{UNREADABLE_LIMIT:.0%}: {REPAIR}{image_lines([self._named(*each) for each in sorted(found.items())])}"
             )
 
     def _named(self, row: int, reason: str) -> tuple[int, str, str]:
-        return row, name_of_image(self._images[row][self._column], row), reason
+        return row, self._images.name(row), reason

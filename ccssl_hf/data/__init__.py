@@ -7,7 +7,7 @@ holds, with `copies`). Then `batches` reads the images of each step through `pix
 from .batches import EvaluationDataset, PairedDataset, default_workers
 from .labels import OUT_OF_DISTRIBUTION, read_class_names, read_labels, split_validation
 from .sources import load_split, skipped
-from .splits import FINGERPRINTED_IMAGES, check_images, drop_unreadable, fingerprint, name_of
+from .splits import FINGERPRINTED_IMAGES, check_images, content_key, drop_unreadable, fingerprint, name_of
 
 __all__ = [
     "FINGERPRINTED_IMAGES",
@@ -15,6 +15,7 @@ __all__ = [
     "EvaluationDataset",
     "PairedDataset",
     "check_images",
+    "content_key",
     "default_workers",
     "drop_unreadable",
     "fingerprint",

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..sampling import LABELED, UNLABELED, PairedIndices
 from ..transforms import View, ViewSettings
@@ -56,14 +55,14 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         on_bad_image: Literal["skip", "stop"] = "stop",
     ) -> None:
         self.labels, self.hidden_labels, self.views = torch.from_numpy(labels), hidden_labels, tuple(views)
-        self._seed, self._skip = seed, on_bad_image == "skip"
+        self._skip = on_bad_image == "skip"
 
         def reader(dataset: datasets.Dataset, role: str, stream: int) -> PixelTable | ImageFiles:
-            where: dict[str, Any] = {"image_column": image_column, "role": role, "max_pixels": max_pixels}
+            where: dict[str, Any] = dict(image_column=image_column, role=role, max_pixels=max_pixels, seed=seed)
             if decode == "memory":
                 on_bad = "stop" if stream == LABELED else on_bad_image
                 return PixelTable(dataset, size=settings.image_size, on_bad_image=on_bad, **where)
-            return ImageFiles(dataset, settings=settings, seed=seed, stream=stream, **where)
+            return ImageFiles(dataset, settings=settings, stream=stream, **where)
 
         self.labeled = reader(labeled, "labeled", LABELED)
         self.unlabeled = None if unlabeled is None else reader(unlabeled, "unlabeled", UNLABELED)
@@ -72,20 +71,11 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.labeled) + (0 if self.unlabeled is None else len(self.unlabeled))
 
-    def _read(
-        self, images: PixelTable | ImageFiles, index: np.ndarray, draw: np.ndarray, views: Sequence[View], found: Any
-    ) -> Tensor:
-        if isinstance(images, ImageFiles):
-            return images.read(index, draw, views, found)
-        if found is not None:
-            images.replace(index, draw, seed=self._seed, stream=UNLABELED)
-        return images.read(index)
-
     def __getitems__(self, batch: PairedIndices) -> dict[str, Any]:
         """One batch. The DataLoader calls this method instead of `__getitem__`, once per batch."""
         index, draw = batch.labeled_index, batch.labeled_draw
         out: dict[str, Any] = {
-            "labeled_images": self._read(self.labeled, index, draw, (View.WEAK,), None),
+            "labeled_images": self.labeled.read(index, draw, (View.WEAK,)),
             "labels": self.labels[index],
             # Draws stay numpy arrays on the CPU, where random numbers are made. An accelerator does not wait for them.
             "labeled_draws": draw,
@@ -93,7 +83,7 @@ class PairedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if self.unlabeled is not None:
             index, draw = batch.unlabeled_index.copy(), batch.unlabeled_draw
             found: Found | None = [] if self._skip else None
-            out["unlabeled_images"] = self._read(self.unlabeled, index, draw, self.views, found)
+            out["unlabeled_images"] = self.unlabeled.read(index, draw, self.views, found)
             if found:
                 out["unreadable"] = found
             out["unlabeled_draws"], out["unlabeled_index"] = draw, torch.from_numpy(index)

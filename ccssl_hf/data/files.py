@@ -7,9 +7,7 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +56,7 @@ class FoundFiles:
         told = [f"{why} ({len(names):,}): {listed(names)}" for why, names in self.skipped.items() if why != HIDDEN]
         return f"Skipped: {'; '.join(told)}." if told else ""
 
-    def sort_in(self, file: str, name: str, readable: Callable[[str], bool]) -> None:
+    def sort_in(self, file: str, name: str) -> None:
         """Add a file to the images, the metadata or what is skipped."""
         suffix, base = os.path.splitext(name)[1].lower(), os.path.basename(name)
         try:
@@ -72,9 +70,9 @@ class FoundFiles:
             self.skip("pipes, sockets and devices", name)
         elif base in METADATA:
             self.tables.append(file)
-        elif not readable(suffix) and suffix in _FIXES:
+        elif not (readable := _decodes(Image.registered_extensions().get(suffix, ""))) and suffix in _FIXES:
             self.skip(f"images that Pillow cannot open here, {_FIXES[suffix]}", name)
-        elif not readable(suffix) and not _is_image(file):
+        elif not readable and not _is_image(file):
             self.skip("files that are no images", name)
         else:
             try:
@@ -94,25 +92,18 @@ def find_images(path: Path) -> FoundFiles | None:
     """
     if path.suffix.lower() in (".parquet", *TABLES) or parquet_files(path):
         return None
-    found, readable = FoundFiles(), _readable_suffixes().__contains__
+    found = FoundFiles()
     if path.is_dir():
-        _walk(str(path), found, readable)
+        _walk(str(path), found)
     elif path.is_file():
-        found.sort_in(str(path), path.name.lstrip("."), readable)  # also a hidden one, as the user names it
+        found.sort_in(str(path), path.name.lstrip("."))  # also a hidden one, as the user names it
     elif glob.has_magic(str(path)):
         fixed = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
         root = str(Path(*path.parts[:fixed])) if fixed else ""
-
-        @cache
-        def passed_over(folder: str) -> bool:
-            if folder == root:
-                return False
-            name = os.path.basename(folder)
-            return is_hidden(name) or _leads_back(folder, root) or passed_over(os.path.dirname(folder))
-
         for file in filter(os.path.isfile, glob.glob(str(path), recursive=True)):
-            if not passed_over(os.path.dirname(file)):
-                found.sort_in(file, file, readable)
+            above = [each for each in Path(file).parents if each.name and len(str(each)) > len(root)]
+            if not any(is_hidden(each.name) or _leads_back(str(each), root) for each in above):
+                found.sort_in(file, file)
     else:
         return None
     found.images.sort()
@@ -129,7 +120,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
-def _walk(root: str, found: FoundFiles, readable: Callable[[str], bool]) -> None:
+def _walk(root: str, found: FoundFiles) -> None:
     closed: list[OSError] = []
     start = len(os.path.join(root, ""))
     for folder, folders, files in os.walk(root, followlinks=True, onerror=closed.append):
@@ -139,9 +130,8 @@ def _walk(root: str, found: FoundFiles, readable: Callable[[str], bool]) -> None
                 found.skip(HIDDEN if is_hidden(name) else "links back to a folder above them", below[start:])
                 folders.remove(name)
         folders.sort()
-        for name in sorted(files):
-            file = os.path.join(folder, name)
-            found.sort_in(file, file[start:], readable)
+        for file in (os.path.join(folder, name) for name in sorted(files)):
+            found.sort_in(file, file[start:])
     if closed:
         folders = [str(error.filename) for error in closed]
         raise ValueError(f"Folders cannot be opened: change their permissions or move them away: {listed(folders)}.")
@@ -159,13 +149,8 @@ def _leads_back(folder: str, root: str) -> bool:
     return False
 
 
-def _readable_suffixes() -> set[str]:
-    """Suffixes of all formats that Pillow and its plugins decode."""
-    return {suffix for suffix, kind in Image.registered_extensions().items() if _decodes(kind)}
-
-
 def _decodes(kind: str) -> bool:
-    """Whether Pillow can decode a format. A stub only knows its name."""
+    """Whether Pillow or a plugin decodes a format. A stub only knows its name."""
     factory = Image.OPEN.get(kind, (ImageFile.StubImageFile,))[0]
     return kind != "MPEG" and not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 

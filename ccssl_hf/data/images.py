@@ -1,14 +1,16 @@
-"""Opens images: one function for training, evaluation and prediction. Finds unreadable images, and hashes files."""
+"""Opens images: one function for training, evaluation and prediction. Reads the encoded images of a split."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
+import stat
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -16,10 +18,11 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import UserError
+from ..errors import UserError, in_lines
 
 MAX_PIXELS = 89_478_485
 """Pixels that an image may have: the number from which Pillow warns of a decompression bomb, 268 MB decoded."""
@@ -33,10 +36,15 @@ for _plugin in ("pillow_jxl", "pillow_heif"):  # where they are installed, Pillo
 
 REPAIR = "repair or remove such files, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)."
 
-_THREADS = 8  # that read files and decode images before training
-_ROWS = 64  # of a dataset that a thread checks at a time
+UNREADABLE_LIMIT = 0.05
+"""The share of unreadable unlabeled images above which a run stops."""
 
-_T = TypeVar("_T")
+_THREADS = 8  # that read files and decode images before training
+_AT_A_TIME = 64  # images of a thread, whose progress is shown
+_SAMPLE = 1 << 14  # bytes in the middle of a file that are compared before whole files
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 # `open_image` checks the number of pixels itself, and its error names the image.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -177,10 +185,9 @@ def decode_image(
         ) from error
 
 
-def image_lines(found: Sequence[tuple[int, str, str]]) -> str:
-    """Images from `unreadable` as text, one line each with path and reason; of more than ten the first ten."""
-    lines = [reason if path in reason else f"{path}: {reason}" for _, path, reason in found[:10]]
-    return "".join(f"\n  {line}" for line in [*lines, *([f"and {len(found) - 10:,} more"] if len(found) > 10 else [])])
+def image_lines(found: Iterable[tuple[int, str, str]], most: int | None = 10) -> str:
+    """Images from `unreadable` as text, one line each with path and reason; of many the first ones."""
+    return in_lines([reason if path in reason else f"{path}: {reason}" for _, path, reason in found], most)
 
 
 def encoded_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
@@ -188,68 +195,120 @@ def encoded_images(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
     return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format(None)
 
 
-def _in_threads(work: Callable[[int], list[_T]], total: int, desc: str) -> list[_T]:
-    """What `work` returns for each start of `_ROWS` of `total` rows, joined in order. Shows a bar where it is slow."""
-    starts = range(0, total, _ROWS)
+def in_threads(work: Callable[[_In], _Out], items: Sequence[_In], desc: str) -> list[_Out]:
+    """`work` of all items, in order: files may lie on a disk that answers slowly. Shows a bar where it takes long."""
+    starts = range(0, len(items), _AT_A_TIME)
     with ThreadPoolExecutor(_THREADS) as pool:
-        bar = datasets.utils.tqdm(pool.map(work, starts), total=len(starts), desc=desc, delay=2)
-        return list(chain.from_iterable(bar))
+        parts = pool.map(lambda start: [work(item) for item in items[start : start + _AT_A_TIME]], starts)
+        return list(chain.from_iterable(datasets.utils.tqdm(parts, total=len(starts), desc=desc, delay=2)))
+
+
+class EncodedImages:
+    """The encoded images of a split, in the file of the dataset or in files of their own. It copies none of them."""
+
+    def __init__(self, dataset: datasets.Dataset, column: str) -> None:
+        images = encoded_images(dataset, column)
+        storage = images.data.column(column)
+        self._bytes, self._paths = (pc.struct_field(storage, name) for name in ("bytes", "path"))
+        self._places = np.arange(len(images)) if images._indices is None else images._indices.column(0).to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Bytes and path of an image, either may be None."""
+        return {"bytes": self._bytes[int(self._places[row])].as_py(), "path": self._path(row) or None}
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """Size in bytes and, of a file, time of the last change, int64 `[N, 2]`; -1 bytes where there is no image."""
+        sizes = pc.binary_length(self._bytes).cast("int64").fill_null(-1).to_numpy()[self._places]
+        states = np.stack([sizes, np.zeros_like(sizes)], 1)
+        if len(files := np.flatnonzero(sizes < 0)):
+            states[files] = in_threads(self._state, files.tolist(), "Looking at image files")
+        return states
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Size of each image in bytes, int64 `[N]`; -1 where there is none."""
+        return self.states[:, 0]
+
+    def _state(self, row: int) -> tuple[int, int]:
+        with suppress(OSError, ValueError):
+            found = os.stat(self._path(row))
+            if stat.S_ISREG(found.st_mode):  # reading a pipe would wait
+                return found.st_size, found.st_mtime_ns
+        return -1, 0
+
+    def _path(self, row: int) -> str:
+        return self._paths[int(self._places[row])].as_py() or ""
+
+    def _open(self, row: int) -> Any:
+        content = self._bytes[int(self._places[row])]
+        if content.is_valid:
+            return io.BytesIO(content.as_buffer())  # not pyarrow's reader: it lacks methods that Pillow calls
+        if not (path := self._path(row)):
+            raise ValueError("the row holds no image")
+        check_local(path)
+        return open(path, "rb")
+
+    def name(self, row: int) -> str:
+        return name_of_image({"path": self._path(row)}, row)
+
+    def content(self, row: int) -> bytes:
+        """The encoded image; empty where it cannot be read."""
+        with suppress(OSError, ValueError), self._open(row) as file:
+            return file.read()
+        return b""
+
+    def sample(self, row: int) -> bytes:
+        """A hash of some bytes in the middle: of files of one size, nearly all differ there."""
+        with suppress(OSError, ValueError), self._open(row) as file:
+            file.seek(max(0, (int(self.sizes[row]) - _SAMPLE) // 2))
+            return xxhash.xxh3_128_digest(file.read(_SAMPLE))
+        return MISSING
+
+    def dimensions(self, row: int) -> tuple[int, int] | str:
+        """Width and height from the header, or why it cannot be read."""
+        try:
+            with self._open(row) as file, Image.open(file) as image:
+                return image.size
+        except UnidentifiedImageError:
+            return "unknown format"
+        except ValueError as error:
+            return str(error)
+        except Exception as error:  # Pillow raises nearly any type of error for a broken file
+            return f"{type(error).__name__}: {error}"
+
+    def hashes(self, rows: Sequence[int] | None = None) -> np.ndarray:
+        """XXH3 of the encoded images of all rows or of some, uint8 `[n, 16]`; `MISSING` where there is none."""
+        chosen = np.arange(len(self)) if rows is None else np.asarray(rows, np.int64)
+        order = np.argsort(self._places[chosen])  # the table's own: row by row, a shuffled one takes long
+        found = in_threads(self._hash, chosen[order].tolist(), "Hashing images")
+        hashes = np.empty((len(chosen), len(MISSING)), np.uint8)
+        hashes[order] = np.frombuffer(b"".join(found), np.uint8).reshape(-1, len(MISSING))
+        return hashes
+
+    def _hash(self, row: int) -> bytes:
+        content = self.content(row)
+        return xxhash.xxh3_128_digest(content) if content else MISSING
 
 
 def unreadable(
     dataset: datasets.Dataset, column: str = "image", *, max_pixels: int = MAX_PIXELS
 ) -> list[tuple[int, str, str]]:
     """The images that cannot be decoded: row, path (or `row N`) and reason. Decodes all images, in a few threads."""
-    images = encoded_images(dataset, column)
+    images = EncodedImages(dataset, column)
 
-    def check(start: int) -> list[tuple[int, str, str]]:
-        found = []
-        for row, encoded in enumerate(images[start : start + _ROWS][column], start):
-            try:
-                open_encoded(encoded, max_pixels=max_pixels)
-            except ValueError as error:
-                found.append((row, name_of_image(encoded, row), str(error)))
-        return found
+    def problem(row: int) -> str | None:
+        try:
+            open_encoded(images[row], max_pixels=max_pixels)
+        except ValueError as error:
+            return str(error)
+        return None
 
-    return _in_threads(check, len(images), "Checking images")
-
-
-def _hash_file(path: str) -> bytes:
-    try:
-        check_local(path)
-        return xxhash.xxh3_128_digest(Path(path).read_bytes())
-    except (OSError, ValueError):  # ValueError also for a path with a null character
-        return MISSING
-
-
-def hash_rows(dataset: datasets.Dataset, column: str) -> np.ndarray:
-    """`content_hashes` as uint8 `[N, 16]`. Reads the table in its own order: row by row, a shuffled one takes long."""
-    images = encoded_images(dataset, column)
-    indices = None if images._indices is None else images._indices.column(0).to_numpy()
-    rows, places = (np.arange(len(images)), ...) if indices is None else np.unique(indices, return_inverse=True)
-    hashes, files, paths = np.zeros((len(rows), len(MISSING)), np.uint8), [], []
-    start = done = 0  # rows of the table, and of `rows`, before this chunk
-    for chunk in images.data.column(column).chunks:
-        here = (rows[done : int(np.searchsorted(rows, start + len(chunk)))] - start).tolist()
-        if here:
-            values = dict(zip((field.name for field in chunk.type), chunk.flatten(), strict=True))
-            content = values["bytes"].cast("large_binary")
-            known, ends, data = content.is_valid().to_pylist(), content.buffers()[1], content.buffers()[2]
-            ends, data = np.frombuffer(ends, np.int64)[content.offset :].tolist(), memoryview(data or b"")
-            digests = [
-                xxhash.xxh3_128_digest(data[ends[row] : ends[row + 1]]) if known[row] else MISSING for row in here
-            ]
-            hashes[done : done + len(here)] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, len(MISSING))
-            for place, row in enumerate(here, done):
-                if not known[row] and (path := values["path"][row].as_py()) is not None:
-                    files.append(place)
-                    paths.append(path)
-        start, done = start + len(chunk), done + len(here)
-    found = _in_threads(
-        lambda start: [_hash_file(p) for p in paths[start : start + _ROWS]], len(paths), "Hashing images"
-    )
-    hashes[files] = np.frombuffer(b"".join(found), np.uint8).reshape(-1, len(MISSING))
-    return hashes[places]
+    found = in_threads(problem, range(len(images)), "Checking images")
+    return [(row, images.name(row), reason) for row, reason in enumerate(found) if reason is not None]
 
 
 def version_of(files: Sequence[str]) -> str:
@@ -259,8 +318,3 @@ def version_of(files: Sequence[str]) -> str:
     """
     states = [os.stat(file) for file in sorted(files)]
     return xxhash.xxh3_64_hexdigest(repr([(state.st_size, state.st_ctime_ns) for state in states]).encode())
-
-
-def content_hashes(dataset: datasets.Dataset, column: str = "image") -> list[bytes]:
-    """The XXH3 hash of the encoded image of each row, 16 bytes; `MISSING` where there is none. Reads all files."""
-    return [row.tobytes() for row in hash_rows(dataset, column)]

@@ -25,10 +25,10 @@ _TEXT = ("string", "large_string")
 _NULL = np.iinfo(np.int64).min  # the number of a row without a label
 
 
-def _label_column(dataset: datasets.Dataset, column: str, role: str) -> tuple[list[str] | None, np.ndarray]:
+def label_numbers(dataset: datasets.Dataset, column: str, role: str) -> tuple[list[str] | None, np.ndarray]:
     """The names of a label column, None for plain numbers, and the number of each row, int64 `[N]`.
 
-    Null and blank names are `_NULL`. Floating-point numbers must be whole, as pandas writes integers beside nulls.
+    Null and blank names are below -1. Floating-point numbers must be whole, as pandas writes integers beside nulls.
     """
     argument = "hidden_label_column" if role == "unlabeled" else "label_column"
     feature = feature_of(dataset, column, role=role, argument=argument)
@@ -108,7 +108,7 @@ def read_labels(
             also if a name and a class differ only by case, Unicode form, spaces, hyphens or underscores, or if no label
             is a class and some are names: these are probably misspelt.
     """
-    names, numbers = _label_column(dataset, column, role)
+    names, numbers = label_numbers(dataset, column, role)
     if names is None:
         names, numbers = _aligned_numbers(numbers, class_names, f"Column {column!r} of the {role} split")
     position = {name: index for index, name in enumerate(class_names)}
@@ -143,7 +143,7 @@ def read_class_names(dataset: datasets.Dataset, column: str) -> list[str]:
         ValueError: The column is missing or has no labels, names fewer than two classes, a class without a name, or
             classes whose names differ only by case, Unicode form, spaces, hyphens or underscores.
     """
-    names, numbers = _label_column(dataset, column, "labeled")
+    names, numbers = label_numbers(dataset, column, "labeled")
     if names is None:
         names = [str(number) for number in np.unique(numbers[numbers >= 0])]
     elif isinstance(dataset.features[column], datasets.ClassLabel):

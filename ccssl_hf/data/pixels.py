@@ -17,17 +17,16 @@ import xxhash
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..sampling import replacements
+from ..sampling import UNLABELED, replacements
 from ..transforms import View, ViewSettings, crop_boxes
 from .images import (
     MAX_PIXELS,
     REPAIR,
+    EncodedImages,
     UnreadableImageError,
     decode_image,
     encoded_images,
-    hash_rows,
     image_lines,
-    name_of_image,
     open_encoded,
 )
 
@@ -65,7 +64,7 @@ class PixelTable:
 
     All processes and workers map this file into memory, and the next run with images of the same content finds it
     there. With `on_bad_image="stop"`, images that cannot be read raise a ValueError that names them; otherwise they are
-    in `errors`, reasons by row.
+    in `errors`, reasons by row, and `read` replaces them.
     """
 
     def __init__(
@@ -75,14 +74,15 @@ class PixelTable:
         image_column: str,
         size: int,
         role: str,
+        seed: int = 0,
         max_pixels: int = MAX_PIXELS,
         on_bad_image: Literal["skip", "stop"] = "stop",
     ) -> None:
-        self.size = size
-        encoded = encoded_images(dataset, image_column)
+        self.size, self._seed = size, seed
+        encoded, images = encoded_images(dataset, image_column), EncodedImages(dataset, image_column)
         Image.init()  # another release or plugin of Pillow may read more formats
         decoder = repr((size, max_pixels, PIL.__version__, sorted(Image.ID), _DECODER)).encode()
-        key = xxhash.xxh3_128_hexdigest(hash_rows(dataset, image_column).tobytes() + decoder)
+        key = xxhash.xxh3_128_hexdigest(images.hashes().tobytes() + decoder)
         # Without a file name, `datasets` would keep the pixels of an in-memory dataset in memory.
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf" / f"{key}.arrow"
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +103,7 @@ class PixelTable:
         bad = np.flatnonzero(errors.is_valid().to_numpy()).tolist()
         self.errors: dict[int, str] = {row: errors[row].as_py() for row in bad}
         if bad and on_bad_image == "stop":
-            found = image_lines(
-                [(row, name_of_image(encoded[row][image_column], row), self.errors[row]) for row in bad]
-            )
+            found = image_lines((row, images.name(row), self.errors[row]) for row in bad)
             raise ValueError(
                 f"{len(bad):,} of {len(encoded):,} images of the {role} split can't be decoded: {REPAIR}{found}"
             )
@@ -113,34 +111,33 @@ class PixelTable:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def replace(self, index: np.ndarray, draw: np.ndarray, *, seed: int, stream: int) -> None:
-        """Replace unreadable images in `index` (see `first_readable`)."""
+    def _check(self, row: int) -> None:
+        if row in self.errors:
+            raise ValueError(self.errors[row])
 
-        def check(row: int) -> None:
-            if row in self.errors:
-                raise ValueError(self.errors[row])
-
-        for place in np.flatnonzero(np.isin(index, list(self.errors))) if self.errors else ():
-            known: dict[str, Any] = {"seed": seed, "stream": stream, "rows": len(self), "read": check}
-            index[place], _ = first_readable(int(index[place]), int(draw[place]), **known)
-
-    def read(self, index: np.ndarray) -> Tensor:
-        """Rows `index`, uint8 `[n, 3, size, size]`. They must be readable."""
+    def read(
+        self, index: np.ndarray, draw: np.ndarray | None = None, views: Sequence[View] = (), found: Found | None = None
+    ) -> Tensor:
+        """Rows `index`, uint8 `[n, 3, size, size]`. Unreadable ones are replaced in `index`, too: see `ImageFiles`."""
+        if draw is not None and self.errors:
+            for place in np.flatnonzero(np.isin(index, list(self.errors))):
+                row, at = int(index[place]), int(draw[place])
+                index[place], _ = first_readable(row, at, seed=self._seed, rows=len(self), read=self._check)
         column = self._dataset.data.column("pixels")
         pixels = bytearray().join(column[row].as_buffer() for row in index.tolist())
         return torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, self.size, self.size)
 
 
 def first_readable(
-    row: int, draw: int, *, seed: int, stream: int, rows: int, read: Callable[[int], _T], found: Found | None = None
+    row: int, draw: int, *, seed: int, rows: int, read: Callable[[int], _T], found: Found | None = None
 ) -> tuple[int, _T]:
-    """Read the image of a draw, or in place of an unreadable one the first readable of its `sampling.replacements`.
+    """Read the unlabeled image of a draw, or in place of an unreadable one the first readable of its `replacements`.
 
     Returns its row and what `read` returned. `read` raises a ValueError for an unreadable image, which is added to
     `found`.
     """
     found = [] if found is None else found
-    for candidate in chain((row,), replacements(seed, stream, draw, rows)):
+    for candidate in chain((row,), replacements(seed, UNLABELED, draw, rows)):
         try:
             return candidate, read(candidate)
         except ValueError as error:
@@ -204,22 +201,15 @@ class ImageFiles:
                 except UnreadableImageError:
                     if found is None:
                         raise
-                    rows[place], image = first_readable(
-                        row,
-                        int(draws[place]),
-                        seed=self._seed,
-                        stream=self._stream,
-                        rows=len(self),
-                        read=self._decode,
-                        found=found,
-                    )
+                    known: dict[str, Any] = {"seed": self._seed, "rows": len(self), "found": found}
+                    rows[place], image = first_readable(row, int(draws[place]), read=self._decode, **known)
                     images.append(image)
             index[part] = rows
             heights, widths = torch.tensor([[image.height, image.width] for image in images]).unbind(1)
-            known: dict[str, Any] = {"draws": draws, "heights": heights, "widths": widths}
+            shapes: dict[str, Any] = {"draws": draws, "heights": heights, "widths": widths}
             pixels = [_rows_of(image) for image in images]
             for v, view in enumerate(views):
-                boxes = crop_boxes(view, self._settings, seed=self._seed, stream=self._stream, **known).tolist()
+                boxes = crop_boxes(view, self._settings, seed=self._seed, stream=self._stream, **shapes).tolist()
                 for crop, values, (top, left, height, width) in zip(out[part, v], pixels, boxes, strict=True):
                     box = values[None, top : top + height, left : left + width].copy()
                     cut = torch.from_numpy(box).permute(0, 3, 1, 2)  # channels_last, so torch makes no copy

@@ -152,7 +152,7 @@ def _load_tables(
 ) -> datasets.Dataset:
     """Rows of the files that tables name. `found` has the images of `root`, whose metadata the tables are."""
     files: dict[str, list[str]] = {}
-    parts, problems = [], _Problems()
+    parts, resolver = [], _Names(image_root)
     for file in tables:
         where = f"{name}, {os.path.basename(file)}"
         try:
@@ -166,12 +166,11 @@ def _load_tables(
             raise ValueError(f"{where} {problem}: rename its columns.")
         for column, key in columns.items():
             paths = table.column(column).to_pylist()
-            files.setdefault(key, []).extend(_resolve(paths, _folders(file, image_root), problems))
+            files.setdefault(key, []).extend(resolver.resolve(paths, os.path.dirname(file)))
         parts.append(table.drop_columns([*columns]))
         found.digest.update(Path(file).read_bytes())
-    counts = Counter(files["image"]) if "image" in files else Counter()
-    repeated = [file for file, count in counts.items() if count > 1 and file]
-    problems.raise_if_any(name, **{"files in several rows": repeated})
+    counts = Counter(filter(None, files.get("image", ())))
+    resolver.check(name, [file for file, count in counts.items() if count > 1])
     for file in sorted(set(found.images).difference(*files.values())):
         found.skip("images without a row in the metadata", os.path.relpath(file, root))
     try:
@@ -203,45 +202,42 @@ def _read_table(file: str) -> pa.Table:
 # --------------------------------------------------------------------------------------------------------------- paths
 
 
-class _Problems:
-    """File names of a split that cannot be read."""
+class _Names:
+    """Resolves the names of the files of a split, and collects those that cannot be read."""
 
-    def __init__(self) -> None:
-        self.outside: list[str] = []
-        self.missing: list[str] = []
+    def __init__(self, image_root: str | None = None) -> None:
+        self._further = () if image_root is None else (image_root,)
+        self._outside: list[str] = []
+        self._missing: list[str] = []
 
-    def raise_if_any(self, name: str, **others: list[str]) -> None:
+    def resolve(self, names: Iterable[Any], *folders: str) -> list[str]:
+        """The absolute paths of file names relative to one of `folders` or, next, to `image_root`."""
+        folders += self._further
+        inside = tuple(os.path.join(folder, "") for folder in folders)
+        paths: list[str] = []
+        for row, name in enumerate(names):
+            text = name if isinstance(name, str) else ""
+            places = [os.path.normpath(os.path.join(folder, text)) for folder in folders]
+            places = [place for place in places if place.startswith(inside) and "://" not in text]
+            existing = [place for place in places if "\0" not in place and os.path.isfile(place)]
+            if not existing:
+                (self._missing if places or not text else self._outside).append(text or f"row {row} names none")
+            paths.append(existing[0] if existing else "")
+        return paths
+
+    def check(self, split: str, repeated: Sequence[str] = ()) -> None:
+        """Raise a ValueError that names all files that cannot be read, and those that are in several rows."""
         kinds = {
-            "files outside of its folder and of image_root, or URLs, which are not opened": self.outside,
-            "files that do not exist in its folder or in image_root": self.missing,
-            **others,
+            "files outside of its folder and of image_root, or URLs, which are not opened": self._outside,
+            "files that do not exist in its folder or in image_root": self._missing,
+            "files in several rows": repeated,
         }
         told = [f"{what} ({len(files):,}): {listed(files)}" for what, files in kinds.items() if files]
         if told:
-            raise ValueError(f"{name} has rows to correct or remove. It names {'; '.join(told)}.")
+            raise ValueError(f"{split} has rows to correct or remove. It names {'; '.join(told)}.")
 
 
-def _folders(file: str, image_root: str | None) -> list[str]:
-    """Where the files that `file` names may lie, in the order in which they are looked up."""
-    return [os.path.dirname(file), *([] if image_root is None else [image_root])]
-
-
-def _resolve(names: Iterable[Any], folders: Sequence[str], problems: _Problems) -> list[str]:
-    """The absolute paths of file names relative to one of `folders`."""
-    inside = tuple(os.path.join(folder, "") for folder in folders)
-    paths: list[str] = []
-    for row, name in enumerate(names):
-        text = name if isinstance(name, str) else ""
-        places = [os.path.normpath(os.path.join(folder, text)) for folder in folders]
-        places = [place for place in places if place.startswith(inside) and "://" not in text]
-        existing = [place for place in places if "\0" not in place and os.path.isfile(place)]
-        if not existing:
-            (problems.missing if places or not text else problems.outside).append(text or f"row {row} names none")
-        paths.append(existing[0] if existing else "")
-    return paths
-
-
-def _with_resolved_paths(dataset: datasets.Dataset, folders: Sequence[str], problems: _Problems) -> datasets.Dataset:
+def _with_resolved_paths(dataset: datasets.Dataset, folders: Sequence[str], names: _Names) -> datasets.Dataset:
     """Resolve the paths of images that have no bytes. Other images are not read."""
     for column, feature in list(dataset.features.items()):
         if isinstance(feature, dict) and feature.keys() == {"bytes", "path"}:  # written without `datasets`
@@ -252,7 +248,7 @@ def _with_resolved_paths(dataset: datasets.Dataset, folders: Sequence[str], prob
         for chunk in table.column(column).chunks:
             content, paths = (pc.struct_field(chunk, key) for key in ("bytes", "path"))
             rows = pc.and_(pc.is_null(content), pc.is_valid(paths))
-            if new := _resolve(paths.filter(rows).to_pylist(), folders, problems):
+            if new := names.resolve(paths.filter(rows).to_pylist(), *folders):
                 chunk = _image_column(pc.replace_with_mask(paths, rows, pa.array(new, pa.string())), content)
             chunks.append(chunk)
             resolved += new
@@ -271,18 +267,18 @@ def _load_parquet(name: str, files: list[str], image_root: str | None, role: str
     if len(splits := sorted(stems & SPLITS)) > 1 and role != "unlabeled":
         fix = f"give the files of one of them, such as '{os.path.dirname(files[0])}/{splits[0]}*.parquet'"
         raise ValueError(f"{name} has files of several splits ({listed(splits)}): {fix}.")
-    parts, problems = [], _Problems()
+    parts, names = [], _Names(image_root)
     try:
-        for _, group in groupby(files, os.path.dirname):
+        for folder, group in groupby(files, os.path.dirname):
             some = list(group)
             patterns = [glob.escape(file) for file in some]
             version = version_of(some)  # `datasets` would keep rows of a file that was written in place
             part = datasets.load_dataset("parquet", version, data_files={"train": patterns}, split="train")
-            parts.append(_with_resolved_paths(part, _folders(some[0], image_root), problems))
+            parts.append(_with_resolved_paths(part, [folder], names))
         dataset = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except (DatasetGenerationError, ValueError) as error:  # Arrow's errors are ValueErrors
         raise ValueError(f"{name} cannot be read ({error.__cause__ or error}): write the file again.") from error
-    problems.raise_if_any(name)
+    names.check(name)
     return dataset
 
 
@@ -299,9 +295,9 @@ def _load_from_hub(name: str, source: str, role: str) -> datasets.Dataset:
     wanted = [split] if split else [role, "train"] if role in ("labeled", "unlabeled") else [role]
     for each in wanted:
         if each in found:
-            caches, problems = [config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE], _Problems()
-            dataset = _with_resolved_paths(found[each], [os.path.abspath(cache) for cache in caches], problems)
-            problems.raise_if_any(name)
+            caches, names = [config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE], _Names()
+            dataset = _with_resolved_paths(found[each], [os.path.abspath(cache) for cache in caches], names)
+            names.check(name)
             return dataset
     missing = " or ".join(map(repr, wanted))
     raise ValueError(

@@ -7,18 +7,20 @@ import io
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import xxhash
 from PIL import Image
 
 from ..errors import near_misses
-from .images import MAX_PIXELS, check_local, encoded_images, unreadable
+from .images import MAX_PIXELS, EncodedImages, unreadable
 
 FINGERPRINTED_IMAGES = 1024
 """Number of images that a fingerprint reads: all of a small split, and about a second of reading of a large one."""
+KEYED_BYTES = 1 << 28
+"""Size of the splits that `content_key` reads whole, 256 MiB: less than a second."""
 
 
 def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[str] = ()) -> str:
@@ -30,9 +32,9 @@ def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[s
     `check_images`.
     """
     digest = hashlib.sha256(json.dumps([len(dataset), list(labels)]).encode())
-    images = encoded_images(dataset, image_column)
+    images = EncodedImages(dataset, image_column)
     for row in np.unique(np.linspace(0, len(dataset) - 1, FINGERPRINTED_IMAGES).round().astype(int)).tolist():
-        content = _content(images[row][image_column])
+        content = images.content(row)
         if content.startswith(b"\x89PNG"):
             with suppress(Exception):  # a damaged PNG is hashed as it is; Pillow raises nearly any type of error
                 image = Image.open(io.BytesIO(content))
@@ -42,13 +44,15 @@ def fingerprint(dataset: datasets.Dataset, image_column: str, labels: Sequence[s
     return digest.hexdigest()[:16]
 
 
-def _content(encoded: dict[str, Any] | None) -> bytes:
-    content, path = (encoded or {}).get("bytes"), (encoded or {}).get("path")
-    if content is None and path is not None:
-        with suppress(OSError, ValueError):
-            check_local(path)
-            content = Path(path).read_bytes()
-    return content or b""
+def content_key(dataset: datasets.Dataset, image_column: str, labels: Sequence[str] = ()) -> str:
+    """A key of all images of a split and their `labels`, which a resumed run must share with its checkpoint.
+
+    It is the `fingerprint`, and a hash of all encoded images up to `KEYED_BYTES`; of larger splits, of all their sizes.
+    """
+    images = EncodedImages(dataset, image_column)
+    small = images.sizes.clip(0).sum() <= KEYED_BYTES
+    content = xxhash.xxh3_64_hexdigest((images.hashes() if small else images.sizes).tobytes())
+    return f"{fingerprint(dataset, image_column, labels)}-{content}"
 
 
 def name_of(dataset: datasets.Dataset) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,18 +23,17 @@ import PIL
 from PIL import Image
 
 from ..distributed import on_main_process, rank
-from ..errors import UserError, listed
+from ..errors import UserError, in_lines, listed
 from ..escape import printable
-from .copies import EncodedImages, Place, find_copies, in_threads
-from .images import MAX_PIXELS, unreadable
-from .labels import OUT_OF_DISTRIBUTION, read_labels
+from .copies import Place, find_copies
+from .images import MAX_PIXELS, UNREADABLE_LIMIT, EncodedImages, in_threads, unreadable
+from .labels import OUT_OF_DISTRIBUTION, label_numbers, read_labels
 from .sources import skipped
 from .splits import check_images
 
 logger = logging.getLogger(__name__)
 
 TRAINING = ("labeled", "unlabeled")
-UNREADABLE_LIMIT = 0.05  # share of unreadable unlabeled images above which a run stops
 _COLUMNS = "split|images|classes|fewest per class|most per class|OOD|in training|small|unreadable|skipped"
 HEADERS = 20_000  # images of a split whose headers are read, evenly spread over the rows
 
@@ -175,20 +174,17 @@ def count_of(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def unreadable_images(split: str, images: Sequence[str], count: int | None = None) -> list[str]:
-    """An error that names unreadable images of a split, all or `count`, a line each; nothing if there are none."""
+def unreadable_images(split: str, images: Sequence[str], most: int | None = None, note: str = "") -> list[str]:
+    """An error that names unreadable images of a split, all or up to `most`, a line each; nothing if there are none."""
     fix = "Repair or remove them, or drop such rows with ccssl_hf.data.drop_unreadable(dataset)"
-    first = f"The {split} split has {count_of(count or len(images), 'unreadable image')}. {fix}:"
-    more = [f"and {count - len(images):,} more"] if count and count > len(images) else []
-    return ["\n  ".join([first, *images, *more])] if images else []
+    count = count_of(len(images), "unreadable image")
+    return [f"The {split} split has {count}{note}. {fix}:{in_lines(images, most)}"] if images else []
 
 
 def ood_sentence(ood: Mapping[str, int], split: str) -> str:
     """How many images of a split count as OOD, with the names that are no class of the model."""
-    counts = [
-        f"{name} ({count:,})" for name, count in sorted(ood.items(), key=lambda item: (-item[1], item[0])) if name
-    ]
-    counts += [f"no label ({ood['']:,})"] if "" in ood else []
+    by_count = sorted(ood.items(), key=lambda item: (not item[0], -item[1], item[0]))
+    counts = [f"{name or 'no label'} ({count:,})" for name, count in by_count]
     total = sum(ood.values())
     verbs = "shows no class of the model and counts" if total == 1 else "show no class of the model and count"
     return f"{count_of(total, 'image')} of the {split} split {verbs} as out-of-distribution (OOD): {listed(counts)}."
@@ -199,22 +195,17 @@ def count_labels(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Images of each class, and images by a name that is no class. `labels` `[N]` come from `read_labels`."""
     counts = np.bincount(labels[labels != OUT_OF_DISTRIBUTION], minlength=len(class_names)).tolist()
-    others = dataset.select_columns([column]).with_format(None).select(np.flatnonzero(labels == OUT_OF_DISTRIBUTION))
-    names = getattr(dataset.features[column], "names", None)
+    names, numbers = label_numbers(dataset, column, "evaluation")
     ood: Counter[str] = Counter()
-    for value in others[column]:
-        number = not isinstance(value, str)
-        if value is None or (number and not value >= 0):  # also NaN
-            ood[""] += 1
-        else:
-            ood[names[value] if names and number else str(int(value)) if number else value.strip()] += 1
+    for number, count in zip(*np.unique(numbers[labels == OUT_OF_DISTRIBUTION], return_counts=True), strict=True):
+        ood["" if number < 0 else names[number].strip() if names else str(number)] += int(count)
     return {name: count for name, count in zip(class_names, counts, strict=True) if count}, dict(ood)
 
 
 def _broken_images(dataset: datasets.Dataset, column: str, files: EncodedImages, max_pixels: int) -> list[str]:
     """The images that cannot be decoded, with reasons. A file in the cache marks a split that has none."""
     facts = repr([dataset._fingerprint, column, max_pixels, PIL.__version__, _READER]).encode()
-    key = hashlib.sha256(facts + files.lengths.tobytes() + files.changed.tobytes()).hexdigest()[:32]
+    key = hashlib.sha256(facts + files.states.tobytes()).hexdigest()[:32]
     mark = Path(datasets.config.HF_DATASETS_CACHE) / "ccssl_hf" / "readable" / key
     if mark.is_file():
         return []
@@ -273,18 +264,16 @@ def survey(
             split.unreadable = _broken_images(dataset, image_column, files[name], max_pixels)
         _describe(found, name, class_names or (), image_size, must)
     known = {name: values for name, values in labels.items() if name != "unlabeled"}
-    groups = find_copies(files, splits, known, image_column)
-    _describe_copies(found, groups, files, known, [*(class_names or ()), "no class"])
+    _describe_copies(found, find_copies(files, known), files, known, [*(class_names or ()), "no class"])
     return found
 
 
 def _read_headers(split: SplitSurvey, files: EncodedImages, image_size: int | None, max_pixels: int) -> None:
     """Counts small images, and those that cannot be opened or have too many pixels."""
     rows = np.unique(np.linspace(0, split.images - 1, min(split.images, HEADERS)).round().astype(int)).tolist()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pixels are counted here
-        sizes = in_threads(files.size, rows)
-    for row, size in zip(rows, sizes, strict=True):
+    if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:  # as in `open_image`
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    for row, size in zip(rows, in_threads(files.dimensions, rows, "Reading headers"), strict=True):
         if isinstance(size, tuple) and size[0] * size[1] <= max_pixels:
             split.headers += 1
             if image_size is not None and 2 * min(size) < image_size:
@@ -299,8 +288,8 @@ def _describe(found: Survey, name: str, classes: Sequence[str], image_size: int 
     """Sentences about one split."""
     split = found.splits[name]
     if must or len(split.unreadable) > UNREADABLE_LIMIT * min(split.images, HEADERS):
-        named = split.unreadable if must else split.unreadable[:10]  # thousands are no files to repair by hand
-        for text in unreadable_images(name, named, len(split.unreadable)):
+        some = () if must else (10, f", more than {UNREADABLE_LIMIT:.0%}")
+        for text in unreadable_images(name, split.unreadable, *some):
             found.add("error", name, text)
     elif split.unreadable:
         count = count_of(len(split.unreadable), "unreadable image")
@@ -327,20 +316,16 @@ def _describe_copies(
     classes: Sequence[str],
 ) -> None:
     """Sentences about images that are in two splits, or in one split with two labels."""
-    order = list(files)
-    shared: dict[tuple[str, str], list[str]] = {}  # (split, other split): images of the first
+    order = [*sorted(TRAINING, reverse=True), *(name for name in files if name not in TRAINING)]
+    shared: dict[tuple[str, str], list[str]] = {}  # (split, earlier split): images of the first
     conflicts: dict[str, list[str]] = {}
     for group in groups:
-        where: dict[str, list[int]] = {}
-        for name, row in group:
-            where.setdefault(name, []).append(row)
+        where = {split: rows for split in order if (rows := [row for name, row in group if name == split])}
+        for other, name in combinations(where, 2):
+            shared.setdefault((name, other), []).extend(map(files[name].name, where[name]))
         for name, rows in where.items():
             if name not in TRAINING and not where.keys().isdisjoint(TRAINING):
                 found.splits[name].in_training += len(rows)
-            for other in where:
-                earlier = other in TRAINING or order.index(other) < order.index(name)
-                if other != name and (earlier if name not in TRAINING else (name, other) == TRAINING):
-                    shared.setdefault((name, other), []).extend(map(files[name].name, rows))
             numbers = labels[name][rows].tolist() if name in labels else []
             if len(set(numbers)) > 1:
                 both = [f"{files[name].name(row)} ({classes[n]})" for row, n in zip(rows, numbers, strict=True)]
