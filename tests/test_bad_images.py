@@ -106,7 +106,7 @@ def test_they_are_logged_once_and_listed_with_the_card(tmp_path: Path, caplog: p
     for row in BAD:
         line = f"/home/anna/photos/{row}.png: not a readable image (unknown format)"
         assert text.count(line) == 1
-    assert "3 of 96 unlabeled images were unreadable and replaced." in text
+    assert "replaced by others in this run: 3 of 96." in text
     trainer.save_model()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Unreadable images of the unlabeled split, which other images replaced in training:" in card
