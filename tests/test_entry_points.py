@@ -401,7 +401,7 @@ COMMANDS: dict[str, str] = {
     "train --labeled {p}/labeled --backbone resnet5O --output_dir {p}/out": "no model 'resnet5O'",
     "train --labeled {p}/labeled --algorithm fixmtach --output_dir {p}/out": "fixmtach",
     "train --labeled {p}/labeled --model {p}/model --image_size 64 --output_dir {p}/out": "leave out pretrained",
-    "train --labeled {p}/labeled --backbone test_resnet --output_dir {p}/a_file/out --image_size 32 {supervised}": "cannot be written to",
+    "train --labeled {p}/labeled --backbone test_resnet {supervised} --output_dir {p}/a_file/out": "cannot be written to",
     "train --labeled {p}/labeled --image_size 32,64 --output_dir {p}/out": "image_size",
     "train --labeled {p}/labeled --max_image_pixels 0 --output_dir {p}/out": "max_image_pixels is 0",
     "check --labeled {p}/nowhere": "nowhere' is not a folder",
