@@ -346,8 +346,7 @@ class CCSSLTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and "learning_rate" in logs:
-            filtered = {"loss": logs["loss"]} if self.args.logging_nan_inf_filter else {}
-            logs = {**logs, **self.monitor.drain(), **filtered}
+            logs = {**logs, **self.monitor.drain()}
             self.unreadable.report(self.state, self.args.device)
             self.unreadable.check({row: why for row, (_, why) in self.unreadable.known(self.state).items()})
         if "train_loss" in logs:

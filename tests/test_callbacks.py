@@ -221,7 +221,7 @@ def test_a_run_on_a_cpu_says_what_it_will_cost_and_a_long_one_how_to_shorten_it(
     monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda: SimpleNamespace(total=16e9))
     for changes, seconds in ({"max_steps": 20000}, 28), ({"weak_forward": "separate"}, 28 - 8 * 2 / 3):
         caplog.clear()
-        trainer = trainer_of(tmp_path / "long", callbacks=[StopAt(1)], **changes)
+        trainer = trainer_of(tmp_path / f"{seconds:.0f}", callbacks=[StopAt(1)], **changes)
         trainer.train()
         facts, advice = said(caplog)[0].splitlines()
         assert f" About {seconds:.0f} s a step, " in facts

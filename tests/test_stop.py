@@ -281,7 +281,7 @@ def test_ctrl_c_in_a_terminal_reaches_training_and_its_workers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["an error", "SIGKILL"])
+@pytest.mark.parametrize("end", ["An error", "SIGKILL"])
 def test_no_worker_outlives_a_run(tmp_path: Path, start: Start, end: str, fault_record: Callable[..., None]) -> None:
     process = start(
         [sys.executable], tmp_path / "run", "dataloader_num_workers=2", *(["fail"] if end != "SIGKILL" else [])
@@ -308,7 +308,7 @@ def test_a_signal_to_a_launcher_stops_all_processes_with_a_checkpoint(
     words = ["-m", "accelerate.commands.launch", "--config_file"]
     words += [f"recipes/accelerate_configs/{configs.get(launcher)}.yaml", "--main_process_port", "0"]
     if launcher == "torchrun":
-        words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_endpoint", "localhost:0"]
+        words = ["-m", "torch.distributed.run", "--standalone", "--local_addr", "localhost", "--nproc_per_node", "2"]
     process = start([sys.executable, *words], tmp_path / "run")
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # Ctrl-C, and a scheduler
     output, _ = process.communicate(timeout=100)  # until the last process has closed its end

@@ -191,7 +191,11 @@ def sync_runs(folder: Path, processes: int) -> list[dict[str, Any]]:
         with (folder / f"log_{rank}.txt").open("w") as log:
             command = [sys.executable, "tests/sync_runs.py", str(folder)]
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    codes = [process.wait(timeout=500) for process in started]
+    try:
+        codes = [process.wait(timeout=500) for process in started]
+    finally:  # one that waits for another for ever must not outlive the test
+        for process in started:
+            process.kill()
     assert codes == [0] * processes, (folder / "log_0.txt").read_text()[-4000:]
     return [torch.load(folder / f"notes_{rank}.pt", weights_only=True) for rank in range(processes)]
 
