@@ -17,7 +17,7 @@ CARD = {"README.md", "images/curves.png"}
 PLAIN = {*CARD, "config.json", "model.safetensors"}
 BACKBONES = {"test_resnet": PLAIN, "wide_resnet10_1_cifar": {*PLAIN, "wide_resnet_cifar.py"}}
 STATE = {"ccssl_head.safetensors", "training_state.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
-STATE |= {"trainer_state.json"}
+STATE |= {"trainer_state.json", "manifest.json", "run.json"}
 
 
 def trained(folder: Path, backbone: str = "test_resnet", **changes: Any) -> Any:
@@ -73,7 +73,7 @@ def test_a_push_uploads_the_heads_when_asked_to_and_deletes_those_of_other_weigh
     assert repo.files().keys() == {*PLAIN, "ccssl_head.safetensors"}
     trainer.push_to_hub(license="mit")  # the same weights, so the heads fit
     assert repo.files().keys() == {*PLAIN, "ccssl_head.safetensors"}
-    trainer.args.max_steps = 3
+    trainer.args.max_steps, trainer.args.overwrite = 3, True
     trainer.train()
     trainer.push_to_hub()
     assert repo.files().keys() == PLAIN
