@@ -17,9 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from ccssl_hf.callbacks import StopOnSignal
+from ccssl_hf.data.images import UnreadableImageError
 from ccssl_hf.resume import checkpoints, is_complete, last_checkpoint
 from ccssl_hf.training_args import CCSSLTrainingArguments
 from tiny_runs import CCSSLTrainer, different, everything, model_of, trainer_of
@@ -187,6 +189,19 @@ def test_only_the_training_process_ends_its_workers_with_sigterm(tmp_path: Path)
     for worker in workers:
         worker.terminate()
     assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+class Unreadable(torch.utils.data.Dataset[int]):
+    """Its worker raises an error of two lines."""
+
+    def __getitem__(self, row: int) -> int:
+        raise UnreadableImageError("Image 3 can't be decoded:\n  3.png") from OSError("truncated")
+
+
+def test_an_error_of_a_worker_has_its_own_message_alone() -> None:
+    with pytest.raises(UnreadableImageError) as error:
+        next(iter(torch.utils.data.DataLoader(Unreadable(), sampler=[3], num_workers=1)))
+    assert str(error.value) == "Image 3 can't be decoded:\n  3.png"
 
 
 # --------------------------------------------------------------------------------------------------- in other processes
