@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ccssl_hf import CCSSLTrainer
 from ccssl_hf.card import write_card
-from ccssl_hf.record import RunRecord
+from ccssl_hf.record import RunRecord, Split
 from ccssl_hf.sampling import UNLABELED as STREAM
 from ccssl_hf.sampling import replacements
 from tiny_runs import LABELED, UNLABELED, StopAt, damaged, different, digits, everything, logs_of_steps, model_of
@@ -118,7 +118,15 @@ def test_they_are_logged_once_and_listed_with_the_card(tmp_path: Path, caplog: p
 def test_many_are_listed_in_a_file_beside_the_card(tmp_path: Path) -> None:
     names = {f"{number}.png (row {number})": "not a readable image (unknown format)" for number in range(13)}
     write_card(
-        RunRecord("test_resnet", ["a", "b"], "fixmatch", unreadable={"unlabeled": names}), tmp_path, model_name="m"
+        RunRecord(
+            "test_resnet",
+            ["a", "b"],
+            "fixmatch",
+            splits={"unlabeled": Split("photos", 96)},
+            unreadable={"unlabeled": names},
+        ),
+        tmp_path,
+        model_name="m",
     )
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "(the first 10 of 13; `unreadable_images.txt`" in card and "- 9.png" in card and "- 10.png" not in card

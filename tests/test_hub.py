@@ -330,7 +330,7 @@ def test_a_dry_run_lists_files_without_network(folder, repo_id, monkeypatch):
     size = (folder / "model.safetensors").stat().st_size
     assert re.search(rf"model.safetensors +{size / 1000:,.1f} kB", going)
     assert re.search(r"  training_args.bin +contains the Hub token\n", staying)
-    assert re.search(r"  checkpoint-1/ +training state \(--with-training-state uploads it\)\n", staying)
+    assert re.search(r"  checkpoint-1/ +training state \(--with_training_state uploads it\)\n", staying)
     assert re.search(r"  private/passport.png +README.md shows it, but only pictures", staying)
 
 

@@ -319,7 +319,7 @@ def test_predictions_that_are_not_finite_are_errors_of_their_rows(tmp_path: Path
     )
     assert done.unreadable == 1
     calls[0] = 0
-    with pytest.raises(ValueError, match=r"Image 2: the network's output is NaN or infinite"):
+    with pytest.raises(ValueError, match=r"\n  2: the network's output is NaN or infinite"):
         predict_all(classifier, VALIDATION.select(range(6)), num_workers=1)
     calls[0] = 0
     with pytest.raises(ValueError, match=r"Image 2 of the batch: the network's output is NaN"):

@@ -52,6 +52,9 @@ def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Path
         own_pair_weight: squared
         max_steps: 7
         report_to: tensorboard
+        schedule: lr_scheduler_type
+        lr_scheduler_type: cosine_with_restarts
+        algorithm: freematch
         include_for_metrics: [loss, inputs]
         lr_scheduler_kwargs: {num_cycles: 2}
         confidence_threshold: null
@@ -60,7 +63,8 @@ def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Path
     file = written(tmp_path, text.replace("\n        ", "\n"))
     flags = "--learning_rate 1e-3 --save-strategy no --no_nesterov --pretrained --image_size=64 --push_threshold .9"
     more = "--own_pair_weight squared --max_steps 7 --report_to tensorboard --use_quantile yes"
-    more += " --include_for_metrics loss inputs"
+    more += " --include_for_metrics loss inputs --schedule lr_scheduler_type --algorithm freematch"
+    more += " --lr_scheduler_type cosine_with_restarts"
     from_flags = parse(*flags.split(), *more.split(), "--lr_scheduler_kwargs", '{"num_cycles": 2}')
     from_file = parse(config=file)
     assert from_file[0] == from_flags[0] and from_file[0].pretrained is True
@@ -74,7 +78,8 @@ def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path: Path
 @pytest.mark.parametrize("flag", ["push_threshold", "own_pair_weight", "threshold_warmup"])
 def test_none_unsets_what_the_file_sets(flag: str, tmp_path: Path) -> None:
     value = {"push_threshold": "0.9", "own_pair_weight": "squared", "threshold_warmup": "true"}[flag]
-    file = written(tmp_path, f"{flag}: {value}\n")
+    algorithm = "flexmatch" if flag == "threshold_warmup" else "fixmatch"
+    file = written(tmp_path, f"algorithm: {algorithm}\n{flag}: {value}\n")
     assert getattr(parse(config=file)[1], flag) is not None
     assert getattr(parse(f"--{flag}", "none", config=file)[1], flag) is None
 

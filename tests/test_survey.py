@@ -318,7 +318,7 @@ def test_the_card_shows_what_was_found_and_no_folder(found: survey.Survey, folde
         in card.text
     )
     assert "| validation | 1 | 3 (ant) | 3 (ant) | 4 | 1 | 0 | 0 |" in card.text
-    assert "| unlabeled | – | – | – | 0 | 0 | 1 | 1 |" in card.text
+    assert "| unlabeled | – | – | – | – | 0 | 1 | 1 |" in card.text
     assert str(folders.parent) not in str(card) and "broken.jpg" not in str(card)
     assert read_facts(card).splits["test"] == Split("test", 3, **found.splits["test"].facts())
 

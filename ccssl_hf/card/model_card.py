@@ -73,8 +73,9 @@ def found_in(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
 
 
 def _with_class(split: Split, key: str) -> Any:
-    value, name = getattr(split, key) or "–", getattr(split, f"{key}_class", None)
-    return value if name is None else f"{value} ({name})"
+    value, name = getattr(split, key), getattr(split, f"{key}_class", None)
+    unknown = value is None or (key == "ood_images" and split.classes is None)  # no labels were read
+    return "–" if unknown else value if name is None else f"{value} ({name})"
 
 
 def _render(template: str, **values: Any) -> str:
