@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from conftest import SHARED, needs_shared
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "fast_flags.py"
 
 
+@pytest.mark.slow
 @needs_shared
 def test_each_flag_is_a_line_with_its_difference_from_the_defaults(tmp_path: Path) -> None:
     page = tmp_path / "fast_flags.md"

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "serve.py"
 
 
+@pytest.mark.slow
 def test_it_runs_and_writes_its_rows(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--output", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)
