@@ -233,6 +233,14 @@ PROGRAM = """
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
+@pytest.fixture(autouse=True)
+def _heeds_ctrl_c() -> Iterator[None]:
+    """A test run in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """`_start`; at the end of the test no process that it has started may be alive."""
@@ -262,6 +270,8 @@ def _start(words: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
         [*words, str(program), str(folder), *more],
         **{"cwd": ROOT, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
         start_new_session=True,
+        # A test run in the background ignores Ctrl-C, and so would its processes.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (folder / "step-0").exists() and process.poll() is None:
         time.sleep(0.02)
