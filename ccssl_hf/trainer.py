@@ -1,4 +1,7 @@
-"""`CCSSLTrainer`: a `transformers.Trainer` for one algorithm, two splits and up to three views."""
+"""`CCSSLTrainer`: a `transformers.Trainer` for one algorithm, two splits and up to three views.
+
+The file is long because the hooks of `transformers.Trainer` are methods of one class. Other modules do the work.
+"""
 
 from __future__ import annotations
 
