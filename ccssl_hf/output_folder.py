@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -16,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .checkpoint import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
 from .distributed import on_main_process
 from .errors import UserError, in_lines
-from .resume import checkpoints, choose_checkpoint
+from .resume import MANIFEST, STATE_FILES, checkpoints, choose_checkpoint
 
 try:
     import fcntl
@@ -90,7 +91,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _clear(folder: Path, *, overwrite: bool) -> None:
     """Removes what an earlier run left: with `overwrite` everything, else only checkpoints that were never finished."""
     found = checkpoints(folder)
-    kept = [path for path in found if (path / TRAINER_STATE_NAME).is_file()]
+    kept = [path for path in found if (path / TRAINER_STATE_NAME).is_file() or _has_other_files(path)]
     model = [path for path in (folder / WEIGHTS_FILE,) if path.is_file()]
     if (kept or model) and not overwrite:
         raise UserError(
@@ -105,6 +106,13 @@ def _clear(folder: Path, *, overwrite: bool) -> None:
     if found:
         names = in_lines(str(path.relative_to(folder)) for path in found)
         logger.warning("Removed from %s, left by an earlier run:%s", folder, names)
+
+
+def _has_other_files(checkpoint: Path) -> bool:
+    """Whether a folder `checkpoint-N` holds files that no run of this package writes there."""
+    patterns = (*STATE_FILES, MANIFEST, *LEFT_BY_A_RUN, "_*.partial")
+    names = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir()]
+    return any(not any(fnmatch(name, pattern) for pattern in patterns) for name in names)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -369,6 +369,15 @@ def test_a_second_run_in_a_folder_is_refused_and_overwrites_if_told(stopped, tmp
     fault_record("A second run into the same folder", "refused unless it resumes or overwrites", "0 bytes")
 
 
+def test_a_checkpoint_folder_with_files_of_others_is_not_removed(tmp_path):
+    other = tmp_path / "checkpoint-7" / "weights" / "model.bin"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"overwrite=True to delete them.\n  checkpoint-7"):
+        trainer_of(tmp_path, max_steps=1).train()
+    assert other.read_bytes() == b"mine"
+
+
 def test_a_finished_model_is_not_overwritten_either(tmp_path):
     trainer = trainer_of(tmp_path, max_steps=1)
     trainer.train()

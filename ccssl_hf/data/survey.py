@@ -148,7 +148,8 @@ class RunSurvey:
 def announce(found: Survey, splits: Collection[str] | None = None, *, show: bool = True) -> None:
     """Print the table and the notes about some splits or all, and log warnings. Raises UserError with all errors."""
     if show:
-        print(f"\n{found.table(splits)}\n", *found.texts("note", splits), sep="\n", flush=True)
+        if found.splits:
+            print(f"\n{found.table(splits)}\n", *found.texts("note", splits), sep="\n", flush=True)
         for text in found.texts("warning", splits):
             logger.warning(text)
     if errors := found.texts("error", splits):
